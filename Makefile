@@ -1,0 +1,42 @@
+# Every target makes its own .venv first; nothing else has to be installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup demo test check format clean
+
+help:
+	@echo "make demo    start the service, discretize photographs, draw a picture, stop it"
+	@echo "make test    the tests"
+	@echo "make check   lint, format, types, spelling, version"
+	@echo "make setup   .venv alone;  make format   mend style;  make clean   remove .venv"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e ./client -e '.[dev]'
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy client/dat_client workers/dat_workers dat_service examples
+	$(BIN)/codespell
+	$(BIN)/python tests/version.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv
