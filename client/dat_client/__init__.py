@@ -1,0 +1,42 @@
+"""Trainer side of the discrete augmentation data service: images in, Q(x) out, over HTTP.
+
+    from dat_client import Client
+
+    client = Client("http://codec:8000", codec="tiny-f8")
+    q = client.discretize(images)        # uint8 [N,3,H,W], numpy or torch
+    q.reconstruction                     # Q(x), as `images`
+
+Importing this loads numpy and urllib3, neither torch nor ray.
+"""
+
+from ._core import Discretized
+from ._version import __version__
+from .aio import AsyncClient
+from .client import Client
+from .errors import (
+    DatError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnknownCodec,
+    WireError,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "DatError",
+    "Discretized",
+    "InvalidRequest",
+    "Overloaded",
+    "ProtocolError",
+    "TooLarge",
+    "Unauthorized",
+    "Unavailable",
+    "UnknownCodec",
+    "WireError",
+    "__version__",
+]

@@ -1,0 +1,305 @@
+"""What Client and AsyncClient share: call to request, reply to answer or exception, and when to repeat.
+
+Pure functions: no socket is opened and no clock is read here but those that are passed in.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import itertools
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import wire
+from ._arrays import Kind, images_tensor, indices_tensor
+from .errors import (
+    DatError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnknownCodec,
+    WireError,
+    shown,
+)
+
+#: numpy.ndarray, or torch.Tensor when tensors went in.
+Array: TypeAlias = Any
+
+OUTPUTS = ("reconstruction", "indices", "adversarial", "adversarial_indices")
+OUTPUT_DTYPES = ("UINT8", "FP16", "FP32")
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False)
+class Discretized:
+    """What a codec made of a batch; outputs that were not asked for are None.
+
+    Attributes:
+        reconstruction: Q(x), [N,3,H,W], in the dtype of the images (or `output_dtype`).
+        indices: the tokens of Q(x), [N,h,w]: as the server sent them (uint16 or int32) in numpy, int64
+            in torch where unsigned.
+        adversarial: Q(x + δ), as `reconstruction`.
+        adversarial_indices: the tokens of Q(x + δ).
+        codec: the name of the codec that answered.
+        fingerprint: which weights it ran, None if the server did not say.
+    """
+
+    reconstruction: Array | None = None
+    indices: Array | None = None
+    adversarial: Array | None = None
+    adversarial_indices: Array | None = None
+    codec: str = ""
+    fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name}={str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            for name in OUTPUTS
+            if (value := getattr(self, name)) is not None
+        ]
+        parts += [f"codec={self.codec!r}", f"fingerprint={self.fingerprint!r}"]
+        return f"Discretized({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer: `headers` have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytearray
+
+
+_ids = itertools.count()
+_process = (0, "")
+
+
+def _next_id() -> str:
+    global _process
+    if _process[0] != os.getpid():  # a forked worker must not go on with its parent's ids
+        _process = (os.getpid(), uuid.uuid4().hex[:12])
+    return f"{_process[1]}-{next(_ids)}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One inference, checked and ready to be encoded; `kind` is what its answer is turned back into."""
+
+    inputs: dict[str, npt.NDArray[Any]]
+    parameters: dict[str, Any]
+    outputs: tuple[str, ...]
+    kind: Kind
+    image_shape: tuple[int, ...] | None
+    id: str = field(default_factory=_next_id)
+
+    @property
+    def batch(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def encode(self) -> wire.Encoded:
+        """The buffers of the request and the length of its JSON part."""
+        requested = [wire.RequestedOutput(name) for name in self.outputs]
+        return wire.encode_request(self.inputs, id=self.id, parameters=self.parameters, outputs=requested)
+
+
+def discretize_call(
+    images: Any, outputs: Sequence[str] | None, output_dtype: str | None, parameters: Mapping[str, Any]
+) -> Call:
+    """The request of `Client.discretize`; raises InvalidRequest for what the server would refuse anyway."""
+    tensor, kind = images_tensor(images)
+    shape = tensor.shape if tensor.ndim == 4 else None
+    return Call(
+        {"images": tensor}, _parameters(parameters, output_dtype), _outputs(outputs), kind, image_shape=shape
+    )
+
+
+def decode_call(indices: Any, output_dtype: str | None, parameters: Mapping[str, Any]) -> Call:
+    """The request of `Client.decode`: tokens in, `reconstruction` out."""
+    tensor, kind = indices_tensor(indices)
+    sent = _parameters(parameters, output_dtype)
+    return Call({"indices": tensor}, sent, ("reconstruction",), kind, image_shape=None)
+
+
+def _outputs(outputs: Sequence[str] | None) -> tuple[str, ...]:
+    if outputs is None:
+        return ()
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or len(set(names)) != len(names) or not names:
+        limit = ", ".join(OUTPUTS)
+        raise InvalidRequest(
+            f"outputs: {shown(list(names))}, must be some of {limit}, each once",
+            field="outputs",
+            value=list(names),
+            limit=limit,
+        )
+    return names
+
+
+def _parameters(parameters: Mapping[str, Any], output_dtype: str | None) -> dict[str, Any]:
+    sent: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None:  # the server's own default
+            continue
+        if not isinstance(value, (bool, int, float, str)) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            limit = "a finite number, a string, True or False"
+            message = f"{name}: must be {limit}, got {shown(value)}"
+            raise InvalidRequest(message, field=name, value=value, limit=limit)
+        sent[name] = value
+    if output_dtype is not None:
+        if output_dtype not in OUTPUT_DTYPES:
+            limit = ", ".join(OUTPUT_DTYPES)
+            message = f"output_dtype: must be one of {limit}, got {shown(output_dtype)}"
+            raise InvalidRequest(message, field="output_dtype", value=output_dtype, limit=limit)
+        sent["output_dtype"] = output_dtype
+    return sent
+
+
+def read_discretized(call: Call, reply: Reply) -> Discretized:
+    """The answer to a call as arrays of its kind; raises ProtocolError where it answers something else."""
+    try:
+        response = wire.decode_response(reply.body, reply.headers.get(wire.HEADER_LENGTH.lower()))
+    except WireError as error:
+        raise ProtocolError(f"the answer is not an inference response: {error}") from error
+    if response.id != call.id:
+        raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
+    missing = set(call.outputs or ("reconstruction",)) - set(response.outputs)
+    if missing:
+        raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
+    arrays: dict[str, Array] = {}
+    for name, array in response.outputs.items():
+        if name not in OUTPUTS:
+            continue
+        axes = 3 if name.endswith("indices") else 4
+        expected = call.image_shape if axes == 4 else None
+        if array.ndim != axes or len(array) != call.batch or (expected and array.shape != expected):
+            asked = shown(list(expected)) if expected else f"{axes} axes, {call.batch} first"
+            raise ProtocolError(f"{name}: the answer has shape {list(array.shape)}, expected {asked}")
+        arrays[name] = call.kind.restore(array)
+    fingerprint = response.parameters.get("fingerprint")
+    if not isinstance(fingerprint, str):
+        fingerprint = response.model_version
+    return Discretized(codec=response.model_name, fingerprint=fingerprint, **arrays)
+
+
+def read_reconstruction(call: Call, reply: Reply) -> Array:
+    """The answer to a decode call: its `reconstruction` [N,3,H,W]."""
+    return read_discretized(call, reply).reconstruction
+
+
+def retry_after_s(value: str | None, now_s: float) -> float | None:
+    """Seconds until what a Retry-After header names (RFC 9110: seconds or a date), None if unreadable.
+
+    >>> retry_after_s("1.5", 0.0)
+    1.5
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now_s
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def error_of(reply: Reply, url: str) -> DatError | None:
+    """The exception that an HTTP answer means, None for a 2xx: 4xx is wrong, 429 and 5xx may be repeated."""
+    status = reply.status
+    if 200 <= status < 300:
+        return None
+    said = wire.decode_error(reply.body)
+    text = said.error if said else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
+    message = f"{url}: {status}: {text}"
+    after_s = retry_after_s(reply.headers.get("retry-after"), time.time())
+    if status == 429 or (status == 503 and after_s is not None):
+        return Overloaded(message, cause=message, retry_after_s=after_s)
+    if status >= 500:
+        return Unavailable(message, cause=message)
+    if status in (401, 403):
+        return Unauthorized(f"{message} (api_key)", status=status)
+    if status < 400:
+        location = reply.headers.get("location", "elsewhere")
+        return ProtocolError(f"{url}: {status}: redirects to {shown(location)}; use that address")
+    if status == 404 and said is None:
+        return ProtocolError(f"{message}: no inference service at this address")
+    kinds: dict[int, type[InvalidRequest]] = {404: UnknownCodec, 413: TooLarge}
+    kind = kinds.get(status, InvalidRequest)
+    if said is None:
+        return kind(message, status=status)
+    return kind(message, field=said.field, value=said.value, limit=said.limit, status=status)
+
+
+def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], float]) -> float:
+    """The wait after failed attempt 1, 2, …: exponential with full jitter, never less than Retry-After."""
+    pause = jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30)))
+    after_s = error.retry_after_s if isinstance(error, Overloaded) else None
+    return pause if after_s is None else after_s + pause
+
+
+def repeat(
+    attempt: Callable[[float], T],
+    *,
+    what: str,
+    timeout_s: float,
+    retries: int,
+    clock: Callable[[], float],
+    wait: Callable[[float], bool],
+    jitter: Callable[[float, float], float],
+) -> T:
+    """The result of `attempt(deadline)`, repeated while it raises Unavailable and time is left.
+
+    `wait(seconds)` returns True to stop repeating at once. Raises what attempt raises; Unavailable and
+    Overloaded with the number of attempts and the last cause in their message.
+    """
+    start = clock()
+    deadline = start + timeout_s
+    for number in itertools.count(1):
+        try:
+            return attempt(deadline)
+        except Unavailable as error:
+            last = error
+        pause = pause_s(number, last, jitter)
+        left_s = deadline - clock()
+        if left_s <= 0:
+            why = f"timed out after timeout_s={timeout_s:g}"
+        elif number > retries:
+            why = f"gave up after retries={retries}"
+        elif pause >= left_s:
+            why = f"gave up: the next try, in {pause:.3g} s, lies beyond timeout_s={timeout_s:g}"
+        elif wait(pause):
+            why = "the client was closed"
+        else:
+            continue
+        plural = "attempt" if number == 1 else "attempts"
+        message = f"{what}: {why}, {number} {plural} in {clock() - start:.3g} s; last: {last.cause or last}"
+        raise _final(last, message, number) from (last.__cause__ or last)
+    raise AssertionError("unreachable")
+
+
+def _final(last: Unavailable, message: str, attempts: int) -> Unavailable:
+    cause = last.cause or str(last)
+    if isinstance(last, Overloaded):
+        return Overloaded(message, attempts=attempts, cause=cause, retry_after_s=last.retry_after_s)
+    return Unavailable(message, attempts=attempts, cause=cause)

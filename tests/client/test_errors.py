@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+import dat_client
+from dat_client import errors
+
+SAMPLES = [
+    errors.DatError("m"),
+    errors.InvalidRequest("m", field="f", value=1, limit=2, status=422),
+    errors.UnknownCodec("m", field="codec", status=404),
+    errors.TooLarge("m", limit=5, status=413),
+    errors.WireError("m", "f", 1, 2, malformed=True),
+    errors.Unauthorized("m", status=403),
+    errors.Unavailable("m", attempts=3, cause="reset"),
+    errors.Overloaded("m", attempts=3, cause="503", retry_after_s=1.5),
+    errors.ProtocolError("m"),
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
+def test_every_error_survives_pickling(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == "m"
+    assert copy.__dict__ == error.__dict__
+
+
+def test_the_tree_is_the_one_drawn_and_every_leaf_is_sampled():
+    tree = {cls.__name__: cls.__base__.__name__ for cls in map(type, SAMPLES)}
+    assert tree == {
+        "DatError": "Exception",
+        "InvalidRequest": "DatError",
+        "UnknownCodec": "InvalidRequest",
+        "TooLarge": "InvalidRequest",
+        "WireError": "InvalidRequest",
+        "Unauthorized": "DatError",
+        "Unavailable": "DatError",
+        "Overloaded": "Unavailable",
+        "ProtocolError": "DatError",
+    }
+    assert sorted(tree) == sorted(errors.__all__)
+    assert all(name in (errors.__doc__ or "") for name in tree)
+    assert issubclass(errors.InvalidRequest, ValueError)
+    assert not issubclass(errors.Unauthorized, ValueError)
+
+
+def test_exported_names():
+    assert dat_client.__all__ == [
+        "AsyncClient",
+        "Client",
+        "DatError",
+        "Discretized",
+        "InvalidRequest",
+        "Overloaded",
+        "ProtocolError",
+        "TooLarge",
+        "Unauthorized",
+        "Unavailable",
+        "UnknownCodec",
+        "WireError",
+        "__version__",
+    ]
+    assert all(hasattr(dat_client, name) for name in dat_client.__all__)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [[[[[[1]]]]]] * 50, 10**5000, {"a": "b" * 500}, b"\xff" * 1000],
+    ids=["str", "list", "int", "dict", "bytes"],
+)
+def test_shown_is_short(value):
+    assert 0 < len(errors.shown(value)) <= 80

@@ -1,0 +1,193 @@
+"""What goes wrong on the way: every fault is ordered from the loopback server, none depends on timing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dat_client import (
+    Client,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    _core,
+    _http,
+)
+
+TRANSIENT = [
+    "drop before reading",
+    "drop after reading",
+    "short",
+    "status 500",
+    "status 502",
+    "status 503",
+    "status 504",
+    "status 429",
+    "status 503 0.01",
+    "plain 502",
+]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_what_may_be_repeated_is_repeated(client, server, images, fault):
+    server.faults.extend([fault] * 3)
+    assert np.array_equal(client.discretize(images).reconstruction, images)
+    assert not server.faults
+    assert len(server.paths) == 4
+
+
+def test_a_storm_of_all_faults_changes_no_answer(server):
+    server.faults.extend(TRANSIENT * 3)
+    with Client(server.url, retries=100, max_connections=4) as client:
+        futures = [client.submit(np.full((1, 3, 8, 8 + n), n, np.uint8)) for n in range(20)]
+        for n, future in enumerate(futures):
+            reconstruction = future.result(30).reconstruction
+            assert reconstruction.shape == (1, 3, 8, 8 + n)
+            assert (reconstruction == n).all()
+    assert not server.faults
+
+
+@pytest.mark.parametrize("fault", ["short", "drop after reading", "status 500"])
+def test_it_gives_up_with_the_number_of_attempts_and_the_cause(server, images, fault):
+    server.every = fault
+    with Client(server.url, retries=2, max_connections=1) as client:
+        for calls in (1, 2):  # twice: a failed request must not keep the only connection's slot
+            with pytest.raises(Unavailable, match=r"retries=2, 3 attempts .*last: ") as caught:
+                client.discretize(images)
+            assert caught.value.attempts == 3
+            assert caught.value.cause in str(caught.value)
+            assert caught.value.__cause__ is not None
+            assert not isinstance(caught.value, Overloaded)
+            assert len(server.paths) == 3 * calls
+        server.every = ""
+        assert np.array_equal(client.discretize(images).reconstruction, images)
+
+
+def test_short_answers_are_named(server, images):
+    server.every = "short"
+    with Client(server.url, retries=0) as client, pytest.raises(Unavailable, match="IncompleteRead"):
+        client.discretize(images)
+
+
+def test_retry_after_is_honoured(server, images, monkeypatch):
+    waits: list[float] = []
+    server.faults.extend(["status 503 7", "status 429 9"])
+    with Client(server.url) as client:
+        monkeypatch.setattr(client._closed, "wait", lambda seconds: bool(waits.append(seconds)))
+        client.discretize(images)
+    assert 7 <= waits[0] < 7.1
+    assert 9 <= waits[1] < 9.1
+
+
+def test_full_for_too_long_is_overloaded(client, server, images):
+    server.every = "status 503 1000"
+    with pytest.raises(Overloaded, match="ordered") as caught:
+        client.discretize(images)
+    assert (caught.value.retry_after_s, caught.value.attempts) == (1000, 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("status 400", InvalidRequest),
+        ("status 401", Unauthorized),
+        ("status 403", Unauthorized),
+        ("status 413", TooLarge),
+        ("status 422", InvalidRequest),
+        ("plain 404", ProtocolError),
+        ("plain 307", ProtocolError),
+        ("plain 413", TooLarge),
+        ("plain 200", ProtocolError),
+        ("garbage", ProtocolError),
+    ],
+)
+def test_what_is_wrong_is_not_repeated(client, server, images, fault, kind):
+    server.every = fault
+    with pytest.raises(kind):
+        client.discretize(images)
+    assert len(server.paths) == 1
+
+
+def test_the_servers_field_value_and_limit_arrive(client, server, images):
+    server.every = "status 422"
+    with pytest.raises(InvalidRequest, match="ordered") as caught:
+        client.discretize(images)
+    assert (caught.value.field, caught.value.value, caught.value.limit, caught.value.status) == (
+        "f",
+        7,
+        5,
+        422,
+    )
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_server_that_never_ends_costs_the_timeout_and_no_more(server, images, fault):
+    with Client(server.url, max_connections=1) as client:
+        for _ in range(2):
+            server.every = fault
+            with pytest.raises(Unavailable, match=r"timed out after timeout_s=0\.2\b"):
+                client.discretize(images, timeout_s=0.2)
+            server.every = ""
+            assert np.array_equal(client.discretize(images).reconstruction, images)
+    assert len(server.paths) <= 4
+
+
+def test_every_read_has_what_is_left_of_the_deadline():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        response = SimpleNamespace(connection=SimpleNamespace(sock=ours), read1=lambda size: b"x" * size)
+        assert _http._block(response, 3, time.monotonic() + 50, 0, None) == b"xxx"
+        assert 0 < (ours.gettimeout() or 0) <= 50
+        with pytest.raises(TimeoutError, match="after 7 of 9 bytes"):
+            _http._block(response, 3, time.monotonic() - 1, 7, 9)
+
+
+def test_a_server_that_reads_nothing_costs_the_timeout_not_the_connect_timeout():
+    with socket.create_server(("127.0.0.1", 0), backlog=4) as listener:  # the kernel accepts, nobody reads
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        images = np.zeros((64, 3, 224, 224), np.uint8)
+        with (
+            Client(url, timeout_s=0.5, connect_timeout_s=0.05) as client,
+            pytest.raises(Unavailable, match=r"timed out after timeout_s=0\.5\b, 1 attempt"),
+        ):
+            client.discretize(images)
+
+
+def free_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_nobody_there(images):
+    with Client(free_url(), retries=3) as client:
+        with pytest.raises(Unavailable, match=r"4 attempts.*refused"):
+            client.discretize(images)
+        assert client.live() is False
+        assert client.ready() is False
+
+
+def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
+    monkeypatch.setattr(_core, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_core, "LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    server.every = "status 500"
+    client = Client(server.url, timeout_s=2000)
+    future = client.submit(images)
+    assert server.entered.acquire(timeout=10)
+    client.close()
+    with pytest.raises(Unavailable, match="closed"):
+        future.result(0)
+
+
+def test_idle_connections_that_the_server_closed_are_not_noticed(client, server, images):
+    server.faults.extend(["", "drop before reading", "", "drop before reading"])
+    for _ in range(2):
+        assert np.array_equal(client.discretize(images).reconstruction, images)
+    assert len(server.requests) == 2
