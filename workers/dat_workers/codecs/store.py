@@ -1,0 +1,161 @@
+"""Where codecs live: inside the package, or installed under `$DAT_HOME` (else the user's cache folder).
+
+HOME/codecs/NAME.safetensors    installed codecs
+HOME/downloads/                 downloads under way (`.part`), removed when installed
+HOME/hashes.json                sha256 of every address downloaded from, as first seen
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from dat_workers.codecs import file
+from dat_workers.codecs.file import CodecFile, Origin
+from dat_workers.codecs.registry import REGISTRY, UnknownCodec
+from dat_workers.codecs.spec import CodecError, CodecSpec
+from dat_workers.codecs.vqgan import VQGAN
+
+EMBEDDED = ("tiny-f8",)
+EMBEDDED_FOLDER = Path(__file__).parent
+SUFFIX = ".safetensors"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str) -> str:
+    """The name, if it is safe as a file name; else CodecError.
+
+    >>> check_name("vq-f8_2")
+    'vq-f8_2'
+    """
+    if not _NAME.fullmatch(name):
+        raise CodecError(
+            f"codec name {name!r} is not allowed: 1 to 100 letters, digits, '.', '_' and '-', "
+            "not beginning with '.'"
+        )
+    return name
+
+
+class CodecStore:
+    """The codecs of this machine.
+
+    >>> CodecStore().load("tiny-f8").spec.codebook_size  # doctest: +SKIP
+    16384
+
+    `home` defaults to `$DAT_HOME`, then to the user's cache folder.
+    """
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = Path(home or os.environ.get("DAT_HOME") or platformdirs.user_cache_dir("dat"))
+
+    @property
+    def folder(self) -> Path:
+        """Where installed codecs are."""
+        return self.home / "codecs"
+
+    def names(self) -> list[str]:
+        """All names of the registry, then what else is installed."""
+        installed = sorted(p.name.removesuffix(SUFFIX) for p in self.folder.glob(f"*{SUFFIX}"))
+        return [*REGISTRY, *(name for name in installed if name not in REGISTRY and _NAME.fullmatch(name))]
+
+    def path(self, name: str) -> Path:
+        """The file a codec is, or would be, in. Raises CodecError for an unsafe name and for `identity`."""
+        if check_name(name) == "identity":
+            raise CodecError("codec 'identity' has no weights and no file")
+        return (EMBEDDED_FOLDER if name in EMBEDDED else self.folder) / f"{name}{SUFFIX}"
+
+    def status(self, name: str) -> str:
+        """One of "embedded", "installed", "not installed", or "broken: " and why.
+
+        Header, names, shapes and size of the file are checked; its weights are when it is loaded.
+        """
+        if name == "identity":
+            return "embedded"
+        try:
+            path = self.path(name)
+            if not path.is_file():
+                return "broken: not in the package" if name in EMBEDDED else "not installed"
+            _check_identity(name, file.read_header(path).spec, path)
+        except CodecError as error:
+            return f"broken: {error}"
+        return "embedded" if name in EMBEDDED else "installed"
+
+    def load(self, name: str) -> CodecFile:
+        """Reads and verifies a codec.
+
+        Raises UnknownCodec; CodecError for a codec that is not installed (with the command that installs
+        it) and for a file that `file.read` refuses or that holds another codec than its name says.
+        """
+        if name == "identity":
+            spec = REGISTRY[name]
+            return CodecFile(spec, {}, file.fingerprint(spec, {}), Origin("built in", "", ""))
+        path = self.path(name)
+        if not path.is_file():
+            raise self._absent(name)
+        codec = file.read(path)
+        _check_identity(name, codec.spec, path)
+        return codec
+
+    def _absent(self, name: str) -> CodecError:
+        if name not in REGISTRY:
+            return UnknownCodec(name, self.names())
+        if name in EMBEDDED:
+            return CodecError(f"codec {name!r} is missing from the package ({self.path(name)}): install it anew")
+        return CodecError(
+            f"codec {name!r} is not installed; run: dat codecs pull {name} "
+            f"(or, with the checkpoint at hand: dat codecs import CKPT --as {name})"
+        )
+
+    def add(self, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Origin, replace: bool = False) -> str:
+        """Installs a codec under `spec.name` and returns its fingerprint.
+
+        Raises CodecError for a name that is unsafe or the package's own, for another geometry than the
+        registry's, and, unless `replace`, where that name is installed with another fingerprint.
+        """
+        path = self.path(spec.name)
+        if spec.name in EMBEDDED:
+            raise CodecError(f"codec {spec.name!r} ships inside the package; choose another name")
+        _check_identity(spec.name, spec, path)
+        if not replace and self.status(spec.name) == "installed":
+            old, new = file.read_header(path).fingerprint, file.fingerprint(spec, tensors)
+            if old != new:
+                raise CodecError(
+                    f"codec {spec.name!r} is installed with fingerprint {old}; this one has {new}. "
+                    f"Nothing was replaced: remove {path} first, or import with --force"
+                )
+        return file.write(path, spec, tensors, origin)
+
+
+def _check_identity(name: str, spec: CodecSpec, path: Path) -> None:
+    if spec.name != name:
+        raise CodecError(f"{path} holds codec {spec.name!r}, not {name!r}")
+    if name in REGISTRY and file.geometry(spec) != file.geometry(REGISTRY[name]):
+        raise CodecError(
+            f"{path}: codec {name!r} must have the geometry {file.geometry(REGISTRY[name])}, "
+            f"it has {file.geometry(spec)}"
+        )
+
+
+def load_model(name: str, store: CodecStore | None = None) -> VQGAN:
+    """The codec as an fp32 network on the CPU, in eval mode, without gradients.
+
+    >>> load_model("tiny-f8").encode(torch.zeros(1, 3, 64, 64)).shape  # doctest: +SKIP
+    torch.Size([1, 8, 8])
+
+    Raises CodecError as `CodecStore.load` does, and for `identity`, which is no network.
+    """
+    codec = (store or CodecStore()).load(name)
+    if codec.spec.architecture != "vqgan":
+        raise CodecError(f"codec {name!r} is no network (architecture {codec.spec.architecture!r})")
+    # on meta and then assigned: the random initialisation of a full-size network takes seconds
+    with torch.device("meta"):
+        model = VQGAN(codec.spec)
+    weights = {key: tensor.to(torch.float32, copy=True) for key, tensor in codec.tensors.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

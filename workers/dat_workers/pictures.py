@@ -1,0 +1,122 @@
+"""Pictures in files and shards, and as bytes: JPEG, PNG, WebP, their size checked before a pixel is decoded."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from dat_workers.errors import InvalidInput, TooLarge
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 1 << 28  # where the caller sets no limit: a 16384 x 16384 picture
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def decode_picture(
+    data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False
+) -> npt.NDArray[np.uint8]:
+    """uint8 [3,H,W] of one encoded picture; `upright` obeys the EXIF orientation.
+
+    Raises TooLarge from the header alone where it announces more than `max_pixels`, InvalidInput where the
+    bytes are no whole picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below is ours
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise TooLarge(field, f"{width}x{height} = {width * height} pixels", f"at most {max_pixels} pixels")
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            array = np.asarray(image.convert("RGB"))
+    except InvalidInput:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise TooLarge(field, f"{len(data)} bytes ({error})", f"at most {max_pixels} pixels") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        reason = f"{len(data)} bytes ({type(error).__name__}: {error})"
+        raise InvalidInput(field, reason, "a whole JPEG, PNG or WebP picture") from error
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def decode_pictures(encoded: Iterable[bytes], *, max_image_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """uint8 [N,3,H,W] of N encoded pictures of one size. Raises InvalidInput where sizes differ."""
+    pictures: list[npt.NDArray[np.uint8]] = []
+    left = max_pixels
+    for i, data in enumerate(encoded):
+        picture = decode_picture(data, max_pixels=min(max_image_pixels, left), field=f"images[{i}]")
+        if pictures and picture.shape != pictures[0].shape:
+            first, other = pictures[0].shape, picture.shape
+            raise InvalidInput(
+                f"images[{i}]",
+                f"{other[2]}x{other[1]} pixels",
+                f"{first[2]}x{first[1]}, the size of images[0]",
+            )
+        left -= picture.shape[1] * picture.shape[2]
+        pictures.append(picture)
+    return np.stack(pictures)
+
+
+def encode_png(picture: npt.NDArray[Any]) -> bytes:
+    """PNG bytes of uint8 [3,H,W]."""
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded bytes) of every picture in a tar shard, under a folder, or in the one file, in stored order.
+
+    Raises InvalidInput for a shard that is no tar file, FileNotFoundError.
+    """
+    if source.suffix.lower() in SUFFIXES and source.is_file():
+        yield source.name, source.read_bytes()
+        return
+    if source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES):
+            yield str(path.relative_to(source)), path.read_bytes()
+        return
+    try:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield member.name, file.read()
+    except tarfile.TarError as error:
+        raise InvalidInput(str(source), error, "a whole tar shard, a folder or a picture") from error
+
+
+def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
+    """uint8 [N,3,size,size]: the middle of every picture; smaller ones are enlarged first."""
+    crops = []
+    for source in sources:
+        for name, data in encoded_pictures(source):
+            picture = enlarge(decode_picture(data, field=name), size)
+            top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
+            crops.append(picture[:, top : top + size, left : left + size])
+            if limit is not None and len(crops) == limit:
+                return np.stack(crops)
+    if not crops:
+        raise InvalidInput("pictures", [str(s) for s in sources], "shards or folders that hold some")
+    return np.stack(crops)
+
+
+def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """The picture itself, or scaled up so that its shorter side is `size`."""
+    _, height, width = picture.shape
+    if min(height, width) >= size:
+        return picture
+    scale = size / min(height, width)
+    target = (max(size, round(width * scale)), max(size, round(height * scale)))
+    image = Image.fromarray(picture.transpose(1, 2, 0)).resize(target, Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
