@@ -1,0 +1,145 @@
+"""Real photographs, and real services: a process on Ray Serve, a process with --local, an app in a thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dat_client import Client
+
+ROOT = Path(__file__).parent.parent
+DAT = [sys.executable, "-m", "dat_service.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def photograph(name: str) -> np.ndarray:
+    """uint8 [3,H,W] of a photograph inside scikit-image."""
+    from skimage import data
+
+    return np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1))
+
+
+def crop(name: str, height: int, width: int) -> np.ndarray:
+    """uint8 [3,height,width]: the middle of a photograph."""
+    picture = photograph(name)
+    top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
+    return np.ascontiguousarray(picture[:, top : top + height, left : left + width])
+
+
+@pytest.fixture(scope="session")
+def photographs() -> np.ndarray:
+    """uint8 [4,3,224,224]."""
+    return np.stack([crop(name, 224, 224) for name in ("astronaut", "chelsea", "coffee", "rocket")])
+
+
+@contextmanager
+def dat_serve(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`dat serve` as a process of its own; ends it with SIGINT and checks that it ends well."""
+    port = free_port()
+    process = subprocess.Popen(
+        [*DAT, "serve", "--port", str(port), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | (env or {}),
+    )  # fmt: skip
+    assert process.stdout is not None
+    stdout = process.stdout
+    seen: list[str] = []
+    drain = threading.Thread(target=lambda: seen.extend(stdout), daemon=True)
+    try:
+        for line in stdout:
+            seen.append(line)
+            if line.startswith("ready"):
+                break
+        else:
+            pytest.fail(f"dat serve {arguments} ended: {''.join(seen)}")
+        drain.start()
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGINT)
+        try:
+            assert process.wait(90) == 0, "".join(seen)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            if drain.ident:
+                drain.join(10)
+            process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def ray_url() -> Iterator[str]:
+    """tiny-f8 on Ray Serve, HAProxy mode: what `dat serve` gives a user."""
+    with dat_serve("--codec", "tiny-f8") as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def local_url() -> Iterator[str]:
+    """tiny-f8 with --local."""
+    with dat_serve("--codec", "tiny-f8", "--local") as (url, _):
+        yield url
+
+
+@pytest.fixture(params=["ray", "local"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Both ways to serve, one after the other."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@contextmanager
+def app_in_thread(**settings: Any) -> Iterator[str]:
+    """The app under uvicorn in a thread of the test, with settings of its own."""
+    import uvicorn
+
+    from dat_service.app import create_app
+    from dat_service.settings import Settings
+    from dat_service.worker import CodecWorker
+
+    port = free_port()
+    worker = CodecWorker(Settings(port=port, **settings))
+    worker.load()
+    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=port, loop="asyncio", log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive(), "the app did not start"
+            assert time.monotonic() < deadline, "the app did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def serve_app() -> Iterator[Callable[..., str]]:
+    """`serve_app(codec="identity", max_images=4)` gives the address of such an app, kept for the module."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(app_in_thread(**settings))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url, "tiny-f8") as c:
+        yield c

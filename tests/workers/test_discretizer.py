@@ -1,0 +1,148 @@
+"""The pure function behind every door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dat_workers.discretizer import Discretizer
+from dat_workers.errors import EngineError, InvalidInput
+from tests.conftest import crop
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Discretizer:
+    return Discretizer.from_store("tiny-f8", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def identity() -> Discretizer:
+    return Discretizer.from_store("identity")
+
+
+def psnr_db(x: np.ndarray, y: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(x.astype(float) - y).mean()))
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (256, 256), (240, 320), (301, 225), (8, 8), (9, 15)])
+def test_pictures_keep_their_size(tiny: Discretizer, height: int, width: int) -> None:
+    images = crop("astronaut", height, width)[None]
+    q = tiny.discretize(images, outputs=("reconstruction", "indices"))
+    assert q["reconstruction"].shape == images.shape
+    assert q["reconstruction"].dtype == np.uint8
+    assert q["indices"].shape == (1, -(-height // 8), -(-width // 8))
+    assert q["indices"].dtype == np.uint16
+
+
+def test_reconstruction_resembles_the_photographs(tiny: Discretizer, photographs: np.ndarray) -> None:
+    q = tiny.discretize(photographs)["reconstruction"]
+    assert psnr_db(photographs, q) > 20
+    assert psnr_db(photographs, q[::-1]) < 15  # in the order they came
+
+
+def test_padding_is_the_reflection_cropped_away(tiny: Discretizer) -> None:
+    odd = crop("chelsea", 61, 50)[None]
+    padded = np.pad(odd, ((0, 0), (0, 0), (0, 3), (0, 6)), mode="reflect")
+    whole = tiny.discretize(padded, outputs=("reconstruction", "indices"))
+    part = tiny.discretize(odd, outputs=("reconstruction", "indices"))
+    assert np.array_equal(part["indices"], whole["indices"])
+    assert np.array_equal(part["reconstruction"], whole["reconstruction"][:, :, :61, :50])
+
+
+def test_decoding_the_tokens_gives_the_reconstruction(tiny: Discretizer, photographs: np.ndarray) -> None:
+    q = tiny.discretize(photographs, outputs=("reconstruction", "indices"))
+    assert np.array_equal(tiny.decode(q["indices"]), q["reconstruction"])
+    assert np.array_equal(tiny.decode(q["indices"].astype(np.int32)), q["reconstruction"])
+
+
+def test_answer_does_not_depend_on_company(tiny: Discretizer) -> None:
+    """Each of 20 images alone gives the tokens it gives among the others (engine batches of 8)."""
+    images = np.concatenate([crop(n, 64, 128)[None] for n in ("astronaut", "coffee", "rocket", "chelsea")] * 5)
+    together = tiny.discretize(images, outputs=("indices",))["indices"]
+    alone = np.concatenate([tiny.discretize(x[None], outputs=("indices",))["indices"] for x in images])
+    assert (together == alone).mean() > 0.999
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "FP16"), (np.float32, "FP32")])
+def test_floats_are_the_same_images(tiny: Discretizer, photographs: np.ndarray, dtype: Any, name: str) -> None:
+    as_uint8 = tiny.discretize(photographs[:1], output_dtype=name)["reconstruction"]
+    as_float = tiny.discretize((photographs[:1] / 255).astype(dtype))["reconstruction"]
+    assert as_uint8.dtype == as_float.dtype == dtype
+    assert as_float.min() >= 0
+    assert as_float.max() <= 1
+    # fp16 pixels are not the uint8 ones exactly, and a few tokens differ for it
+    assert np.abs(as_uint8.astype(np.float32) - as_float).mean() < (1e-6 if dtype == np.float32 else 2e-3)
+    rounded = tiny.discretize(photographs[:1])["reconstruction"]
+    assert np.abs(rounded - as_uint8.astype(np.float64) * 255).max() <= (0.501 if dtype == np.float32 else 0.6)
+
+
+@given(
+    st.sampled_from([np.uint8, np.float16, np.float32]),
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([None, "UINT8", "FP16", "FP32"]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_identity_copies(dtype: Any, n: int, height: int, width: int, output: str | None) -> None:
+    discretizer = Discretizer.from_store("identity")
+    levels = np.random.default_rng(n).integers(0, 256, (n, 3, height, width), np.uint8)
+    images = levels if dtype == np.uint8 else (levels / 255).astype(dtype)
+    copy = discretizer.discretize(images, output_dtype=output)["reconstruction"]
+    expected = {None: np.dtype(dtype), "UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}[output]
+    assert copy.dtype == expected
+    back = copy if copy.dtype == np.uint8 else np.round(copy.astype(np.float64) * 255)
+    assert np.array_equal(back, levels)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((1, 3, 64, 64)), "float64"),
+        (np.zeros((0, 3, 64, 64), np.uint8), r"\[0, 3, 64, 64\]"),
+        (np.zeros((3, 64, 64), np.uint8), r"\[3, 64, 64\]"),
+        (np.zeros((1, 1, 64, 64), np.uint8), r"\[1, 1, 64, 64\]"),
+        (np.zeros((1, 3, 7, 64), np.uint8), "7x64"),
+        (np.full((1, 3, 64, 64), np.nan, np.float32), "nan"),
+        (np.full((1, 3, 64, 64), 255, np.float32), "255"),
+    ],
+)
+def test_images_that_are_none(tiny: Discretizer, images: np.ndarray, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says) as caught:
+        tiny.discretize(images)
+    assert caught.value.field == "images"
+
+
+@pytest.mark.parametrize(
+    ("indices", "says"),
+    [
+        (np.full((1, 2, 2), 16384, np.uint16), "16384"),
+        (np.full((1, 2, 2), -1, np.int32), "-1"),
+        (np.zeros((1, 2, 2), np.int64), "int64"),
+        (np.zeros((2, 2), np.uint16), r"\[2, 2\]"),
+        (np.zeros((0, 2, 2), np.uint16), r"\[0, 2, 2\]"),
+    ],
+)
+def test_tokens_that_are_none(tiny: Discretizer, indices: np.ndarray, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        tiny.decode(indices)
+
+
+def test_what_a_codec_lacks_is_refused(tiny: Discretizer, identity: Discretizer) -> None:
+    image = np.zeros((1, 3, 8, 8), np.uint8)
+    with pytest.raises(InvalidInput, match="adversarial"):
+        tiny.discretize(image, outputs=("adversarial",))
+    with pytest.raises(InvalidInput, match="indices"):
+        identity.discretize(image, outputs=("indices",))
+    with pytest.raises(InvalidInput, match="identity"):
+        identity.decode(np.zeros((1, 1, 1), np.uint16))
+
+
+def test_overflow_is_an_error_and_never_a_picture() -> None:
+    broken = Discretizer.from_store("tiny-f8", device="cpu")
+    assert broken.engine is not None
+    broken.engine.model.decoder.conv_out.weight[0, 0, 0, 0] = torch.inf  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=r"images \[0, 1\].*not finite"):
+        broken.discretize(np.zeros((2, 3, 16, 16), np.uint8))

@@ -1,0 +1,60 @@
+"""How a codec is run. An engine turns images into indices and indices into pictures, nothing else."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dat_workers.codecs.vqgan import VQGAN
+
+ENGINES = ("torch", "reference")
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+
+
+class Engine(Protocol):
+    """What the discretizer asks of an engine. Tensors come and go on the CPU; H and W are multiples of f."""
+
+    name: str
+    device: torch.device
+    dtype: str
+    batch: int  # images that are worth handing over at once
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Indices int64 [N,H/f,W/f] of images fp32 [N,3,H,W] in 0..1."""
+        ...
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Pictures fp32 [N,3,H,W] of indices [N,h,w], about 0..1: not clipped, so that an overflow can be seen."""
+        ...
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from error
+    return picked
+
+
+def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto") -> Engine:
+    """An engine by name, holding `model`.
+
+    >>> engine = create("torch", model, device="cpu")  # doctest: +SKIP
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
+    if name == "torch":
+        from dat_workers.engines.torch_engine import TorchEngine
+
+        return TorchEngine(model, pick_device(device), dtype)
+    if name == "reference":
+        from dat_workers.engines.reference import ReferenceEngine
+
+        return ReferenceEngine(model, pick_device(device), dtype)
+    raise ValueError(f"engine is {name!r}, must be one of {ENGINES}")

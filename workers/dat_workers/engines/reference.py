@@ -1,0 +1,66 @@
+"""The yardstick: the modules of the package taming-transformers, in fp32, as published."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_workers.codecs.vqgan import VQGAN
+
+
+class ReferenceEngine:
+    """Encoder, VectorQuantizer2 and Decoder of taming-transformers, loaded strictly from `model`'s weights.
+
+    Slow on purpose: nothing here is ours but the order of the calls, so that equal tokens mean something.
+    """
+
+    name = "reference"
+    batch = 4
+
+    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
+        if dtype not in ("auto", "fp32"):
+            raise ValueError(f"dtype is {dtype!r}: the reference engine is fp32")
+        try:
+            from taming.modules.diffusionmodules.model import Decoder, Encoder
+            from taming.modules.vqvae.quantize import VectorQuantizer2
+        except ImportError as error:
+            raise RuntimeError("the reference engine needs: pip install 'dat-service[reference]'") from error
+        spec = model.spec
+        geometry: dict[str, Any] = {
+            "ch": spec.ch,
+            "out_ch": 3,
+            "ch_mult": spec.ch_mult,
+            "num_res_blocks": spec.num_res_blocks,
+            "attn_resolutions": list(spec.attn_resolutions),
+            "in_channels": 3,
+            "resolution": spec.resolution,
+            "z_channels": spec.z_channels,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # the published modules print
+            self.encoder = Encoder(**geometry, double_z=False)
+            self.decoder = Decoder(**geometry)
+            self.quantize = VectorQuantizer2(spec.codebook_size, spec.latent_dim, beta=0.25, sane_index_shape=True)
+        self.quant_conv = torch.nn.Conv2d(spec.z_channels, spec.latent_dim, 1)
+        self.post_quant_conv = torch.nn.Conv2d(spec.latent_dim, spec.z_channels, 1)
+        for part in ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"):
+            module = getattr(self, part)
+            module.load_state_dict(getattr(model, part).state_dict(), strict=True)
+            module.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.dtype = "fp32"
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        z = self.quant_conv(self.encoder(images.to(self.device) * 2 - 1))
+        indices: Tensor = self.quantize(z)[2][2]
+        return indices.cpu()
+
+    @torch.inference_mode()
+    def decode(self, indices: Tensor) -> Tensor:
+        z = self.quantize.embedding(indices.to(self.device)).permute(0, 3, 1, 2).contiguous()
+        pictures: Tensor = self.decoder(self.post_quant_conv(z))
+        return ((pictures + 1) / 2).cpu()
