@@ -1,0 +1,63 @@
+"""Everything that decides a codec's training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dat_workers.codecs.file import geometry
+from dat_workers.codecs.spec import CodecSpec
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run; `frozen_part` is what a resumed run must not change.
+
+    The defaults of the spec are `tiny-f8`'s. Starts of phases are shares of the run, 0..1.
+    """
+
+    spec: CodecSpec
+    sources: tuple[Path, ...]
+    out: Path
+    steps: int = 10_000
+    batch: int = 32
+    crop: int = 64  # pixels a side
+    learning_rate: float = 5e-4
+    codebook_start: float = 0.05  # before: a plain autoencoder, so that k-means sees settled latents
+    discriminator_start: float = 0.85
+    discriminator_weight: float = 0.1
+    perceptual: str = "structure"  # or "lpips"
+    perceptual_weight: float = 0.02
+    commitment_weight: float = 0.25  # β of Eq. 8
+    ema_decay: float = 0.999  # of the weights that are kept
+    pool: int = 2000  # decoded pictures held in memory
+    validation: tuple[Path, ...] = ()
+    validation_crop: int = 224
+    save_every_s: float = 300.0
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        f = self.spec.factor
+        if self.crop % f or self.crop < 4 * f:
+            raise ValueError(f"crop is {self.crop}, must be a multiple of {f} and at least {4 * f}")
+        for name in ("steps", "batch", "pool"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not 0 <= self.codebook_start <= self.discriminator_start:
+            raise ValueError(
+                f"codebook_start is {self.codebook_start} and discriminator_start {self.discriminator_start}: "
+                "the codebook must start between 0 and the discriminator"
+            )
+        if self.perceptual not in ("structure", "lpips"):
+            raise ValueError(f"perceptual is {self.perceptual!r}, must be 'structure' or 'lpips'")
+        for path in (*self.sources, *self.validation):
+            if not path.exists():
+                raise ValueError(f"no such shard or folder: {path}")
+        if not self.sources:
+            raise ValueError("no shards or folders to train on")
+
+    def frozen_part(self) -> dict[str, object]:
+        """What must be equal for a checkpoint to be continued."""
+        names = ("steps", "batch", "crop", "learning_rate", "codebook_start", "discriminator_start", "seed")
+        return {"geometry": geometry(self.spec), **{name: getattr(self, name) for name in names}}

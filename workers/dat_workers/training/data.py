@@ -1,0 +1,63 @@
+"""Random crops for training a codec, from WebDataset shards or folders of pictures."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dat_workers.pictures import decode_picture, encoded_pictures, enlarge
+
+
+class CropPool:
+    """A pool of decoded pictures that crops are drawn from, while a stream slowly replaces them.
+
+    A data set that fits in `capacity` pictures is decoded once; a larger one is streamed, `turnover` new
+    pictures a batch. Draws depend on `seed` and the batch number alone, so a resumed run goes on as if
+    nothing had happened while the pool holds the whole set.
+    """
+
+    def __init__(self, sources: Sequence[Path], crop: int, capacity: int, seed: int, turnover: int = 4) -> None:
+        self.sources, self.crop, self.seed, self.turnover = sources, crop, seed, turnover
+        self.stream = self._endless()
+        self.pool: list[np.ndarray] = []
+        self.complete = False
+        first: str | None = None
+        for name, picture in self.stream:
+            if name == first:
+                self.complete = True
+                break
+            first = first or name
+            self.pool.append(picture)
+            if len(self.pool) == capacity:
+                break
+
+    def _endless(self) -> Iterator[tuple[str, np.ndarray]]:
+        while True:
+            count = 0
+            for source in self.sources:
+                for name, data in encoded_pictures(source):
+                    yield f"{source}:{name}", enlarge(decode_picture(data, field=name), self.crop)
+                    count += 1
+            if not count:
+                raise ValueError(f"no pictures in {[str(s) for s in self.sources]}")
+
+    def batch(self, number: int, size: int) -> Tensor:
+        """fp32 [size,3,crop,crop] in -1..1: random places, half of them mirrored."""
+        rng = random.Random(zlib.crc32(f"{self.seed}/{number}".encode()))
+        out = np.empty((size, 3, self.crop, self.crop), np.uint8)
+        for i in range(size):
+            picture = rng.choice(self.pool)
+            top = rng.randint(0, picture.shape[1] - self.crop)
+            left = rng.randint(0, picture.shape[2] - self.crop)
+            view = picture[:, top : top + self.crop, left : left + self.crop]
+            out[i] = view[:, :, ::-1] if rng.random() < 0.5 else view
+        if not self.complete:
+            for _ in range(self.turnover):
+                self.pool[rng.randrange(len(self.pool))] = next(self.stream)[1]
+        return torch.from_numpy(out).float().div_(127.5).sub_(1)

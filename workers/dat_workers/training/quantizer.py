@@ -1,0 +1,89 @@
+"""The codebook while it learns: exponential moving averages and revival of dead entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dat_workers.codecs.vqgan import Codebook
+
+
+class EmaQuantizer(nn.Module):
+    """Vector quantization with a codebook that follows its own tokens (van den Oord et al., 2017, App. A.1).
+
+    The codebook term of Eq. 8, |sg[E(x)] - z_q|², is minimised in closed form by the moving average instead
+    of by the optimiser. An entry used less than `dead_below` times the mean is moved onto a latent vector of
+    the present batch.
+
+    Ours, because at K = 16384 the maintained library (vector-quantize-pytorch 1.32) spends 0.36 s a step of
+    2048 tokens on one-hot matrices, more than the whole network; this takes 0.03 s (2 cores).
+    """
+
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, codebook: Codebook, decay: float = 0.99, dead_below: float = 0.05) -> None:
+        super().__init__()
+        self.codebook = codebook
+        self.decay = decay
+        self.dead_below = dead_below
+        size, dim = codebook.embedding.weight.shape
+        self.register_buffer("counts", torch.zeros(size))
+        self.register_buffer("sums", torch.zeros(size, dim))
+
+    @torch.no_grad()
+    def initialise(self, latents: Tensor, iterations: int = 10) -> None:
+        """Lloyd's k-means from a random choice of `latents` fp32 [M,d], M of K or more."""
+        weight = self.codebook.embedding.weight
+        size = len(weight)
+        if len(latents) < size:
+            raise ValueError(f"{len(latents)} latent vectors cannot start a codebook of {size}")
+        weight.copy_(latents[torch.randperm(len(latents), device=latents.device)[:size]])
+        for _ in range(iterations):
+            counts, sums = self._assign(latents)[1:]
+            alive = counts > 0
+            weight[alive] = sums[alive] / counts[alive, None]
+        self.counts.fill_(1.0)
+        self.sums.copy_(weight)
+
+    def _assign(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        indices = self.codebook.nearest(flat.t()[None, :, :, None]).flatten()
+        counts = torch.zeros_like(self.counts).index_add_(0, indices, flat.new_ones(len(flat)))
+        sums = torch.zeros_like(self.sums).index_add_(0, indices, flat)
+        return indices, counts, sums
+
+    def forward(self, z: Tensor, *, learn: bool, revive: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents fp32 [N,d,h,w] to (straight-through z_q, commitment term, indices [N,h,w])."""
+        n, d, height, width = z.shape
+        if learn:
+            with torch.no_grad():
+                flat = z.detach().permute(0, 2, 3, 1).reshape(-1, d)
+                indices, counts, sums = self._assign(flat)
+                self._update(flat, counts, sums, revive)
+                indices = indices.view(n, height, width)
+        else:
+            indices = self.codebook.nearest(z.detach())
+        quantized = self.codebook.lookup(indices).detach()
+        commitment = (z - quantized).square().mean()
+        return z + (quantized - z).detach(), commitment, indices
+
+    def _update(self, flat: Tensor, counts: Tensor, sums: Tensor, revive: bool) -> None:
+        weight = self.codebook.embedding.weight
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        mean = self.counts.mean()
+        alive = self.counts > 1e-6 * mean
+        weight[alive] = self.sums[alive] / self.counts[alive, None]
+        if not revive:
+            return
+        dead = (self.counts < self.dead_below * mean).nonzero().flatten()
+        dead = dead[torch.randperm(len(dead), device=dead.device)[: len(flat) // 16]]
+        fresh = flat[torch.randint(len(flat), (len(dead),), device=flat.device)]
+        weight[dead] = fresh
+        self.counts[dead] = mean
+        self.sums[dead] = fresh * mean
+
+    def usage(self) -> float:
+        """Perplexity of the moving counts as a share of K: 1.0 when all entries are used equally."""
+        p = self.counts / self.counts.sum().clamp_min(1e-12)
+        return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()) / len(p))
