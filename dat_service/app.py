@@ -1,0 +1,103 @@
+"""The HTTP application: the same object under Ray Serve, `--local` and the tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import dat_client.wire as wire
+from dat_service import __version__, people, protocol
+from dat_service.body import MalformedBody
+from dat_service.security import Refused, read_keys
+from dat_service.worker import CodecWorker, Full
+from dat_workers.errors import EngineError, InvalidInput, TooLarge
+
+log = logging.getLogger("dat_service")
+
+
+def create_app(worker: CodecWorker) -> FastAPI:
+    """The application over a worker, which it stops when it ends.
+
+    >>> worker = CodecWorker(Settings(codec="identity"))
+    >>> worker.load()
+    >>> app = create_app(worker)
+
+    Raises ValueError for an API key file that is not usable.
+    """
+    settings = worker.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        worker.stop()
+
+    app = FastAPI(
+        title="Discrete augmentation data service",
+        version=__version__,
+        description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
+        lifespan=lifespan,
+    )
+    app.state.worker = worker
+    app.state.keys = read_keys(settings.api_key_file)
+    app.include_router(protocol.router)
+    app.include_router(people.router)
+    app.add_exception_handler(Exception, on_error)
+    for kind in (
+        wire.WireError, InvalidInput, MalformedBody, protocol.UnknownCodec, Refused, Full, EngineError,
+        HTTPException, ClientDisconnect,
+    ):  # fmt: skip
+        app.add_exception_handler(kind, on_error)
+    return app
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of what went wrong: 4xx is the request's, 503 the load's, 500 ours."""
+    match error:
+        case wire.WireError():
+            return error.status or 400
+        case TooLarge():
+            return 413
+        case InvalidInput():
+            return 422
+        case MalformedBody():
+            return error.status
+        case protocol.UnknownCodec():
+            return 404
+        case Refused():
+            return 401
+        case Full():
+            return 503
+        case HTTPException():
+            return error.status_code
+        case ClientDisconnect():
+            return 400  # nobody is there to read it
+        case _:
+            return 500
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """OIP's error body, with the offending field, value and limit where they are known."""
+    status = status_of(error)
+    headers = {}
+    message = str(error)
+    match error:
+        case Full():
+            headers["Retry-After"] = str(error.retry_after_s)
+        case Refused():
+            headers["WWW-Authenticate"] = "Bearer"
+        case HTTPException():
+            message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+            headers = dict(error.headers or {})
+        case EngineError():
+            log.error("%s", error)
+        case _ if status == 500:
+            log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+            message = f"internal error: {type(error).__name__}"
+    field, value, limit = (getattr(error, name, None) for name in ("field", "value", "limit"))
+    body = wire.encode_error(message, field, value, limit)
+    return Response(body, status, headers, media_type="application/json")

@@ -1,0 +1,34 @@
+"""`dat`: the command line, one file a group of commands. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from dat_service import __version__
+from dat_service.cli import codecs, discretize, serve, train, verify
+
+app = typer.Typer(
+    name="dat",
+    help="Discrete augmentation data service: Q(x) of Discrete Adversarial Training, as a service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+codecs.app.command("verify")(verify.verify)
+app.add_typer(codecs.app, name="codecs")
+app.command("serve")(serve.serve)
+app.command("discretize")(discretize.discretize)
+app.command("train-codec")(train.train_codec)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Say and leave."),
+) -> None:
+    pass

@@ -1,0 +1,55 @@
+"""Everything that can be set about a running service: one frozen object from flags and DAT_* variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Settings of one service; every field is also a variable, `port` being DAT_PORT.
+
+    >>> Settings(port=9000).port
+    9000
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DAT_", frozen=True, extra="forbid")
+
+    codec: str = Field("tiny-f8", description="Codec to serve.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    engine: Literal["torch", "reference"] = Field("torch", description="How the codec is run.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="fp16 on CUDA, fp32 on CPU.")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 for all cores.")
+    api_key_file: Path | None = Field(None, description="File with one API key a line; none: no key asked.")
+    max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body.")
+    max_json_bytes: int = Field(16 * MIB, ge=1024, description="Largest JSON part of a request.")
+    max_images: int = Field(1024, ge=1, description="Most images in a request.")
+    max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
+    max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
+    max_requests: int = Field(64, ge=1, description="Requests held at once; more get 503 with Retry-After.")
+    body_timeout_s: float = Field(60.0, gt=0, description="Longest wait for the next bytes of a body.")
+
+    def engine_threads(self) -> int:
+        """CPU threads the engine takes."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+class SettingsError(ValueError):
+    """A flag or DAT_* variable is not usable."""
+
+
+def make_settings(**flags: Any) -> Settings:
+    """Settings from flags (None: not given) over DAT_* variables over defaults. Raises SettingsError."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise SettingsError("; ".join(lines)) from error

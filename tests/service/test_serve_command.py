@@ -1,0 +1,107 @@
+"""`dat serve` as a process: it starts or says why not, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dat_client import Client
+from tests.conftest import DAT, dat_serve, free_port
+
+PROC = Path("/proc")
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes begun by `pid`, or by what it began."""
+    parents = {}
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found: set[int] = set()
+    wave = {pid}
+    while wave:
+        wave = {child for child, parent in parents.items() if parent in wave} - found
+        found |= wave
+    return found
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_running(end: signal.Signals) -> None:
+    with dat_serve("--codec", "identity") as (url, process):
+        with Client(url, "identity") as client:
+            assert client.ready()
+        children = descendants(process.pid)
+        assert len(children) > 3  # Ray's own, the replica, HAProxy
+        names = {(PROC / str(p) / "comm").read_text().strip() for p in children}
+        assert "haproxy" in names
+        os.kill(process.pid, end)
+        assert process.wait(60) == 0
+        assert not {p for p in children if (PROC / str(p)).exists()}
+        with socket.socket() as s:
+            assert s.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
+
+
+def test_two_services_side_by_side(ray_url: str) -> None:
+    with dat_serve("--codec", "identity") as (url, _), Client(url, "identity") as one, Client(ray_url) as other:
+        assert one.ready()
+        assert other.ready()
+        assert one.metadata()["name"] == "identity"
+        assert other.metadata()["name"] == "tiny-f8"
+
+
+def failing(*arguments: str, env: dict[str, str] | None = None) -> str:
+    finished = subprocess.run(
+        [*DAT, "serve", *arguments], capture_output=True, text=True, timeout=120, env=os.environ | (env or {})
+    )
+    assert finished.returncode == 1, finished.stdout
+    assert "Traceback" not in finished.stderr
+    said = [line for line in finished.stderr.splitlines() if line.startswith("dat serve: ")]
+    assert len(said) == 1, finished.stderr
+    return said[0]
+
+
+@pytest.mark.parametrize("local", [[], ["--local"]])
+def test_what_cannot_start_says_why(local: list[str], tmp_path: Path) -> None:
+    assert "did you mean tiny-f8" in failing("--codec", "tiny-f9", *local)
+    assert "dat codecs pull vqgan-openimages-f8-16384" in failing("--codec", "vqgan-openimages-f8-16384", *local)
+    assert "99999" in failing("--port", "99999", *local)
+    assert "onyx" in failing("--engine", "onyx", *local)
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    assert str(empty) in failing("--api-key-file", str(empty), *local)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        assert str(port) in failing("--port", str(port), *local)
+
+
+@pytest.mark.parametrize("local", [[], ["--local"]])
+def test_codec_that_does_not_load_in_the_replica_ends_the_command(local: list[str]) -> None:
+    """Engine and dtype only meet where the codec is loaded: in the replica's process."""
+    said = failing("--engine", "reference", "--dtype", "bf16", "--port", str(free_port()), *local)
+    assert "the reference engine is fp32" in said
+
+
+@pytest.mark.parametrize("local", [[], ["--local"]])
+def test_device_that_is_not_there(local: list[str]) -> None:
+    assert "cuda:77" in failing("--device", "cuda:77", "--port", str(free_port()), *local)
+
+
+def test_settings_from_variables() -> None:
+    with dat_serve("--local", env={"DAT_CODEC": "identity", "DAT_MAX_IMAGES": "3"}) as (url, _):
+        import numpy as np
+
+        from dat_client import TooLarge
+
+        with Client(url, "identity") as client, pytest.raises(TooLarge, match="3 images"):
+            client.discretize(np.zeros((4, 3, 8, 8), np.uint8))
+    assert "max_images" in failing("--local", env={"DAT_MAX_IMAGES": "none"})

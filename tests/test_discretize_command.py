@@ -1,0 +1,43 @@
+"""`dat discretize`: files in, files out."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dat_workers.discretizer import Discretizer
+from tests.conftest import DAT, crop
+from tests.service.http import encoded
+
+
+def dat_discretize(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*DAT, "discretize", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_good_pictures_are_written_and_bad_ones_named(tmp_path: Path) -> None:
+    photograph = crop("coffee", 100, 150)
+    (tmp_path / "good.png").write_bytes(encoded(photograph, "PNG"))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    done = dat_discretize(tmp_path / "bad.png", tmp_path / "good.png", "--out", out, "--indices")
+    assert done.returncode == 1
+    assert "bad.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    expected = Discretizer.from_store("tiny-f8", device="cpu").discretize(
+        photograph[None], outputs=("reconstruction", "indices")
+    )
+    written = np.asarray(Image.open(out / "good.png")).transpose(2, 0, 1)
+    assert np.abs(written.astype(int) - expected["reconstruction"][0]).mean() < 0.1
+    assert (np.load(out / "good.npy") == expected["indices"][0]).mean() > 0.99
+    assert sorted(p.name for p in out.iterdir()) == ["good.npy", "good.png"]
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    done = dat_discretize(tmp_path / "a.png", tmp_path / "b" / "a.jpg", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "['a']" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,47 @@
+"""The floors of ARCHITECTURE.md: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FORBIDDEN = {
+    "client/dat_client": {"dat_workers", "dat_service", "fastapi", "ray"},
+    "workers/dat_workers": {"dat_client", "dat_service", "fastapi", "starlette"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_nothing_points_up(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert len(files) > 5
+    assert not {f"{path.name}: {name}" for path in files for name in imported(path) & FORBIDDEN[folder]}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [("import dat_client", {"torch", "ray"}), ("import dat_service.cli.main", {"torch", "ray", "fastapi"})],
+)
+def test_light_imports_stay_light(statement: str, absent: set[str]) -> None:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert "numpy" in loaded or "typer" in loaded
+    assert not loaded & absent
