@@ -30,7 +30,7 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/dat_client workers/dat_workers dat_service examples
+	$(BIN)/mypy client/dat_client workers/dat_workers dat_service examples benchmarks
 	$(BIN)/codespell
 	$(BIN)/python tests/version.py
 

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+STALE_S = 3600.0  # a temporary file this old is what a killed process left behind
 
 
-def write_atomically(path: Path, content: bytes | bytearray | memoryview) -> None:
-    """Writes `content` under a temporary name beside `path`, syncs and renames it; raises OSError, leaves nothing.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the name `path` only when the block has ended well.
 
-    >>> write_atomically(Path("runs/a.txt"), b"whole")  # doctest: +SKIP
+    >>> with replacing(Path("runs/a.txt")) as file:  # doctest: +SKIP
+    ...     file.write(b"whole")
+
+    Written under a temporary name in the same folder, synced and renamed. On an error nothing is left, and an
+    older file of that name stays as it was. Raises OSError.
     """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - leftover.stat().st_mtime > STALE_S:
+            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`content` as the whole of `path`; see `replacing`."""
+    with replacing(path) as file:
+        file.write(content)

@@ -28,6 +28,7 @@ from dat_workers.codecs.file import Origin
 from dat_workers.codecs.registry import get
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore
+from dat_workers.files import write_atomically
 
 if sys.platform != "win32":
     import fcntl
@@ -326,11 +327,7 @@ def _read_hashes(store: CodecStore) -> dict[str, str]:
 
 def _write_hashes(store: CodecStore, hashes: dict[str, str]) -> None:
     path = store.home / "hashes.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, f"{json.dumps(hashes, indent=1, sort_keys=True)}\n".encode())
     except OSError as error:
         raise CodecError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,10 +24,10 @@ from torch import Tensor
 
 from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.files import write_atomically
 
 SHOWN = 5  # how many offending keys an error names; it counts the rest
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STALE_S = 3600.0  # a temporary file this old is what a killed process left behind
 
 
 @dataclass(frozen=True)
@@ -174,31 +171,15 @@ def write(path: Path, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Or
         "fingerprint": mark,
         "origin": json.dumps(asdict(origin)),
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        # a copy each: safetensors refuses tensors that share memory. Not save_file: it makes a temporary
-        # file of its own, under a name that `_sweep` does not know and readable by its owner only
+        # a copy each: safetensors refuses tensors that share memory. Not save_file: it makes a temporary file of
+        # its own, readable by its owner only
         copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        content = save(copies, metadata)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, save(copies, metadata))
     except (OSError, SafetensorError) as error:
         raise CodecError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return mark
-
-
-def _sweep(path: Path) -> None:
-    """Removes what a writer of this name that was killed left behind."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - leftover.stat().st_mtime > STALE_S:
-            leftover.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.files import replacing
 from dat_workers.pictures import centre_crops
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool
@@ -206,7 +206,7 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Writes the checkpoint under a temporary name and renames it."""
+        """Writes the checkpoint; an older one stays until the new one is whole."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {
             "config": json.dumps(self.config.frozen_part()),
@@ -215,9 +215,8 @@ class Trainer:
             "codebook_ready": self.codebook_ready,
             "rng": torch.get_rng_state(),
         }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        with replacing(self.checkpoint) as file:
+            torch.save(state, file)
 
     def load(self) -> None:
         """Goes on from OUT/checkpoint.pt; raises ValueError where its settings differ from this run's."""

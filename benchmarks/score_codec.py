@@ -1,0 +1,57 @@
+"""How good is a codec on pictures it never saw, and how fast is it here?
+
+    python benchmarks/score_codec.py tiny-f8 SHARD...
+
+Mean PSNR of Q(x) over centre crops, the share of the codebook those crops use, and images/s of
+`Discretizer.discretize` with uint8 in and out (batches of 16, after one batch of warm-up, median of the rounds).
+Results: docs/tiny-f8.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dat_workers.discretizer import Discretizer
+from dat_workers.pictures import centre_crops
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codec")
+    parser.add_argument("sources", nargs="+", type=Path, help="shards, folders or pictures")
+    parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--engine", default="torch")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    x = centre_crops(arguments.sources, arguments.crop)
+    discretizer = Discretizer.from_store(
+        arguments.codec, engine=arguments.engine, device=arguments.device, dtype=arguments.dtype
+    )
+    q = discretizer.discretize(x, outputs=("reconstruction", "indices"))
+    mse = np.square(x.astype(np.float64) - q["reconstruction"]).reshape(len(x), -1).mean(1)
+    psnr = 10 * np.log10(255**2 / np.maximum(mse, 1e-10))
+    used, size = len(np.unique(q["indices"])), discretizer.spec.codebook_size
+    print(f"{arguments.codec}, fingerprint {discretizer.fingerprint[:12]}, {discretizer.describe()}")
+    print(f"{len(x)} centre crops of {arguments.crop} x {arguments.crop}")
+    print(f"PSNR mean {psnr.mean():.2f} dB, median {np.median(psnr):.2f}, lowest {psnr.min():.2f}")
+    print(f"codebook: {used} of {size} entries in use, {used / size:.1%}")
+    batch = x[:16]
+    rates = []
+    for _ in range(arguments.rounds):
+        started = time.perf_counter()
+        discretizer.discretize(batch)
+        rates.append(len(batch) / (time.perf_counter() - started))
+    spread = f"{min(rates):.1f} to {max(rates):.1f} over {len(rates)} rounds"
+    print(f"speed: {statistics.median(rates):.1f} images/s ({spread}), {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
