@@ -153,7 +153,7 @@ def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]
     """The numpy dtype that an `output_dtype` parameter names."""
     if name is None:
         return default
-    if name not in OUTPUT_DTYPES:
+    if not isinstance(name, str) or name not in OUTPUT_DTYPES:
         raise InvalidInput("output_dtype", repr(name), "UINT8, FP16 or FP32")
     return np.dtype(OUTPUT_DTYPES[name])
 
