@@ -41,6 +41,7 @@ def create_app(worker: CodecWorker) -> FastAPI:
         version=__version__,
         description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would go to whatever Host the client named
     )
     app.state.worker = worker
     app.state.keys = read_keys(settings.api_key_file)
@@ -90,6 +91,8 @@ async def on_error(request: Request, error: Exception) -> Response:
             headers["Retry-After"] = str(error.retry_after_s)
         case Refused():
             headers["WWW-Authenticate"] = "Bearer"
+        case MalformedBody():
+            headers["Connection"] = "close"  # who knows where the next request begins
         case HTTPException():
             message = f"{request.method} {request.url.path[:200]}: {error.detail}"
             headers = dict(error.headers or {})

@@ -5,6 +5,8 @@ Specification: the KServe "Open Inference Protocol" REST description and Triton'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -135,21 +137,25 @@ async def infer(request: Request, codec: str, version: str | None = None) -> Res
     """
     worker = served(request, codec, version)
     settings = worker.settings
-    with worker.admit():
+    with ExitStack() as place:
+        place.enter_context(worker.admit())
         body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
         header = request.headers.get(wire.HEADER_LENGTH)
         chunks, header_length = await worker.run(lambda: answer(worker, body, header))
-    return BuffersResponse(chunks, {wire.HEADER_LENGTH: str(header_length)})
+        # the place is held until the answer is out: a slow reader holds its memory for as long
+        done = place.pop_all().close
+    return BuffersResponse(chunks, {wire.HEADER_LENGTH: str(header_length)}, done, settings.body_timeout_s)
 
 
-def answer(worker: CodecWorker, body: bytearray, header_length: str | None) -> wire.Encoded:
+def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> wire.Encoded:
     """The reply's buffers and the length of its JSON part, for one request body."""
     discretizer, settings = worker.discretizer, worker.settings
     assert discretizer is not None
-    json_bytes = int(header_length) if header_length and header_length.strip().isdecimal() else len(body)
+    said = (header_length or "").strip()
+    json_bytes = int(said) if said.isdecimal() and len(said) < 20 else len(body)
     if settings.max_json_bytes < json_bytes <= len(body):
         raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
-    request = wire.decode_request(body, header_length)
+    request = wire.decode_request(body, header_length, max_strings=settings.max_images)
     for name in request.parameters:
         if name not in PARAMETERS:
             raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
@@ -165,12 +171,14 @@ def answer(worker: CodecWorker, body: bytearray, header_length: str | None) -> w
             images = decode_pictures(
                 images, max_image_pixels=settings.max_image_pixels, max_pixels=settings.max_pixels
             )
+        check_json_outputs(request, names, images.size, settings)
         outputs = discretizer.discretize(images, outputs=names, output_dtype=output_dtype)
     else:
         if names != ["reconstruction"]:
             raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
         indices = request.inputs["indices"]
         check_limits(indices, settings, scale=discretizer.spec.factor)
+        check_json_outputs(request, names, 3 * indices.size * discretizer.spec.factor**2, settings)
         outputs = {"reconstruction": discretizer.decode(indices, output_dtype=output_dtype)}
     return wire.encode_response(
         discretizer.spec.name,
@@ -180,6 +188,18 @@ def answer(worker: CodecWorker, body: bytearray, header_length: str | None) -> w
         parameters={"fingerprint": discretizer.fingerprint},
         binary={name: request.wants_binary(name) for name in outputs},
     )
+
+
+def check_json_outputs(request: wire.Request, names: Sequence[str], elements: int, settings: Settings) -> None:
+    """Raises TooLarge where outputs of about `elements` numbers each are asked for as JSON, 20 bytes a number."""
+    as_json = [name for name in names if not request.wants_binary(name)]
+    size = 20 * elements * len(as_json)
+    if size > settings.max_json_bytes:
+        raise TooLarge(
+            "outputs",
+            f"{', '.join(as_json)} as JSON, up to {size} bytes",
+            f"at most {settings.max_json_bytes} bytes of JSON; ask for binary data (binary_data_output)",
+        )
 
 
 def check_limits(tensor: np.ndarray[Any, Any], settings: Settings, scale: int = 1) -> None:

@@ -46,7 +46,8 @@ class RayService:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.own_cluster = "RAY_ADDRESS" not in os.environ
+        self.own_cluster = not os.environ.get("RAY_ADDRESS")
+        self.prefix = "/" if self.own_cluster else f"/{settings.codec}"  # others may serve on that cluster
         self._folder = tempfile.TemporaryDirectory(prefix="dat-serve-")
 
     def start(self) -> None:
@@ -57,15 +58,13 @@ class RayService:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         settings = self.settings
-        node: dict[str, Any] = {"_node_ip_address": "127.0.0.1"} if self.own_cluster else {}
         try:
             ray.init(
-                address=os.environ.get("RAY_ADDRESS"),
+                address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
                 namespace="dat",
                 include_dashboard=False,
                 configure_logging=False,
                 log_to_driver=False,
-                **node,
             )
             serve.start(
                 proxy_location="HeadOnly" if self.own_cluster else "EveryNode",
@@ -80,7 +79,12 @@ class RayService:
                 ray_actor_options={"num_gpus": gpus},
                 graceful_shutdown_timeout_s=5,
             )(serve.ingress()(CodecReplica))
-            serve.run(deployment.bind(settings.model_dump()), name=settings.codec, route_prefix="/", blocking=False)
+            serve.run(
+                deployment.bind(settings.model_dump()),
+                name=settings.codec,
+                route_prefix=self.prefix,
+                blocking=False,
+            )
         except ServeFailed:
             raise
         except Exception as error:

@@ -19,7 +19,11 @@ def read_keys(path: Path | None) -> tuple[bytes, ...]:
     """
     if path is None:
         return ()
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"api_key_file: {path} is not UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
     keys = tuple(line.encode() for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"api_key_file: {path} holds no key")
@@ -35,6 +39,6 @@ async def require_key(request: Request) -> None:
     if scheme.lower() != "bearer" or not given:
         raise Refused("Authorization: no key was sent; expected 'Authorization: Bearer KEY'")
     # every key is compared, so that the time taken says nothing of which one came near
-    matches = [hmac.compare_digest(key, given.strip().encode()) for key in keys]
+    matches = [hmac.compare_digest(key, given.strip().encode("latin-1")) for key in keys]
     if not any(matches):
         raise Refused("Authorization: the key is not known to this service")

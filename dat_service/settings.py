@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
+OTHER_VARIABLES = ("DAT_HOME",)  # where codecs are kept, dat_workers/codecs/store.py
 
 
 class Settings(BaseSettings):
@@ -27,15 +28,15 @@ class Settings(BaseSettings):
     engine: Literal["torch", "reference"] = Field("torch", description="How the codec is run.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="fp16 on CUDA, fp32 on CPU.")
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 for all cores.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
     api_key_file: Path | None = Field(None, description="File with one API key a line; none: no key asked.")
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body.")
-    max_json_bytes: int = Field(16 * MIB, ge=1024, description="Largest JSON part of a request.")
+    max_json_bytes: int = Field(2 * MIB, ge=1024, description="Largest JSON part, of a request or an answer.")
     max_images: int = Field(1024, ge=1, description="Most images in a request.")
     max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
     max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
     max_requests: int = Field(64, ge=1, description="Requests held at once; more get 503 with Retry-After.")
-    body_timeout_s: float = Field(60.0, gt=0, description="Longest wait for the next bytes of a body.")
+    body_timeout_s: float = Field(15.0, gt=0, description="Longest silence within a body, or of a reader.")
 
     def engine_threads(self) -> int:
         """CPU threads the engine takes."""
@@ -48,6 +49,13 @@ class SettingsError(ValueError):
 
 def make_settings(**flags: Any) -> Settings:
     """Settings from flags (None: not given) over DAT_* variables over defaults. Raises SettingsError."""
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith("DAT_") and name[4:].lower() not in Settings.model_fields and name not in OTHER_VARIABLES
+    )
+    if unknown:
+        raise SettingsError(f"{', '.join(unknown)}: no such setting; see dat_service/settings.py for all")
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:

@@ -92,7 +92,7 @@ def service(arguments: argparse.Namespace) -> Iterator[str]:
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def colours(indices: npt.NDArray[np.uint16]) -> Pictures:

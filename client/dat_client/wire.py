@@ -171,11 +171,14 @@ def encode_response(
     return _encode(header, tail)
 
 
-def decode_request(body: Buffer, header_length: int | str | None = None) -> Request:
+def decode_request(
+    body: Buffer, header_length: int | str | None = None, *, max_strings: int | None = None
+) -> Request:
     """An inference request from its body and `Inference-Header-Content-Length`, as text or number.
 
     None, or the length of the body, means that all is JSON. Raises WireError and nothing else: `malformed`
     for HTTP 400, otherwise 422.
+    `max_strings` is the most elements of a BYTES tensor: each becomes an object of its own.
     """
     header, rest = _split(body, header_length)
     parameters = get_object(header, "parameters")
@@ -190,7 +193,7 @@ def decode_request(body: Buffer, header_length: int | str | None = None) -> Requ
         outputs.append(RequestedOutput(name, as_flag(wants, f"outputs[{index}].binary_data")))
     if len({o.name for o in outputs}) != len(outputs):
         malformed("output named twice", "outputs", [o.name for o in outputs])
-    inputs = _decode_tensors(header, "inputs", rest)
+    inputs = _decode_tensors(header, "inputs", rest, max_strings)
     return Request(inputs, get_text(header, "id"), parameters, outputs, binary_default)
 
 
@@ -285,7 +288,9 @@ def _header_length(value: int | str) -> int:
     return value
 
 
-def _decode_tensors(header: dict[str, Any], key: str, rest: memoryview) -> dict[str, Array]:
+def _decode_tensors(
+    header: dict[str, Any], key: str, rest: memoryview, max_strings: int | None = None
+) -> dict[str, Array]:
     if key not in header:
         malformed("key missing", key)
     tensors: dict[str, Array] = {}
@@ -305,6 +310,8 @@ def _decode_tensors(header: dict[str, Any], key: str, rest: memoryview) -> dict[
             malformed("binary_data_size does not fit the body", label, size, len(rest) - offset)
         dtype = dtype_of(entry["datatype"], label)
         shape = parse_shape(entry["shape"], dtype, label)
+        if max_strings is not None and dtype.hasobject and math.prod(shape) > max_strings:
+            refuse("too many BYTES elements", label, math.prod(shape), max_strings)
         if size is None:
             tensors[name] = from_json(entry["data"], dtype, shape, label)
         else:

@@ -31,7 +31,7 @@ def told(interrupted: str = "interrupted") -> Iterator[None]:
 
     try:
         yield
-    except CodecError as error:
+    except (CodecError, OSError) as error:
         typer.echo(f"dat: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:

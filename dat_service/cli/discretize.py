@@ -22,7 +22,7 @@ def discretize(
 
     import numpy as np
 
-    from dat_service.settings import Settings
+    from dat_service.settings import make_settings
     from dat_workers.codecs.spec import CodecError
     from dat_workers.discretizer import Discretizer
     from dat_workers.errors import EngineError, InvalidInput
@@ -34,18 +34,23 @@ def discretize(
     if twice:
         typer.echo(f"dat discretize: several pictures would be written as {twice[:5]}", err=True)
         raise typer.Exit(1)
+    targets = {(out / f"{stem}.png").resolve() for stem in stems}
+    overwritten = [str(p) for p in pictures if p.resolve() in targets]
+    if overwritten:
+        typer.echo(f"dat discretize: --out {out} would overwrite {overwritten[:5]}", err=True)
+        raise typer.Exit(1)
     failed = 0
     try:
         discretizer = Discretizer.from_store(codec, engine=engine, device=device, dtype=dtype)
         names = ("reconstruction", "indices") if indices else ("reconstruction",)
         discretizer.check_outputs(names)
         out.mkdir(parents=True, exist_ok=True)
-        limit = Settings().max_image_pixels
+        limit = make_settings().max_image_pixels
         for path in pictures:
             try:
                 picture = decode_picture(path.read_bytes(), max_pixels=limit, field=str(path), upright=True)
                 q = discretizer.discretize(picture[None], outputs=names)
-            except (InvalidInput, EngineError, FileNotFoundError, IsADirectoryError) as error:
+            except (InvalidInput, EngineError, OSError) as error:
                 typer.echo(f"skipped: {error}", err=True)
                 failed += 1
                 continue

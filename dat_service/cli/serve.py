@@ -63,14 +63,14 @@ def check_startable(settings: Settings) -> None:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((settings.host, settings.port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        except (OSError, TypeError) as error:  # TypeError: a host name that is no text
+            raise OSError(f"cannot listen on {settings.host!r}, port {settings.port}: {error}") from None
 
 
-def say_ready(settings: Settings, seconds: float) -> None:
+def say_ready(settings: Settings, seconds: float, prefix: str = "/") -> None:
     """The line that scripts and people wait for."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}"
+    url = f"http://{host}:{settings.port}{prefix.rstrip('/')}"
     typer.echo(f"ready after {seconds:.1f} s: {settings.codec} at {url}, try it at {url}/, Ctrl-C ends it")
 
 
@@ -89,6 +89,16 @@ def serve_local(settings: Settings) -> None:
         fail(error)
 
     class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # uvicorn's own raises the signal again at the end: a service that was asked to stop would have failed
+            old = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for s, handler in old.items():
+                    signal.signal(s, handler)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
@@ -100,12 +110,12 @@ def serve_local(settings: Settings) -> None:
         port=settings.port,
         loop="uvloop",
         http="httptools",
+        ws="none",
         log_level="warning",
         timeout_graceful_shutdown=10,
     )
     server = Server(config)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    server.run()
     if not server.started:
         raise typer.Exit(1)
     typer.echo("stopped")
@@ -122,7 +132,7 @@ def serve_on_ray(settings: Settings) -> None:
         service.start()
         # only now: Ray sets a handler of its own for SIGTERM while it starts
         with stop_signals() as stopped:
-            say_ready(settings, time.monotonic() - started)
+            say_ready(settings, time.monotonic() - started, service.prefix)
             stopped.wait()
             typer.echo("stopping ...")
             service.stop()

@@ -14,7 +14,7 @@ def train_codec(
         typer.Argument(help="WebDataset shards (.tar) or folders of pictures.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, log, samples and the codec.")],
-    name: Annotated[str, typer.Option(help="The codec's name.")] = "tiny-f8",
+    name: Annotated[str, typer.Option(help="The codec's name.")] = "my-f8",
     validate: Annotated[
         list[Path] | None, typer.Option(help="Shards that are never trained on; PSNR is measured on them.")
     ] = None,
@@ -47,13 +47,16 @@ def train_codec(
     """
     import torch
 
-    from dat_workers.codecs.file import Origin, write
+    from dat_service.cli.codecs import told
+    from dat_workers.codecs.file import Origin, read, write
     from dat_workers.codecs.spec import CodecError, CodecSpec
+    from dat_workers.codecs.store import check_name, load_model
     from dat_workers.engines import pick_device
     from dat_workers.training.config import TrainConfig
     from dat_workers.training.trainer import Trainer
 
     try:
+        check_name(name)
         spec = CodecSpec(
             name,
             ch=ch,
@@ -75,21 +78,22 @@ def train_codec(
         typer.echo(f"reading pictures for {name} ...")
         trainer = Trainer(config)
         finished = trainer.run(typer.echo)
+        if finished and not trainer.codebook_ready:
+            raise CodecError(f"{steps} steps are too few: the codebook never started; nothing was written")
     except (CodecError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         typer.echo(f"dat train-codec: {error}", err=True)
         raise typer.Exit(1) from None
     if not finished:
         raise typer.Exit(130)
     path = out / f"{name}.safetensors"
-    tensors = {
-        key: value.cpu().to(torch.float16 if half else torch.float32)
-        for key, value in trainer.average.state_dict().items()
-    }
-    write(path, spec, tensors, Origin.now(f"dat train-codec, {steps} steps, seed {seed}", ""))
-    typer.echo(f"codec: {path}")
-    if trainer.validation is not None:
-        scores = trainer.evaluate()
-        typer.echo(
-            f"validation: {scores.psnr_db:.2f} dB on {scores.pictures} pictures, "
-            f"{scores.used:.1%} of {codebook_size} codebook entries in use"
-        )
+    dtype = torch.float16 if half else torch.float32
+    tensors = {key: value.cpu().to(dtype) for key, value in trainer.average.state_dict().items()}
+    with told():
+        write(path, spec, tensors, Origin.now(f"dat train-codec, {steps} steps, seed {seed}", ""))
+        typer.echo(f"codec: {path}\ninstall it: dat codecs import {path} --as {name}")
+        if trainer.validation is not None:
+            scores = trainer.evaluate(model=load_model(read(path)).to(trainer.device))
+            typer.echo(
+                f"validation: {scores.psnr_db:.2f} dB on {scores.pictures} pictures, "
+                f"{scores.used:.1%} of {codebook_size} codebook entries in use"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ def verify(
     engine: Annotated[str, typer.Option(help="The engine to judge.")] = "torch",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
-    crop: Annotated[int, typer.Option(help="Side of the centre crops, a multiple of f.", min=8)] = 224,
+    crop: Annotated[int, typer.Option(help="Side of the centre crops, a multiple of f.", min=8, max=4096)] = 224,
     limit: Annotated[int, typer.Option(help="Most pictures taken.", min=1)] = 8,
 ) -> None:
     """Compare an engine with taming-transformers' modules in fp32, token by token: PASS, or FAIL and status 1."""
@@ -39,9 +39,9 @@ def verify(
             file = CodecStore().load(name)
             if crop % file.spec.factor:
                 raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
-            model = load_model(name)
+            model = load_model(file)
             ours = create(engine, model, device=device, dtype=dtype)
-            reference = create("reference", load_model(name), device=device)
+            reference = create("reference", load_model(file), device=device)
             images = _crops(pictures, crop, limit)
         except (InvalidInput, ValueError, RuntimeError, OSError) as error:
             raise error if isinstance(error, CodecError) else CodecError(str(error)) from error
@@ -62,7 +62,7 @@ def _crops(sources: list[Path] | None, size: int, limit: int) -> npt.NDArray[np.
     import numpy as np
 
     from dat_workers.codecs.spec import CodecError
-    from dat_workers.pictures import centre_crops, enlarge
+    from dat_workers.pictures import centre_crop, centre_crops
 
     if sources:
         return centre_crops(sources, size, limit)
@@ -70,9 +70,6 @@ def _crops(sources: list[Path] | None, size: int, limit: int) -> npt.NDArray[np.
         from skimage import data
     except ImportError:
         raise CodecError("name pictures to compare on, or: pip install 'dat-service[demo]'") from None
-    crops: list[Any] = []
-    for name in PHOTOGRAPHS[:limit]:
-        picture = enlarge(np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)), size)
-        top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
-        crops.append(picture[:, top : top + size, left : left + size])
-    return np.stack(crops)
+    names = PHOTOGRAPHS[:limit]
+    pictures = (np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)) for name in names)
+    return np.stack([centre_crop(picture, size) for picture in pictures])

@@ -3,6 +3,7 @@ good request is answered."""
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import crop
 from tests.service.http import (
@@ -68,7 +70,7 @@ def test_body_that_is_not_json(identity: str) -> None:
     assert "JSON" in reply.error["error"]
 
 
-@pytest.mark.parametrize("length", ["100000000", "-5", "twelve", "", "1e3", "9" * 40])
+@pytest.mark.parametrize("length", ["100000000", "-5", "twelve", "", "1e3", "9" * 40, "9" * 5000, "\xb2"])
 def test_header_length_that_cannot_be(identity: str, length: str) -> None:
     reply = infer(identity, {"inputs": [ENTRY]}, DATA, length=length)
     assert reply.status == 400
@@ -239,6 +241,62 @@ def test_json_deeper_than_any_tensor(identity: str) -> None:
     assert infer(identity, b'{"inputs":' + b"[" * 100_000, length=100_010).status == 400
 
 
+def test_json_answer_larger_than_taken(identity: str) -> None:
+    reply = infer_images(identity, np.zeros((1, 3, 600, 600), np.uint8), "UINT8")
+    refused(reply, 413, "outputs", "reconstruction as JSON", "binary_data_output")
+    assert infer_images(identity, np.zeros((1, 3, 60, 60), np.uint8), "UINT8").status == 200
+
+
+def test_more_encoded_pictures_than_taken(identity: str) -> None:
+    refused(infer_encoded(identity, *[b""] * 17), 422, "images", "17", "16")
+
+
+def test_sixteen_bit_grey_is_not_guessed_at(identity: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(out, "PNG")
+    refused(infer_encoded(identity, out.getvalue()), 422, "images[0]", "I;16", "8 bits")
+
+
+def test_upgrade_is_refused_and_the_connection_closed(identity: str) -> None:
+    """The parser would take the body for the next request."""
+    parts = urlsplit(identity)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
+        s.sendall(
+            b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+            b"Content-Length: 42\r\n\r\n"
+        )
+        time.sleep(0.1)
+        s.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers = b""
+        try:
+            while more := s.recv(4000):
+                answers += more
+        except ConnectionResetError:
+            pass
+    assert answers.startswith(b"HTTP/1.1 400")
+    assert answers.count(b"HTTP/1.1") == 1
+
+
+def test_reader_that_does_not_read_gives_its_place_back(serve_app: Callable[..., str]) -> None:
+    url = serve_app(codec="identity", max_requests=1, body_timeout_s=0.3)
+    images = np.zeros((16, 3, 256, 256), np.uint8)
+    entry, data = tensor("images", images, "UINT8")
+    asked = {"inputs": [entry], "parameters": {"output_dtype": "FP32", "binary_data_output": True}}
+    head = json.dumps(asked).encode()
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
+        s.sendall(
+            b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
+            b"Content-Length: %d\r\n\r\n" % (len(head), len(head) + len(data)) + head + data
+        )
+        statuses = set()
+        deadline = time.monotonic() + 60
+        while 200 not in statuses or 503 not in statuses:
+            statuses.add(infer_images(url, GOOD, "UINT8").status)
+            assert time.monotonic() < deadline, statuses
+            time.sleep(0.05)
+
+
 def test_json_larger_than_taken(serve_app: Callable[..., str]) -> None:
     url = serve_app(codec="identity", max_json_bytes=2000)
     numbers = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 20, 20], "data": [0] * 1200}
@@ -291,7 +349,7 @@ def test_api_keys(serve_app: Callable[..., str], tmp_path_factory: pytest.TempPa
 
 
 def test_full_service_asks_to_come_again(serve_app: Callable[..., str]) -> None:
-    url = serve_app(codec="identity", max_requests=1)
+    url = serve_app(codec="identity", max_requests=1, body_timeout_s=60)
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port)) as holder:
         holder.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n0")

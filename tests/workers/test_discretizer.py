@@ -140,9 +140,28 @@ def test_what_a_codec_lacks_is_refused(tiny: Discretizer, identity: Discretizer)
         identity.decode(np.zeros((1, 1, 1), np.uint16))
 
 
-def test_overflow_is_an_error_and_never_a_picture() -> None:
+@pytest.mark.parametrize(("half", "says"), [("decoder", r"images \[0, 1\].*not finite"), ("encoder", "latent")])
+def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
     broken = Discretizer.from_store("tiny-f8", device="cpu")
     assert broken.engine is not None
-    broken.engine.model.decoder.conv_out.weight[0, 0, 0, 0] = torch.inf  # type: ignore[attr-defined]
-    with pytest.raises(EngineError, match=r"images \[0, 1\].*not finite"):
+    getattr(broken.engine.model, half).conv_out.weight[0, 0, 0, 0] = torch.inf  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=says):
         broken.discretize(np.zeros((2, 3, 16, 16), np.uint8))
+
+
+def test_fp32_is_not_tf32() -> None:
+    """cuDNN would take TF32 for fp32 convolutions by itself; the flag is there without a GPU, too."""
+    torch.backends.cudnn.allow_tf32 = True
+    Discretizer.from_store("tiny-f8", device="cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_large_pictures_take_the_blockwise_attention_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dat_workers.codecs import vqgan
+
+    tiny = Discretizer.from_store("tiny-f8", device="cpu")
+    image = crop("coffee", 128, 128)[None]
+    whole = tiny.discretize(image, outputs=("indices",))["indices"]
+    monkeypatch.setattr(vqgan, "LARGE_ATTENTION", 16)
+    assert (tiny.discretize(image, outputs=("indices",))["indices"] == whole).mean() > 0.98

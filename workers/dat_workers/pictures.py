@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from dat_workers.errors import InvalidInput, TooLarge
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 1 << 28  # where the caller sets no limit: a 16384 x 16384 picture
+MAX_PIXELS = 1 << 27  # where the caller sets no limit; Pillow has its own a little above
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -35,6 +35,8 @@ def decode_picture(
             width, height = image.size
             if width * height > max_pixels:
                 raise TooLarge(field, f"{width}x{height} = {width * height} pixels", f"at most {max_pixels} pixels")
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise InvalidInput(field, f"mode {image.mode}", "8 bits a channel")
             if upright:
                 image = ImageOps.exif_transpose(image)
             array = np.asarray(image.convert("RGB"))
@@ -101,14 +103,19 @@ def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -
     crops = []
     for source in sources:
         for name, data in encoded_pictures(source):
-            picture = enlarge(decode_picture(data, field=name), size)
-            top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
-            crops.append(picture[:, top : top + size, left : left + size])
+            crops.append(centre_crop(decode_picture(data, field=f"{source}: {name}"), size))
             if limit is not None and len(crops) == limit:
                 return np.stack(crops)
     if not crops:
         raise InvalidInput("pictures", [str(s) for s in sources], "shards or folders that hold some")
     return np.stack(crops)
+
+
+def centre_crop(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [3,size,size]: the middle of a picture, which is enlarged first where it is smaller."""
+    picture = enlarge(picture, size)
+    top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
+    return picture[:, top : top + size, left : left + size]
 
 
 def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:

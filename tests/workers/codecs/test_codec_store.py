@@ -43,7 +43,7 @@ def test_add_and_load(home: CodecStore, spec: CodecSpec, weights: dict[str, Tens
 
 def test_model(home: CodecStore, spec: CodecSpec, weights: dict[str, Tensor]) -> None:
     home.add(spec, {name: tensor.half() for name, tensor in weights.items()}, ORIGIN)
-    model = load_model("toy", home)
+    model = load_model(home.load("toy"))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
@@ -53,7 +53,7 @@ def test_model(home: CodecStore, spec: CodecSpec, weights: dict[str, Tensor]) ->
     with torch.no_grad():
         assert torch.equal(model.decode(model.encode(x)), reference.decode(reference.encode(x)))
     with pytest.raises(CodecError, match="'identity' is no network"):
-        load_model("identity", home)
+        load_model(home.load("identity"))
 
 
 def test_identity(home: CodecStore) -> None:

@@ -59,7 +59,7 @@ def test_full_size_codec_gives_the_published_modules_tokens(
     published_checkpoint(random_codec(spec, images), checkpoint)
     store = CodecStore(tmp_path / "home")
     store.add(spec, load_published(checkpoint, spec), Origin("test", "", ""))
-    model = load_model(name, store)
+    model = load_model(store.load(name))
     if count:
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(count, abs=0.05)
     ours = create("torch", model, device="cpu", dtype="fp32")

@@ -142,7 +142,7 @@ def _check_identity(name: str, spec: CodecSpec, path: Path) -> None:
         )
 
 
-def load_model(name: str, store: CodecStore | None = None) -> VQGAN:
+def load_model(codec: str | CodecFile) -> VQGAN:
     """The codec as an fp32 network on the CPU, in eval mode, without gradients.
 
     >>> load_model("tiny-f8").encode(torch.zeros(1, 3, 64, 64)).shape  # doctest: +SKIP
@@ -150,9 +150,10 @@ def load_model(name: str, store: CodecStore | None = None) -> VQGAN:
 
     Raises CodecError as `CodecStore.load` does, and for `identity`, which is no network.
     """
-    codec = (store or CodecStore()).load(name)
+    if isinstance(codec, str):
+        codec = CodecStore().load(codec)
     if codec.spec.architecture != "vqgan":
-        raise CodecError(f"codec {name!r} is no network (architecture {codec.spec.architecture!r})")
+        raise CodecError(f"codec {codec.spec.name!r} is no network (architecture {codec.spec.architecture!r})")
     # on meta and then assigned: the random initialisation of a full-size network takes seconds
     with torch.device("meta"):
         model = VQGAN(codec.spec)

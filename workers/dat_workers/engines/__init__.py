@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.errors import EngineError
 
 ENGINES = ("torch", "reference")
 DTYPES = ("auto", "fp32", "fp16", "bf16")
@@ -19,7 +20,7 @@ class Engine(Protocol):
     name: str
     device: torch.device
     dtype: str
-    batch: int  # images that are worth handing over at once
+    batch: int  # images of 224 x 224 that are worth handing over at once
 
     def encode(self, images: Tensor) -> Tensor:
         """Indices int64 [N,H/f,W/f] of images fp32 [N,3,H,W] in 0..1."""
@@ -42,6 +43,19 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def checked_latents(z: Tensor) -> Tensor:
+    """`z` itself; raises EngineError where it is not finite: the nearest entry to a NaN would be token 0."""
+    if not bool(z.isfinite().all()):
+        raise EngineError("the encoder's latent vectors are not finite; run the codec with --dtype fp32")
+    return z
+
+
+def true_fp32() -> None:
+    """Switches TF32 off in this process: its 10 bits of mantissa lose δ, and cuDNN takes it by itself."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto") -> Engine:
     """An engine by name, holding `model`.
 
@@ -49,6 +63,7 @@ def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto"
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
+    true_fp32()
     if name == "torch":
         from dat_workers.engines.torch_engine import TorchEngine
 

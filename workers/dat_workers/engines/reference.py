@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.engines import checked_latents
 
 
 class ReferenceEngine:
@@ -56,7 +57,7 @@ class ReferenceEngine:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         z = self.quant_conv(self.encoder(images.to(self.device) * 2 - 1))
-        indices: Tensor = self.quantize(z)[2][2]
+        indices: Tensor = self.quantize(checked_latents(z))[2][2]
         return indices.cpu()
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.engines import checked_latents
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,7 +37,7 @@ class TorchEngine:
         with self._half():
             h = encoder.body(h)
         z = self.model.quant_conv(encoder.head(h.float()))
-        return self.model.quantize.nearest(z).cpu()
+        return self.model.quantize.nearest(checked_latents(z)).cpu()
 
     @torch.inference_mode()
     def decode(self, indices: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dat_workers.codecs.file import geometry
@@ -44,10 +44,10 @@ class TrainConfig:
         for name in ("steps", "batch", "pool"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.codebook_start <= self.discriminator_start:
+        if not 0 <= self.codebook_start <= self.discriminator_start or self.codebook_start >= 1:
             raise ValueError(
                 f"codebook_start is {self.codebook_start} and discriminator_start {self.discriminator_start}: "
-                "the codebook must start between 0 and the discriminator"
+                "the codebook must start before the end, and not after the discriminator"
             )
         if self.perceptual not in ("structure", "lpips"):
             raise ValueError(f"perceptual is {self.perceptual!r}, must be 'structure' or 'lpips'")
@@ -59,5 +59,6 @@ class TrainConfig:
 
     def frozen_part(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be continued."""
-        names = ("steps", "batch", "crop", "learning_rate", "codebook_start", "discriminator_start", "seed")
-        return {"geometry": geometry(self.spec), **{name: getattr(self, name) for name in names}}
+        free = {"spec", "sources", "out", "validation", "validation_crop", "save_every_s", "device"}
+        fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+        return {"geometry": geometry(self.spec), "sources": [p.name for p in self.sources], **fixed}

@@ -32,10 +32,10 @@ class CropPool:
             if name == first:
                 self.complete = True
                 break
-            first = first or name
-            self.pool.append(picture)
             if len(self.pool) == capacity:
                 break
+            first = first or name
+            self.pool.append(picture)
 
     def _endless(self) -> Iterator[tuple[str, np.ndarray]]:
         while True:

@@ -29,9 +29,8 @@ def structure_term(x: Tensor, y: Tensor) -> Tensor:
     LPIPS needs downloaded weights; this needs none. It is not a perceptual metric and does not claim to be.
     """
     total = 1 - ssim(x, y)
-    for _ in range(4):
-        total = total + (x - y).abs().mean() / 4
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    for scale in (1, 2, 4, 8):
+        total = total + (F.avg_pool2d(x, scale) - F.avg_pool2d(y, scale)).abs().mean() / 4
     return total
 
 

@@ -55,15 +55,13 @@ class EmaQuantizer(nn.Module):
     def forward(self, z: Tensor, *, learn: bool, revive: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Latents fp32 [N,d,h,w] to (straight-through z_q, commitment term, indices [N,h,w])."""
         n, d, height, width = z.shape
-        if learn:
-            with torch.no_grad():
-                flat = z.detach().permute(0, 2, 3, 1).reshape(-1, d)
-                indices, counts, sums = self._assign(flat)
+        with torch.no_grad():
+            flat = z.detach().permute(0, 2, 3, 1).reshape(-1, d)
+            indices, counts, sums = self._assign(flat)
+            indices = indices.view(n, height, width)
+            quantized = self.codebook.lookup(indices)
+            if learn:  # after the look-up: a revived entry is no longer what its tokens stood for
                 self._update(flat, counts, sums, revive)
-                indices = indices.view(n, height, width)
-        else:
-            indices = self.codebook.nearest(z.detach())
-        quantized = self.codebook.lookup(indices).detach()
         commitment = (z - quantized).square().mean()
         return z + (quantized - z).detach(), commitment, indices
 
@@ -78,7 +76,7 @@ class EmaQuantizer(nn.Module):
             return
         dead = (self.counts < self.dead_below * mean).nonzero().flatten()
         dead = dead[torch.randperm(len(dead), device=dead.device)[: len(flat) // 16]]
-        fresh = flat[torch.randint(len(flat), (len(dead),), device=flat.device)]
+        fresh = flat[torch.randperm(len(flat), device=flat.device)[: len(dead)]]
         weight[dead] = fresh
         self.counts[dead] = mean
         self.sums[dead] = fresh * mean

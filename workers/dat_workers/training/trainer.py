@@ -77,6 +77,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of training, over all runs
         self.codebook_ready = False
+        self.stopped: list[int] = []  # the signals that have come
         config.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
@@ -88,8 +89,8 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / max(1, min(200, self.config.steps // 10)))
         return self.config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def _forward(self, images: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(reconstructions, commitment term, latents), in half precision but for the codebook."""
+    def _forward(self, images: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """(reconstructions, commitment term), in half precision but for the codebook."""
         with torch.autocast(self.device.type, torch.bfloat16):
             z = self.model.latents(images)
         z = z.float()
@@ -98,7 +99,7 @@ class Trainer:
             quantized, commitment, _ = self.quantizer(z, learn=True, revive=progress < 0.9)
         with torch.autocast(self.device.type, torch.bfloat16):
             pictures = self.model.pictures(quantized)
-        return pictures.float(), commitment, z
+        return pictures.float(), commitment
 
     def train_step(self) -> dict[str, float]:
         """One batch through Eq. 8-10; returns the terms for the log."""
@@ -109,7 +110,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(progress)
         images = self.pool.batch(self.step, config.batch).to(self.device)
-        pictures, commitment, _ = self._forward(images, progress)
+        pictures, commitment = self._forward(images, progress)
         distortion = F.mse_loss(pictures, images)
         reconstruction = distortion + config.perceptual_weight * self.perceptual(images, pictures)
         loss = reconstruction + config.commitment_weight * commitment
@@ -149,6 +150,8 @@ class Trainer:
         collected: list[Tensor] = []
         count, number = 0, 0
         while count < wanted:
+            if self.stopped:
+                return
             images = self.pool.batch(-1 - number, self.config.batch).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16):
                 z = self.model.latents(images).float()
@@ -161,19 +164,20 @@ class Trainer:
     # -- scores and pictures ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, limit: int | None = None) -> Scores:
-        """The averaged weights in fp32 on the validation crops."""
+    def evaluate(self, limit: int | None = None, model: VQGAN | None = None) -> Scores:
+        """The averaged weights (or another model of the same spec) in fp32 on the validation crops."""
         assert self.validation is not None
+        model = model or self.average
         values: list[Tensor] = []
         used: set[int] = set()
         for batch in torch.split(self.validation[:limit], 4):
             x = batch.to(self.device).float().div(127.5).sub(1)
             if self.codebook_ready:
-                indices = self.average.encode(x)
+                indices = model.encode(x)
                 used.update(torch.unique(indices).tolist())
-                y = self.average.decode(indices)
+                y = model.decode(indices)
             else:
-                y = self.average.pictures(self.average.latents(x))
+                y = model.pictures(model.latents(x))
             values.append(psnr_db(x, y))
         scores = torch.cat(values)
         return Scores(scores.mean().item(), len(used) / self.config.spec.codebook_size, len(scores))
@@ -214,14 +218,19 @@ class Trainer:
             "seconds": self.seconds,
             "codebook_ready": self.codebook_ready,
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
         }
         with replacing(self.checkpoint) as file:
             torch.save(state, file)
 
     def load(self) -> None:
         """Goes on from OUT/checkpoint.pt; raises ValueError where its settings differ from this run's."""
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        theirs, ours = json.loads(state["config"]), json.loads(json.dumps(self.config.frozen_part()))
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            theirs = json.loads(state["config"])
+        except Exception as error:  # torch raises nearly anything for a file that is not its own
+            raise ValueError(f"{self.checkpoint} is no checkpoint of this command ({error!r:.80})") from error
+        ours = json.loads(json.dumps(self.config.frozen_part()))
         if theirs != ours:
             differing = {k: (theirs.get(k), ours[k]) for k in ours if theirs.get(k) != ours[k]}
             raise ValueError(
@@ -233,20 +242,21 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.codebook_ready = state["codebook_ready"]
         torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
 
     # -- the loop -----------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[str], None]) -> bool:
         """Trains until the last step; False when a signal ended it first (the checkpoint is written)."""
         config = self.config
-        log = (config.out / "log.jsonl").open("a")
         last_save = last_line = started = time.monotonic()
         step_at_start = self.step
         before = self.seconds
         if self.step:
             report(f"going on from step {self.step} of {config.steps}")
-        with log, _stop_signals() as stopped:
-            while self.step < config.steps and not stopped:
+        with _stop_signals() as self.stopped, (config.out / "log.jsonl").open("a") as log:
+            while self.step < config.steps and not self.stopped:
                 terms = self.train_step()
                 now = time.monotonic()
                 self.seconds = before + now - started
@@ -271,7 +281,7 @@ class Trainer:
                         report(f"validation, 16 pictures: {scores.psnr_db:.2f} dB")
                     last_save = time.monotonic()
             self.save()
-        if stopped:
+        if self.stopped:
             report(f"stopped at step {self.step}; run the same command to go on")
             return False
         report(f"samples: {self.save_samples()}")
