@@ -27,8 +27,8 @@ class Discretizer:
     >>> q = Discretizer.from_store("tiny-f8")                                     # doctest: +SKIP
     >>> q.discretize(images, outputs=("reconstruction", "indices"))["indices"]    # doctest: +SKIP
 
-    Pure: the answer depends on the arguments alone, not on what came before. Kernels may add in another order
-    for another batch size, which moves the last bit and, where two entries are equally near, a token.
+    Pure: the answer depends on the arguments alone, not on what came before; on a CPU also not on what comes
+    together. (CUDA kernels may add in another order for another batch size, which can move a near-tie.)
     """
 
     def __init__(self, spec: CodecSpec, fingerprint: str, engine: Engine | None) -> None:
@@ -136,7 +136,7 @@ class Discretizer:
     def _batch(self, pixels: int) -> int:
         """Images of so many pixels to hand to the engine at once: its memory goes with the pixels."""
         assert self.engine is not None
-        return max(1, self.engine.batch * 224 * 224 // pixels)
+        return max(1, min(self.engine.batch, self.engine.batch * 224 * 224 // pixels))
 
     def _pad(self, x: Tensor) -> Tensor:
         f = self.spec.factor

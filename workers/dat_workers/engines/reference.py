@@ -20,7 +20,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
-    batch = 4
+    batch = 1
 
     def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
         if dtype not in ("auto", "fp32"):
