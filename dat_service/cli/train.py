@@ -37,7 +37,9 @@ def train_codec(
     perceptual_weight: Annotated[float, typer.Option(help="Weight of that term beside the squared error.")] = 0.02,
     pool: Annotated[int, typer.Option(help="Decoded pictures held in memory.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of weights and crops.")] = 0,
-    half: Annotated[bool, typer.Option("--half", help="Keep the weights as fp16: half the file.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Keep weights as fp16 (not the codebook): half the file.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
 ) -> None:
     """Train a VQGAN codec by Appendix A of the paper (Eq. 8-10).
@@ -45,7 +47,6 @@ def train_codec(
     The same command goes on where an earlier one was stopped or killed. At the end OUT/NAME.safetensors can be
     installed with `dat codecs import OUT/NAME.safetensors --as NAME`.
     """
-    import torch
 
     from dat_service.cli.codecs import told
     from dat_workers.codecs.file import Origin, read, write
@@ -53,6 +54,7 @@ def train_codec(
     from dat_workers.codecs.store import check_name, load_model
     from dat_workers.engines import pick_device
     from dat_workers.training.config import TrainConfig
+    from dat_workers.training.export import exported_weights
     from dat_workers.training.trainer import Trainer
 
     try:
@@ -86,10 +88,13 @@ def train_codec(
     if not finished:
         raise typer.Exit(130)
     path = out / f"{name}.safetensors"
-    dtype = torch.float16 if half else torch.float32
-    tensors = {key: value.cpu().to(dtype) for key, value in trainer.average.state_dict().items()}
     with told():
-        write(path, spec, tensors, Origin.now(f"dat train-codec, {steps} steps, seed {seed}", ""))
+        write(
+            path,
+            spec,
+            exported_weights(trainer.average, half=half),
+            Origin.now(f"dat train-codec, {steps} steps, seed {seed}", ""),
+        )
         typer.echo(f"codec: {path}\ninstall it: dat codecs import {path} --as {name}")
         if trainer.validation is not None:
             scores = trainer.evaluate(model=load_model(read(path)).to(trainer.device))

@@ -14,9 +14,10 @@ from PIL import Image
 
 from dat_workers.codecs.file import read
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.codecs.vqgan import Codebook
+from dat_workers.codecs.vqgan import VQGAN, Codebook
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool
+from dat_workers.training.export import exported_weights
 from dat_workers.training.losses import adaptive_weight, discriminator_loss, ssim, structure_term
 from dat_workers.training.quantizer import EmaQuantizer
 from dat_workers.training.trainer import Trainer
@@ -136,6 +137,23 @@ def test_codebook_follows_its_tokens_and_revives_the_dead() -> None:
     assert quantizer.usage() > 0.5
     quantized, _, indices = quantizer(shifted, learn=False, revive=False)
     assert torch.allclose(quantized, codebook.lookup(indices))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_export_is_the_same_codec(half: bool) -> None:
+    torch.manual_seed(0)
+    model = VQGAN(SPEC).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        model.quant_conv.bias.add_(3)  # type: ignore[union-attr]
+        z = model.latents(x)
+        model.quantize.embedding.weight.copy_(z.permute(0, 2, 3, 1).reshape(-1, 4)[:64])
+        kept = VQGAN(SPEC).eval()
+        kept.load_state_dict(exported_weights(model, half=half))
+        assert kept.quantize.embedding.weight.mean(0).abs().max() < 1e-3
+        assert (kept.encode(x) == model.encode(x)).float().mean() > (0.9 if half else 0.99)
+        tokens = model.encode(x)
+        assert (kept.decode(tokens) - model.decode(tokens)).abs().max() < (0.02 if half else 1e-3)
 
 
 def test_straight_through_passes_the_gradient_on() -> None:

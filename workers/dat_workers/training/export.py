@@ -1,0 +1,35 @@
+"""From a trained network to the weights that are kept."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from dat_workers.codecs.vqgan import VQGAN
+
+EXACT = ("quantize.", "quant_conv.", "post_quant_conv.")  # fp16 is coarser than the codebook's spacing
+
+
+@torch.no_grad()
+def exported_weights(model: VQGAN, *, half: bool) -> dict[str, Tensor]:
+    """The state dict of the same codec with its codebook centred, as fp16 where `half` (codebook and its 1x1
+    convolutions stay fp32).
+
+    Centring moves latents, codebook and what the decoder adds by the same vector, which changes nothing but
+    rounding: distances of smaller vectors lose fewer digits, so fewer tokens are near-ties.
+    """
+    centred = copy.deepcopy(model).cpu().float()
+    codebook = centred.quantize.embedding.weight
+    mean = codebook.mean(0)
+    codebook -= mean
+    quant_bias, post_bias = centred.quant_conv.bias, centred.post_quant_conv.bias
+    assert quant_bias is not None
+    assert post_bias is not None
+    quant_bias -= mean
+    post_bias += centred.post_quant_conv.weight[:, :, 0, 0] @ mean
+    return {
+        name: tensor.half() if half and not name.startswith(EXACT) else tensor
+        for name, tensor in centred.state_dict().items()
+    }
