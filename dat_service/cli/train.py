@@ -36,6 +36,9 @@ def train_codec(
     ] = "structure",
     perceptual_weight: Annotated[float, typer.Option(help="Weight of that term beside the squared error.")] = 0.02,
     pool: Annotated[int, typer.Option(help="Decoded pictures held in memory.")] = 2000,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this codec file of the same geometry, codebook included.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and crops.")] = 0,
     half: Annotated[
         bool, typer.Option("--half", help="Keep weights as fp16 (not the codebook): half the file.")
@@ -74,7 +77,7 @@ def train_codec(
             spec, tuple(shards), out, steps=steps, batch=batch, crop=crop, learning_rate=learning_rate,
             codebook_start=codebook_start, discriminator_start=discriminator_start,
             discriminator_weight=discriminator_weight, perceptual=perceptual,
-            perceptual_weight=perceptual_weight, pool=pool, validation=tuple(validate or ()), seed=seed,
+            perceptual_weight=perceptual_weight, pool=pool, init=init, validation=tuple(validate or ()), seed=seed,
             device=str(pick_device(device)),
         )  # fmt: skip
         typer.echo(f"reading pictures for {name} ...")

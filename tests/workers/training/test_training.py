@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dat_workers.codecs.file import read
-from dat_workers.codecs.spec import CodecSpec
+from dat_workers.codecs.file import Origin, read, write
+from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.vqgan import VQGAN, Codebook
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool
@@ -154,6 +154,20 @@ def test_export_is_the_same_codec(half: bool) -> None:
         assert (kept.encode(x) == model.encode(x)).float().mean() > (0.9 if half else 0.99)
         tokens = model.encode(x)
         assert (kept.decode(tokens) - model.decode(tokens)).abs().max() < (0.02 if half else 1e-3)
+
+
+def test_a_run_can_start_from_a_codec(pictures: Path, tmp_path: Path) -> None:
+    trained = Trainer(config(pictures, tmp_path / "a", codebook_start=0.0))
+    for _ in range(8):
+        trained.train_step()
+    file = tmp_path / "toy.safetensors"
+    write(file, SPEC, exported_weights(trained.average, half=False), Origin.now("test", ""))
+    going_on = Trainer(config(pictures, tmp_path / "b", init=file))
+    assert going_on.evaluate() == trained.evaluate()
+    going_on.train_step()
+    other = CodecSpec("toy-f2", ch=64, ch_mult=(1, 1), num_res_blocks=1, codebook_size=64, latent_dim=4)
+    with pytest.raises(CodecError, match="another shape"):
+        Trainer(TrainConfig(other, (pictures,), tmp_path / "c", crop=32, init=file))
 
 
 def test_straight_through_passes_the_gradient_on() -> None:

@@ -34,6 +34,7 @@ class TrainConfig:
     validation: tuple[Path, ...] = ()
     validation_crop: int = 224
     save_every_s: float = 300.0
+    init: Path | None = None  # a codec file of the same geometry to start from; its codebook is used at once
     seed: int = 0
     device: str = "cpu"
 
@@ -51,7 +52,7 @@ class TrainConfig:
             )
         if self.perceptual not in ("structure", "lpips"):
             raise ValueError(f"perceptual is {self.perceptual!r}, must be 'structure' or 'lpips'")
-        for path in (*self.sources, *self.validation):
+        for path in (*self.sources, *self.validation, *([self.init] if self.init else [])):
             if not path.exists():
                 raise ValueError(f"no such shard or folder: {path}")
         if not self.sources:
@@ -59,6 +60,11 @@ class TrainConfig:
 
     def frozen_part(self) -> dict[str, object]:
         """What must be equal for a checkpoint to be continued."""
-        free = {"spec", "sources", "out", "validation", "validation_crop", "save_every_s", "device"}
+        free = {"spec", "sources", "out", "init", "validation", "validation_crop", "save_every_s", "device"}
         fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
-        return {"geometry": geometry(self.spec), "sources": [p.name for p in self.sources], **fixed}
+        return {
+            "geometry": geometry(self.spec),
+            "sources": [p.name for p in self.sources],
+            "init": str(self.init),
+            **fixed,
+        }

@@ -43,8 +43,13 @@ class EmaQuantizer(nn.Module):
             counts, sums = self._assign(latents)[1:]
             alive = counts > 0
             weight[alive] = sums[alive] / counts[alive, None]
+        self.adopt()
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Takes the codebook as it is for the averages' start, all entries equally used."""
         self.counts.fill_(1.0)
-        self.sums.copy_(weight)
+        self.sums.copy_(self.codebook.embedding.weight)
 
     def _assign(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         indices = self.codebook.nearest(flat.t()[None, :, :, None]).flatten()

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from dat_workers.codecs.file import check_shapes, read
 from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.files import replacing
 from dat_workers.pictures import centre_crops
@@ -58,7 +59,7 @@ class Trainer:
         self.config = config
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
-        self.model = VQGAN(config.spec).to(self.device)
+        self.model = self._initial_model().to(self.device)
         self.average = VQGAN(config.spec).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.quantizer = EmaQuantizer(self.model.quantize).to(self.device)
@@ -76,12 +77,22 @@ class Trainer:
         )
         self.step = 0
         self.seconds = 0.0  # of training, over all runs
-        self.codebook_ready = False
+        self.codebook_ready = config.init is not None
+        if self.codebook_ready:
+            self.quantizer.adopt()
         self.stopped: list[int] = []  # the signals that have come
         config.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self.load()
+
+    def _initial_model(self) -> VQGAN:
+        model = VQGAN(self.config.spec)
+        if self.config.init:
+            tensors = read(self.config.init).tensors
+            check_shapes(self.config.spec, {k: v.shape for k, v in tensors.items()}, str(self.config.init))
+            model.load_state_dict({k: v.float() for k, v in tensors.items()})
+        return model
 
     # -- one step ---------------------------------------------------------------------------------------
 
