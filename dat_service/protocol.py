@@ -5,7 +5,7 @@ Specification: the KServe "Open Inference Protocol" REST description and Triton'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,9 +20,11 @@ from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput, TooLarge
+from dat_workers.perturbation import Step, number
 from dat_workers.pictures import decode_pictures
 
-PARAMETERS = ("output_dtype",)
+PARAMETERS = ("preset", "base", "alpha", "normalize", "epsilon", "replace_fraction", "seed", "output_dtype")
+INPUTS = ("images", "gradients", "gradient_scales")
 SERVER = "discrete-augmentation"
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
@@ -75,12 +77,17 @@ async def model_metadata(request: Request, codec: str, version: str | None = Non
     worker = served(request, codec, version)
     assert worker.discretizer is not None
     spec = worker.discretizer.spec
-    inputs = [{"name": "images", "datatype": "UINT8", "shape": [-1, 3, -1, -1]}]
-    outputs = [{"name": "reconstruction", "datatype": "UINT8", "shape": [-1, 3, -1, -1]}]
+    picture = {"datatype": "UINT8", "shape": [-1, 3, -1, -1]}
+    tokens = {"datatype": "UINT16", "shape": [-1, -1, -1]}
+    inputs: list[dict[str, Any]] = [
+        {"name": "images", **picture},
+        {"name": "gradients", "datatype": "FP16", "shape": [-1, 3, -1, -1]},
+        {"name": "gradient_scales", "datatype": "FP32", "shape": [-1]},
+    ]
+    outputs: list[dict[str, Any]] = [{"name": name, **picture} for name in ("reconstruction", "adversarial")]
     if spec.has_tokens:
-        tokens = {"name": "indices", "datatype": "UINT16", "shape": [-1, -1, -1]}
-        inputs.append(tokens)
-        outputs.append(tokens)
+        inputs.append({"name": "indices", **tokens})
+        outputs += [{"name": name, **tokens} for name in ("indices", "adversarial_indices")]
     return {
         "name": codec,
         "versions": [model_version(worker.discretizer)],
@@ -131,9 +138,13 @@ INFER_DOC = {
     "/models/{codec}/versions/{version}/infer", include_in_schema=False, dependencies=[Depends(require_key)]
 )
 async def infer(request: Request, codec: str, version: str | None = None) -> Response:
-    """Inputs: `images` UINT8 [N,3,H,W], FP16/FP32 in 0..1, or BYTES [N] (JPEG, PNG, WebP of one size);
-    or `indices` UINT16/INT32 [N,h,w]. Outputs: `reconstruction` (the default) and `indices`.
-    Parameter `output_dtype`: UINT8, FP16 or FP32; by default that of `images`, UINT8 for BYTES and tokens.
+    """Inputs: `images` UINT8 [N,3,H,W], FP16/FP32 in 0..1, or BYTES [N] (JPEG, PNG, WebP of one size), with
+    `gradients` FP16/FP32 of their shape and `gradient_scales` FP32 [N]; or `indices` UINT16/INT32 [N,h,w].
+    Outputs: `reconstruction`, `adversarial`, `indices`, `adversarial_indices`; asked for none,
+    `reconstruction`, and with gradients `adversarial` too. Parameters: `preset` (paper, easyrobust), `base`,
+    `alpha`, `normalize`, `epsilon`, `replace_fraction`, `seed`; `output_dtype` UINT8, FP16 or FP32, by default
+    that of `images`, UINT8 for BYTES and tokens. The answer's parameter `tokens_changed` is the share that
+    the step changed.
     """
     worker = served(request, codec, version)
     settings = worker.settings
@@ -156,14 +167,13 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
     if settings.max_json_bytes < json_bytes <= len(body):
         raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
     request = wire.decode_request(body, header_length, max_strings=settings.max_images)
-    for name in request.parameters:
+    parameters = request.parameters
+    for name in parameters:
         if name not in PARAMETERS:
             raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
-    output_dtype = request.parameters.get("output_dtype")
-    if sorted(request.inputs) not in (["images"], ["indices"]):
-        raise InvalidInput("inputs", sorted(request.inputs), "either images or indices")
-    names = [o.name for o in request.outputs] or ["reconstruction"]
-    if "images" in request.inputs:
+    output_dtype = parameters.get("output_dtype")
+    names = [o.name for o in request.outputs]
+    if "images" in request.inputs and set(request.inputs) <= set(INPUTS):
         discretizer.check_outputs(names)
         images = request.inputs["images"]
         check_limits(images, settings)
@@ -171,23 +181,60 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
             images = decode_pictures(
                 images, max_image_pixels=settings.max_image_pixels, max_pixels=settings.max_pixels
             )
+        replaced = fraction(parameters)
+        attacked = "gradients" in request.inputs or replaced > 0
+        names = names or (["reconstruction", "adversarial"] if attacked else ["reconstruction"])
         check_json_outputs(request, names, images.size, settings)
-        outputs = discretizer.discretize(images, outputs=names, output_dtype=output_dtype)
-    else:
+        outputs = discretizer.discretize(
+            images,
+            request.inputs.get("gradients"),
+            gradient_scales=request.inputs.get("gradient_scales"),
+            step=Step.from_parameters(parameters),
+            replace_fraction=replaced,
+            seed=whole_number(parameters, "seed"),
+            outputs=names,
+            output_dtype=output_dtype,
+        )
+    elif list(request.inputs) == ["indices"]:
+        others = sorted(set(parameters) - {"output_dtype"})
+        if others:
+            raise InvalidInput("parameters", others, "output_dtype alone, where tokens are decoded")
+        names = names or ["reconstruction"]
         if names != ["reconstruction"]:
             raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
         indices = request.inputs["indices"]
         check_limits(indices, settings, scale=discretizer.spec.factor)
         check_json_outputs(request, names, 3 * indices.size * discretizer.spec.factor**2, settings)
         outputs = {"reconstruction": discretizer.decode(indices, output_dtype=output_dtype)}
+    else:
+        raise InvalidInput("inputs", sorted(request.inputs), f"either indices alone, or {', '.join(INPUTS)}")
+    facts: dict[str, Any] = {"fingerprint": discretizer.fingerprint}
+    if "tokens_changed" in outputs:
+        facts["tokens_changed"] = float(outputs.pop("tokens_changed").mean())
     return wire.encode_response(
         discretizer.spec.name,
         outputs,
         model_version=model_version(discretizer),
         id=request.id,
-        parameters={"fingerprint": discretizer.fingerprint},
+        parameters=facts,
         binary={name: request.wants_binary(name) for name in outputs},
     )
+
+
+def fraction(parameters: Mapping[str, Any]) -> float:
+    """`replace_fraction`, 0 where it is not given."""
+    value = number(parameters, "replace_fraction") if "replace_fraction" in parameters else 0.0
+    if not 0 <= value <= 1:
+        raise InvalidInput("replace_fraction", value, "0 to 1")
+    return value
+
+
+def whole_number(parameters: Mapping[str, Any], name: str) -> int:
+    """A parameter that is a whole number of 0 or more; 0 where it is not given."""
+    value = parameters.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise InvalidInput(name, repr(value), "a whole number, 0 to 2^63 - 1")
+    return value
 
 
 def check_json_outputs(request: wire.Request, names: Sequence[str], elements: int, settings: Settings) -> None:

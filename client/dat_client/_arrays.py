@@ -150,3 +150,42 @@ def indices_tensor(indices: Any) -> tuple[npt.NDArray[Any], Kind]:
         bad = low if low < 0 else high
         raise InvalidRequest(f"indices: {bad}, must be {limit}", field="indices", value=bad, limit=limit)
     return array.astype(np.uint16 if high < 2**16 else np.int32, copy=False), kind
+
+
+def gradient_tensors(
+    gradients: Any, shape: tuple[int, ...] | None, dtype: str = "FP16"
+) -> dict[str, npt.NDArray[Any]]:
+    """The inputs `gradients` and, for FP16, `gradient_scales` float32 [N]: the gradient is scale times value.
+
+    Each sample's scale is the power of two that puts its largest value just below 2^15 (as far as fp32 has such a
+    scale), so that what is 2^-38 of the largest still survives fp16. bfloat16 tensors are taken as float32.
+    `shape` is that of the images, None for encoded ones. Raises InvalidRequest.
+    """
+    if str(getattr(gradients, "dtype", "")) == "torch.bfloat16":
+        gradients = gradients.float()
+    array, _ = to_numpy(gradients, "gradients")
+    limit = f"float16 or float32 of shape {list(shape) if shape else '[N,3,H,W]'}"
+
+    def refuse(found: str) -> InvalidRequest:
+        return InvalidRequest(f"gradients: {found}, must be {limit}", field="gradients", value=found, limit=limit)
+
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
+        raise refuse(f"dtype {array.dtype}")
+    if array.ndim != 4 or array.shape[1] != 3 or 0 in array.shape or (shape and array.shape != shape):
+        raise refuse(f"shape {list(array.shape)}")
+    if dtype not in ("FP16", "FP32"):
+        raise InvalidRequest(
+            f"gradient_dtype: must be FP16 or FP32, got {shown(dtype)}",
+            field="gradient_dtype", value=dtype, limit="FP16 or FP32",
+        )  # fmt: skip
+    flat = array.reshape(len(array), -1)
+    largest = np.maximum(flat.max(1), -flat.min(1)).astype(np.float32)
+    if not np.isfinite(largest).all():
+        raise refuse(f"NaN or infinity in sample {int(np.argmin(np.isfinite(largest)))}")
+    if dtype == "FP32":
+        return {"gradients": array.astype(np.float32, copy=False)}
+    exponents = np.maximum(np.frexp(largest)[1] - 15, -126)  # frexp(0) is 0; -126: scales stay normal numbers
+    scales = np.ldexp(np.float32(1), exponents).astype(np.float32)
+    values = array.astype(np.float32, copy=False) / scales[:, None, None, None]
+    np.clip(values, -32752, 32752, out=values)  # the next fp16 is 2^15, which times the largest scale is infinity
+    return {"gradients": values.astype(np.float16), "gradient_scales": scales}

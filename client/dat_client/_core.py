@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import wire
-from ._arrays import Kind, images_tensor, indices_tensor
+from ._arrays import Kind, gradient_tensors, images_tensor, indices_tensor
 from .errors import (
     DatError,
     InvalidRequest,
@@ -57,6 +57,7 @@ class Discretized:
         adversarial_indices: the tokens of Q(x + δ).
         codec: the name of the codec that answered.
         fingerprint: which weights it ran, None if the server did not say.
+        tokens_changed: the share of the tokens that the step changed, with anything adversarial.
     """
 
     reconstruction: Array | None = None
@@ -65,6 +66,7 @@ class Discretized:
     adversarial_indices: Array | None = None
     codec: str = ""
     fingerprint: str | None = None
+    tokens_changed: float | None = None
 
     def __repr__(self) -> str:
         parts = [
@@ -73,6 +75,8 @@ class Discretized:
             if (value := getattr(self, name)) is not None
         ]
         parts += [f"codec={self.codec!r}", f"fingerprint={self.fingerprint!r}"]
+        if self.tokens_changed is not None:
+            parts.append(f"tokens_changed={self.tokens_changed:.3g}")
         return f"Discretized({', '.join(parts)})"
 
 
@@ -118,14 +122,20 @@ class Call:
 
 
 def discretize_call(
-    images: Any, outputs: Sequence[str] | None, output_dtype: str | None, parameters: Mapping[str, Any]
+    images: Any,
+    gradients: Any,
+    gradient_dtype: str,
+    outputs: Sequence[str] | None,
+    output_dtype: str | None,
+    parameters: Mapping[str, Any],
 ) -> Call:
     """The request of `Client.discretize`; raises InvalidRequest for what the server would refuse anyway."""
     tensor, kind = images_tensor(images)
     shape = tensor.shape if tensor.ndim == 4 else None
-    return Call(
-        {"images": tensor}, _parameters(parameters, output_dtype), _outputs(outputs), kind, image_shape=shape
-    )
+    inputs = {"images": tensor}
+    if gradients is not None:
+        inputs |= gradient_tensors(gradients, shape, gradient_dtype)
+    return Call(inputs, _parameters(parameters, output_dtype), _outputs(outputs), kind, image_shape=shape)
 
 
 def decode_call(indices: Any, output_dtype: str | None, parameters: Mapping[str, Any]) -> Call:
@@ -182,7 +192,8 @@ def read_discretized(call: Call, reply: Reply) -> Discretized:
         raise ProtocolError(f"the answer is not an inference response: {error}") from error
     if response.id != call.id:
         raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
-    missing = set(call.outputs or ("reconstruction",)) - set(response.outputs)
+    default = ("reconstruction", "adversarial") if "gradients" in call.inputs else ("reconstruction",)
+    missing = set(call.outputs or default) - set(response.outputs)
     if missing:
         raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
     arrays: dict[str, Array] = {}
@@ -198,7 +209,13 @@ def read_discretized(call: Call, reply: Reply) -> Discretized:
     fingerprint = response.parameters.get("fingerprint")
     if not isinstance(fingerprint, str):
         fingerprint = response.model_version
-    return Discretized(codec=response.model_name, fingerprint=fingerprint, **arrays)
+    changed = response.parameters.get("tokens_changed")
+    return Discretized(
+        codec=response.model_name,
+        fingerprint=fingerprint,
+        tokens_changed=float(changed) if isinstance(changed, (int, float)) else None,
+        **arrays,
+    )
 
 
 def read_reconstruction(call: Call, reply: Reply) -> Array:

@@ -47,7 +47,9 @@ class AsyncClient:
     async def discretize(
         self,
         images: Any,
+        gradients: Any = None,
         *,
+        gradient_dtype: str = "FP16",
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -56,7 +58,13 @@ class AsyncClient:
         """As `Client.discretize`; many at once with `asyncio.gather`, so there is no `submit`."""
         return await self._run(
             lambda: self._client.discretize(
-                images, outputs=outputs, output_dtype=output_dtype, timeout_s=timeout_s, **parameters
+                images,
+                gradients,
+                gradient_dtype=gradient_dtype,
+                outputs=outputs,
+                output_dtype=output_dtype,
+                timeout_s=timeout_s,
+                **parameters,
             )
         )
 

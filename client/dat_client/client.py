@@ -95,24 +95,33 @@ class Client:
     def discretize(
         self,
         images: Any,
+        gradients: Any = None,
         *,
+        gradient_dtype: str = "FP16",
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Discretized:
-        """Q(x): encode, snap every latent vector to its nearest codebook entry, decode (Algorithm 1).
+        """Q(x): encode, snap every latent vector to its nearest codebook entry, decode; and Q(x + δ) (Algorithm 1).
 
             q = client.discretize(images, outputs=["reconstruction", "indices"])
+            q = client.discretize(images, gradients=g, preset="easyrobust", alpha=0.1)
+            train_on(q.adversarial)
 
         Args:
             images: uint8 [N,3,H,W] 0..255, or float16/float32 [N,3,H,W] in 0..1, numpy or torch on any
                 device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`, which come back as numpy.
+            gradients: of the loss at the image, float16/float32 of the images' shape; per sample, so of a summed
+                loss for `normalize="none"`. Asks for `adversarial`.
+            gradient_dtype: how they travel: FP16 with a scale for each sample, so that 1e-9 survives (and what
+                is far below the sample's largest does not: FP32 for normalize="sign").
             outputs: some of reconstruction, indices, adversarial, adversarial_indices; None for the server's
-                default (reconstruction).
+                default (reconstruction, with gradients adversarial too).
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
             timeout_s: total time of this call, instead of the client's.
-            parameters: request parameters of the service (replace_fraction, seed, …); None means its default.
+            parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed of the service;
+                None means the service's default.
 
         Returns:
             Arrays of the kind that `images` is, torch tensors on the device they came from.
@@ -124,12 +133,16 @@ class Client:
             ProtocolError: what answered does not speak the Open Inference Protocol.
         """
         self._check_open()
-        return self._infer(_core.discretize_call(images, outputs, output_dtype, parameters), timeout_s)
+        return self._infer(
+            _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters), timeout_s
+        )
 
     def submit(
         self,
         images: Any,
+        gradients: Any = None,
         *,
+        gradient_dtype: str = "FP16",
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -145,7 +158,7 @@ class Client:
         leave them unchanged until the future is done. `timeout_s` counts from when a thread takes the call
         up.
         """
-        call = _core.discretize_call(images, outputs, output_dtype, parameters)
+        call = _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         return self._spawn(lambda: self._infer(call, timeout_s))
 
     def decode(

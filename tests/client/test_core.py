@@ -23,7 +23,14 @@ JPEG = b"\xff\xd8\xff\xe0...."
 
 
 def call(images, **kwargs):
-    return _core.discretize_call(images, kwargs.pop("outputs", None), kwargs.pop("output_dtype", None), kwargs)
+    return _core.discretize_call(
+        images,
+        kwargs.pop("gradients", None),
+        kwargs.pop("gradient_dtype", "FP16"),
+        kwargs.pop("outputs", None),
+        kwargs.pop("output_dtype", None),
+        kwargs,
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, ">f4"])

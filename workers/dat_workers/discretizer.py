@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines import Engine, create
 from dat_workers.errors import EngineError, InvalidInput
+from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
 
 Array = npt.NDArray[Any]
 
 OUTPUT_DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
-OUTPUTS = ("reconstruction", "indices")
+OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
 
 
 class Discretizer:
@@ -64,7 +65,7 @@ class Discretizer:
 
     def check_outputs(self, outputs: Collection[str]) -> None:
         """Raises InvalidInput for an output that this codec does not have."""
-        known = OUTPUTS if self.spec.has_tokens else OUTPUTS[:1]
+        known = OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
         for name in outputs:
             if name not in known:
                 raise InvalidInput("outputs", repr(name), f"of {', '.join(known)}")
@@ -84,36 +85,95 @@ class Discretizer:
                 raise InvalidInput("images", f"a value range of {low:.9g}..{high:.9g}", "finite values in 0..1")
 
     def discretize(
-        self, images: Array, *, outputs: Collection[str] = OUTPUTS[:1], output_dtype: str | None = None
+        self,
+        images: Array,
+        gradients: Array | None = None,
+        *,
+        gradient_scales: Array | None = None,
+        step: Step = PRESETS["paper"],
+        replace_fraction: float = 0.0,
+        seed: int = 0,
+        outputs: Collection[str] | None = None,
+        output_dtype: str | None = None,
     ) -> dict[str, Array]:
-        """Q(x) = decode(encode(x)) (Eq. 3-4).
+        """Q(x) = decode(encode(x)) (Eq. 3-4) and, from gradients, Q(x + δ) (Algorithm 1, line 4).
 
         images: uint8 [N,3,H,W], or float16/32 in 0..1; sides that f does not divide are padded by reflection
-        on the right and below, and cropped back. Returns, by name: `reconstruction` [N,3,H,W] of
-        `output_dtype` (UINT8, FP16 or FP32; by default that of `images`), `indices` uint16
-        [N,ceil(H/f),ceil(W/f)]. Raises InvalidInput, and EngineError where the codec overflows.
+        on the right and below, and cropped back. gradients: float16/32 [N,3,H,W]; gradient_scales: float32
+        [N], sample i's gradient being scale[i] times its value. `replace_fraction` of the adversarial tokens
+        (of the plain ones where there is no gradient) are swapped for random others, by `seed`.
+
+        Returns, by name: `reconstruction` and `adversarial` [N,3,H,W] of `output_dtype` (UINT8, FP16 or FP32;
+        by default that of `images`), `indices` and `adversarial_indices` uint16 [N,ceil(H/f),ceil(W/f)], and
+        with anything adversarial `tokens_changed` float32 [N], the share of each sample's tokens that differ
+        from those of the step's base (of x, or of Q(x) where the step starts there). `outputs` None:
+        `reconstruction`, and `adversarial` where there is something to make it from. Raises InvalidInput, and
+        EngineError where the codec overflows.
         """
         self.check_images(images)
+        attacked = gradients is not None or replace_fraction > 0
+        if outputs is None:
+            outputs = ("reconstruction", "adversarial") if attacked else ("reconstruction",)
         self.check_outputs(outputs)
-        dtype = pick_output_dtype(output_dtype, images.dtype)
-        if self.engine is None:
-            return (
-                {"reconstruction": as_dtype(as_float(images), dtype)}
-                if images.dtype != dtype
-                else {"reconstruction": images}
+        adversarial = any(name.startswith("adversarial") for name in outputs)
+        if adversarial and not attacked:
+            raise InvalidInput(
+                "outputs", "adversarial without gradients", "gradients, or a replace_fraction over 0"
             )
-        n, _, height, width = images.shape
-        parts: dict[str, list[Array]] = {name: [] for name in outputs}
-        batch = self._batch(height * width)
-        for start in range(0, n, batch):
-            x = self._pad(as_float(images[start : start + batch]))
-            indices = self.engine.encode(x)
-            if "indices" in parts:
-                parts["indices"].append(indices.numpy().astype(np.uint16))
-            if "reconstruction" in parts:
-                picture = self._decode(indices)[:, :, :height, :width]
-                parts["reconstruction"].append(as_dtype(picture, dtype))
+        if replace_fraction and self.spec.codebook_size < 2:
+            limit = f"0 for codec {self.spec.name}: it has no two tokens"
+            raise InvalidInput("replace_fraction", replace_fraction, limit)
+        check_gradients(gradients, gradient_scales, images.shape)
+        dtype = pick_output_dtype(output_dtype, images.dtype)
+        if self.engine is None and not adversarial and images.dtype == dtype:
+            return {"reconstruction": images}
+        batch = self._batch(images.shape[2] * images.shape[3])
+        parts: dict[str, list[Array]] = {}
+        for start in range(0, len(images), batch):
+            rows = slice(start, start + batch)
+            g = None
+            if gradients is not None and adversarial:
+                g = scaled_gradients(gradients[rows], None if gradient_scales is None else gradient_scales[rows])
+            one = self._discretize(as_float(images[rows]), g, step, replace_fraction, seed, outputs, adversarial)
+            for name, value in one.items():
+                parts.setdefault(name, []).append(finish(name, value, dtype))
         return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def _discretize(
+        self,
+        x: Tensor,
+        gradients: Tensor | None,
+        step: Step,
+        replace_fraction: float,
+        seed: int,
+        outputs: Collection[str],
+        adversarial: bool,
+    ) -> dict[str, Tensor]:
+        """The wanted outputs of one batch: fp32 pictures, int64 tokens."""
+        made: dict[str, Tensor] = {}
+        size = x.shape[2:]
+        indices = self._encode(x)
+        from_q = adversarial and gradients is not None and step.base == "reconstruction"
+        q = self._decode(indices, x, size) if from_q or "reconstruction" in outputs else x
+        if adversarial:
+            attacked, moved = indices, x
+            if gradients is not None:
+                moved = perturb(x, q, gradients, step)
+                attacked = self._encode(moved)
+            if replace_fraction and attacked is not None:
+                attacked = replace_tokens(attacked, x, replace_fraction, seed, self.spec.codebook_size)
+            if "adversarial" in outputs:
+                made["adversarial"] = self._decode(attacked, moved, size)
+            if attacked is not None and indices is not None:
+                # Q is not idempotent: a step from Q(x) is judged against the tokens of Q(x) itself
+                unmoved = self._encode(q) if from_q else indices
+                assert unmoved is not None
+                made["adversarial_indices"] = attacked
+                made["tokens_changed"] = attacked.ne(unmoved).flatten(1).float().mean(1)
+        if indices is not None:
+            made["indices"] = indices
+        made["reconstruction"] = q
+        return {name: value for name, value in made.items() if name in outputs or name == "tokens_changed"}
 
     def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
         """Pictures [N,3,h*f,w*f] of tokens: unsigned or int32 [N,h,w], each below K. UINT8 by default."""
@@ -129,24 +189,31 @@ class Discretizer:
             raise InvalidInput("indices", wrong, f"0 to {self.spec.codebook_size - 1} (codec {self.spec.name})")
         dtype = pick_output_dtype(output_dtype, np.dtype(np.uint8))
         tokens = torch.from_numpy(indices.astype(np.int64))
-        batch = self._batch(tokens[0].numel() * self.spec.factor**2)
-        parts = [as_dtype(self._decode(chunk), dtype) for chunk in torch.split(tokens, batch)]
+        f = self.spec.factor
+        size = torch.Size((indices.shape[1] * f, indices.shape[2] * f))
+        chunks = torch.split(tokens, self._batch(size.numel()))
+        parts = [as_dtype(self._decode(chunk, chunk, size), dtype) for chunk in chunks]
         return np.concatenate(parts)
 
     def _batch(self, pixels: int) -> int:
         """Images of so many pixels to hand to the engine at once: its memory goes with the pixels."""
-        assert self.engine is not None
-        return max(1, min(self.engine.batch, self.engine.batch * 224 * 224 // pixels))
+        most = self.engine.batch if self.engine else 64
+        return max(1, min(most, most * 224 * 224 // pixels))
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor) -> Tensor | None:
+        """Tokens of fp32 [n,3,H,W]; None for `identity`."""
+        if self.engine is None:
+            return None
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
-        return F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x
+        return self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
 
-    def _decode(self, indices: Tensor) -> Tensor:
+    def _decode(self, indices: Tensor | None, x: Tensor, size: torch.Size) -> Tensor:
+        """The pictures of tokens, cropped to `size`; `x` itself for `identity`."""
+        if self.engine is None or indices is None:
+            return x
+        picture = self.engine.decode(indices)[:, :, : size[0], : size[1]]
         # finite is checked before clipping, which would turn infinity into white
-        assert self.engine is not None
-        picture = self.engine.decode(indices)
         finite = picture.isfinite().flatten(1).all(1)
         if not finite.all():
             bad = [i for i, good in enumerate(finite.tolist()) if not good]
@@ -155,6 +222,46 @@ class Discretizer:
                 "out with values that are not finite; run it with --dtype fp32"
             )
         return picture.clamp(0, 1)
+
+
+def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[int, ...]) -> None:
+    """Raises InvalidInput for what is no gradient of images of that shape, with a scale for each or with none."""
+    if gradients is None:
+        if scales is not None:
+            raise InvalidInput("gradient_scales", "given without gradients", "gradients to scale")
+        return
+    if gradients.dtype not in (np.float16, np.float32):
+        raise InvalidInput("gradients", f"dtype {gradients.dtype}", "FP16 or FP32")
+    if gradients.shape != shape:
+        raise InvalidInput("gradients", f"shape {list(gradients.shape)}", f"{list(shape)}, that of the images")
+    flat = gradients.reshape(len(gradients), -1)
+    largest = np.maximum(flat.max(1), -flat.min(1)).astype(np.float64)  # NaN where a sample holds one
+    if not np.isfinite(largest).all():
+        raise InvalidInput("gradients", "NaN or infinity", "finite values")
+    if scales is None:
+        return
+    if scales.dtype != np.float32 or scales.shape != shape[:1]:
+        raise InvalidInput("gradient_scales", f"{scales.dtype} {list(scales.shape)}", f"float32 [{shape[0]}]")
+    if not (np.isfinite(scales).all() and (scales >= 0).all()):
+        raise InvalidInput(
+            "gradient_scales", "a value that is negative or not finite", "finite values of 0 or more"
+        )
+    if (largest * scales).max() > np.finfo(np.float32).max:
+        raise InvalidInput("gradient_scales", f"up to {scales.max():g}", "scales that keep fp32 finite")
+
+
+def scaled_gradients(gradients: Array, scales: Array | None) -> Tensor:
+    """fp32 [n,3,H,W]: scale times value."""
+    g = torch.tensor(np.ascontiguousarray(gradients)).float()
+    return g if scales is None else g * torch.tensor(scales)[:, None, None, None]
+
+
+def finish(name: str, value: Tensor, dtype: np.dtype[Any]) -> Array:
+    """An output as it leaves: pictures of `dtype`, tokens as uint16, shares as float32."""
+    if name.endswith("indices"):
+        tokens: Array = value.cpu().numpy().astype(np.uint16)
+        return tokens
+    return value.cpu().numpy() if name == "tokens_changed" else as_dtype(value, dtype)
 
 
 def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]:

@@ -1,0 +1,52 @@
+"""Gradients on the wire: fp16 with a scale for each sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dat_client import InvalidRequest
+from dat_client._arrays import gradient_tensors
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-9, 1.0, 3e4, 1e20, float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_what_arrives_is_what_was_meant(largest: float, dtype: type) -> None:
+    if dtype is np.float16 and largest > 6e4:
+        largest = 6e4
+    g = (np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4)) * largest).astype(dtype)
+    g[0, 0, 0, 0], g[1, 2, 3, 3] = largest, -largest
+    sent = gradient_tensors(g, g.shape)
+    assert sent["gradients"].dtype == np.float16
+    back = sent["gradient_scales"][:, None, None, None] * sent["gradients"].astype(np.float32)
+    assert np.isfinite(back).all()
+    exact = g.astype(np.float64)
+    assert np.abs(back - exact).max() <= 6e-4 * np.abs(exact).max() + 1e-44
+    assert (np.sign(back) == np.sign(exact))[np.abs(exact) > 1e-6 * largest + 1e-44].all()
+
+
+def test_each_sample_has_its_own_scale() -> None:
+    g = np.stack([np.full((3, 4, 4), 1e-9, np.float32), np.full((3, 4, 4), 1e3, np.float32)])
+    sent = gradient_tensors(g, g.shape)
+    back = sent["gradient_scales"][:, None, None, None] * sent["gradients"].astype(np.float32)
+    assert np.allclose(back, g, rtol=6e-4)
+
+
+def test_bfloat16_is_taken() -> None:
+    torch = pytest.importorskip("torch")
+    sent = gradient_tensors(torch.full((1, 3, 2, 2), 0.5, dtype=torch.bfloat16), (1, 3, 2, 2), "FP32")
+    assert np.array_equal(sent["gradients"], np.full((1, 3, 2, 2), 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "says"),
+    [
+        (np.zeros((1, 3, 4, 4)), "float64"),
+        (np.zeros((1, 3, 4, 5), np.float32), "shape"),
+        (np.full((1, 3, 4, 4), np.nan, np.float32), "sample 0"),
+        ([1.0], "numpy"),
+    ],
+)
+def test_what_is_none_is_refused(gradients: object, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        gradient_tensors(gradients, (1, 3, 4, 4))
