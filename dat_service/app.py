@@ -20,14 +20,15 @@ from dat_workers.errors import EngineError, InvalidInput, TooLarge
 log = logging.getLogger("dat_service")
 
 
-def create_app(worker: CodecWorker) -> FastAPI:
+def create_app(worker: CodecWorker, *, views: bool = True) -> FastAPI:
     """The application over a worker, which it stops when it ends.
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
     >>> app = create_app(worker)
 
-    Raises ValueError for an API key file that is not usable.
+    `views`: answers leave as views of the tensors, which uvicorn takes and Ray Serve's own proxy does not. Raises
+    ValueError for an API key file that is not usable.
     """
     settings = worker.settings
 
@@ -44,6 +45,7 @@ def create_app(worker: CodecWorker) -> FastAPI:
         redirect_slashes=False,  # a redirect would go to whatever Host the client named
     )
     app.state.worker = worker
+    app.state.views = views
     app.state.keys = read_keys(settings.api_key_file)
     app.include_router(protocol.router)
     app.include_router(people.router)

@@ -153,6 +153,8 @@ async def infer(request: Request, codec: str, version: str | None = None) -> Res
         body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
         header = request.headers.get(wire.HEADER_LENGTH)
         chunks, header_length = await worker.run(lambda: answer(worker, body, header))
+        if not request.app.state.views:
+            chunks = [bytes(chunk) for chunk in chunks]
         # the place is held until the answer is out: a slow reader holds its memory for as long
         done = place.pop_all().close
     return BuffersResponse(chunks, {wire.HEADER_LENGTH: str(header_length)}, done, settings.body_timeout_s)
@@ -184,7 +186,7 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
         replaced = fraction(parameters)
         attacked = "gradients" in request.inputs or replaced > 0
         names = names or (["reconstruction", "adversarial"] if attacked else ["reconstruction"])
-        check_json_outputs(request, names, images.size, settings)
+        check_json_outputs(request, names, images.size // 3, discretizer.spec.factor, settings)
         outputs = discretizer.discretize(
             images,
             request.inputs.get("gradients"),
@@ -204,7 +206,8 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
             raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
         indices = request.inputs["indices"]
         check_limits(indices, settings, scale=discretizer.spec.factor)
-        check_json_outputs(request, names, 3 * indices.size * discretizer.spec.factor**2, settings)
+        factor = discretizer.spec.factor
+        check_json_outputs(request, names, indices.size * factor**2, factor, settings)
         outputs = {"reconstruction": discretizer.decode(indices, output_dtype=output_dtype)}
     else:
         raise InvalidInput("inputs", sorted(request.inputs), f"either indices alone, or {', '.join(INPUTS)}")
@@ -237,14 +240,16 @@ def whole_number(parameters: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def check_json_outputs(request: wire.Request, names: Sequence[str], elements: int, settings: Settings) -> None:
-    """Raises TooLarge where outputs of about `elements` numbers each are asked for as JSON, 20 bytes a number."""
+def check_json_outputs(
+    request: wire.Request, names: Sequence[str], pixels: int, factor: int, settings: Settings
+) -> None:
+    """Raises TooLarge where outputs of about `pixels` pixels are asked for as JSON, taken as 20 bytes a number."""
     as_json = [name for name in names if not request.wants_binary(name)]
-    size = 20 * elements * len(as_json)
-    if size > settings.max_json_bytes:
+    numbers = sum(pixels // factor**2 if name.endswith("indices") else 3 * pixels for name in as_json)
+    if 20 * numbers > settings.max_json_bytes:
         raise TooLarge(
             "outputs",
-            f"{', '.join(as_json)} as JSON, up to {size} bytes",
+            f"{', '.join(as_json)} as JSON, up to {20 * numbers} bytes",
             f"at most {settings.max_json_bytes} bytes of JSON; ask for binary data (binary_data_output)",
         )
 

@@ -13,6 +13,8 @@ from fastapi import FastAPI
 
 from dat_service.settings import Settings
 
+BLOCK = 100  # ports a service keeps for its replicas
+
 
 class CodecReplica:
     """One Ray Serve replica: loads the codec, then builds the app, in a process of its own."""
@@ -26,7 +28,9 @@ class CodecReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from dat_service.app import create_app
 
-        return create_app(self.worker)
+        # HAProxy falls back to Serve's own proxy while it does not yet, or no longer, see a replica; that one
+        # pickles what it sends, and views cannot be pickled
+        return create_app(self.worker, views=False)
 
 
 class ServeFailed(RuntimeError):
@@ -127,6 +131,7 @@ class RayService:
 
     def _environment(self) -> dict[str, str]:
         folder = Path(self._folder.name)
+        first = free_block(self.settings.port)
         variables = {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -136,11 +141,36 @@ class RayService:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         # what the operator has set stands
         return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def free_block(port: int) -> int:
+    """The first of 100 ports for the replicas of the service on `port`.
+
+    Ray numbers them from 30000 in every cluster and opens them with SO_REUSEPORT: of two clusters on one machine,
+    each would get some of the other's requests. Blocks lie below the ports that Linux gives to connections.
+    """
+    for i in range(200):
+        first = 10_000 + (port + i) % 200 * BLOCK
+        if all(is_free(p) for p in range(first, first + BLOCK)):
+            return first
+    raise ServeFailed("no 100 free ports in a row between 10000 and 30000 for the replicas")
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody on this machine listens on a TCP port."""
+    with socket.socket() as s:
+        try:
+            s.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def free_port() -> int:

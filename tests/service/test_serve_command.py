@@ -69,11 +69,12 @@ def test_nothing_is_left_running(end: signal.Signals) -> None:
 
 
 def test_two_services_side_by_side(ray_url: str) -> None:
-    with dat_serve("--codec", "identity") as (url, _), Client(url, "identity") as one, Client(ray_url) as other:
-        assert one.ready()
-        assert other.ready()
-        assert one.metadata()["name"] == "identity"
-        assert other.metadata()["name"] == "tiny-f8"
+    """Replica ports are opened with SO_REUSEPORT: shared ones would mix the two up now and then."""
+    with dat_serve("--codec", "identity") as (url, _):
+        for _ in range(20):
+            with Client(url, "identity") as one, Client(ray_url, "tiny-f8") as other:
+                assert one.metadata()["name"] == "identity"
+                assert other.metadata()["name"] == "tiny-f8"
 
 
 def failing(*arguments: str, env: dict[str, str] | None = None) -> str:
