@@ -10,7 +10,6 @@ from fastapi.responses import FileResponse
 from dat_service.body import read_body
 from dat_service.security import require_key
 from dat_service.worker import CodecWorker
-from dat_workers.discretizer import Discretizer
 from dat_workers.pictures import decode_picture, encode_png
 
 router = APIRouter(tags=["For people"])
@@ -42,14 +41,12 @@ async def reconstruct(request: Request) -> Response:
     settings = worker.settings
     with worker.admit():
         body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-        assert worker.discretizer is not None
         png = await worker.run(lambda: reconstruct_png(worker, bytes(body)))
     return Response(png, media_type="image/png", headers={"x-codec": settings.codec})
 
 
 def reconstruct_png(worker: CodecWorker, encoded: bytes) -> bytes:
     """PNG of Q(x) for one encoded picture."""
-    discretizer: Discretizer | None = worker.discretizer
-    assert discretizer is not None
+    assert worker.discretizer is not None
     picture = decode_picture(encoded, max_pixels=worker.settings.max_image_pixels, field="body", upright=True)
-    return encode_png(discretizer.discretize(picture[None])["reconstruction"][0])
+    return encode_png(worker.discretizer.discretize(picture[None])["reconstruction"][0])

@@ -18,7 +18,7 @@ from dat_service.body import BuffersResponse, read_body
 from dat_service.security import require_key
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
-from dat_workers.discretizer import Discretizer
+from dat_workers.discretizer import Discretizer, default_outputs
 from dat_workers.errors import InvalidInput, TooLarge
 from dat_workers.perturbation import Step, number
 from dat_workers.pictures import decode_pictures
@@ -185,7 +185,7 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
             )
         replaced = fraction(parameters)
         attacked = "gradients" in request.inputs or replaced > 0
-        names = names or (["reconstruction", "adversarial"] if attacked else ["reconstruction"])
+        names = names or list(default_outputs(attacked))
         check_json_outputs(request, names, images.size // 3, discretizer.spec.factor, settings)
         outputs = discretizer.discretize(
             images,
@@ -205,8 +205,8 @@ def answer(worker: CodecWorker, body: memoryview, header_length: str | None) -> 
         if names != ["reconstruction"]:
             raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
         indices = request.inputs["indices"]
-        check_limits(indices, settings, scale=discretizer.spec.factor)
         factor = discretizer.spec.factor
+        check_limits(indices, settings, scale=factor)
         check_json_outputs(request, names, indices.size * factor**2, factor, settings)
         outputs = {"reconstruction": discretizer.decode(indices, output_dtype=output_dtype)}
     else:

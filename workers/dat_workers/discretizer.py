@@ -46,8 +46,7 @@ class Discretizer:
         """The codec `name`, embedded or installed. Raises CodecError where it is neither."""
         from dat_workers.codecs.store import CodecStore, load_model
 
-        store = CodecStore()
-        file = store.load(name)
+        file = CodecStore().load(name)
         if not file.spec.has_tokens:
             return cls(file.spec, file.fingerprint, None)
         model = load_model(file)
@@ -113,7 +112,7 @@ class Discretizer:
         self.check_images(images)
         attacked = gradients is not None or replace_fraction > 0
         if outputs is None:
-            outputs = ("reconstruction", "adversarial") if attacked else ("reconstruction",)
+            outputs = default_outputs(attacked)
         self.check_outputs(outputs)
         adversarial = any(name.startswith("adversarial") for name in outputs)
         if adversarial and not attacked:
@@ -222,6 +221,11 @@ class Discretizer:
                 "out with values that are not finite; run it with --dtype fp32"
             )
         return picture.clamp(0, 1)
+
+
+def default_outputs(attacked: bool) -> tuple[str, ...]:
+    """What is made where no output is named: `adversarial` too, where there is something to make it from."""
+    return ("reconstruction", "adversarial") if attacked else ("reconstruction",)
 
 
 def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[int, ...]) -> None:
