@@ -10,13 +10,15 @@ from dat_client._arrays import gradient_tensors
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-9, 1.0, 3e4, 1e20, float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("torch", [False, True], ids=["numpy", "torch"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_what_arrives_is_what_was_meant(largest: float, dtype: type) -> None:
+def test_what_arrives_is_what_was_meant(largest: float, dtype: type, torch: bool) -> None:
     if dtype is np.float16 and largest > 6e4:
         largest = 6e4
     g = (np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4)) * largest).astype(dtype)
     g[0, 0, 0, 0], g[1, 2, 3, 3] = largest, -largest
-    sent = gradient_tensors(g, g.shape)
+    given = pytest.importorskip("torch").from_numpy(g) if torch else g
+    sent = gradient_tensors(given, g.shape)
     assert sent["gradients"].dtype == np.float16
     back = sent["gradient_scales"][:, None, None, None] * sent["gradients"].astype(np.float32)
     assert np.isfinite(back).all()
@@ -50,3 +52,6 @@ def test_bfloat16_is_taken() -> None:
 def test_what_is_none_is_refused(gradients: object, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         gradient_tensors(gradients, (1, 3, 4, 4))
+    if isinstance(gradients, np.ndarray):
+        with pytest.raises(InvalidRequest, match=says):
+            gradient_tensors(pytest.importorskip("torch").from_numpy(gradients), (1, 3, 4, 4))

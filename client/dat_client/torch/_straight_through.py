@@ -1,0 +1,46 @@
+"""Q with the identity for a gradient (Eq. 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..client import Client
+from ._pictures import checked, float_dtype, from_wire, to_wire
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor, q: Tensor) -> Tensor:
+        return q
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def straight_through(
+    client: Client, x: Tensor, *, output_dtype: str = "UINT8", timeout_s: float | None = None
+) -> Tensor:
+    """Q(x) forward, the identity backward: ∂Q(x)/∂x ≈ I (Eq. 7).
+
+        loss = F.cross_entropy(model(straight_through(client, x)), labels)
+        loss.backward()                       # x.grad is the gradient at Q(x)
+
+    Args:
+        x: float [N,3,H,W] in 0..1 (before normalisation) on any device, or uint8.
+        output_dtype: how Q(x) travels: UINT8 (Q(x) in 256 levels, a quarter of the bytes), FP16, FP32.
+        timeout_s: as in `Client.discretize`.
+
+    Returns:
+        [N,3,H,W] on the device of `x` and in its dtype (float32 for uint8).
+
+    Raises as `Client.discretize`.
+    """
+    answer = client.discretize(to_wire(checked(x)), output_dtype=output_dtype, timeout_s=timeout_s)
+    q = from_wire(answer.reconstruction, x.device, float_dtype(x))
+    passed: Tensor = _StraightThrough.apply(x, q)
+    return passed
