@@ -37,6 +37,7 @@ def identity(request: wire.Request) -> dict[str, np.ndarray]:
         reconstruction = np.rint(images * 255).astype(dtype) if dtype == np.uint8 else images.astype(dtype)
     every = {
         "reconstruction": reconstruction,
+        "adversarial": reconstruction,
         "indices": images[:, 0, ::8, ::8].astype(np.uint16),
     }
     names = [output.name for output in request.outputs] or ["reconstruction"]

@@ -22,18 +22,25 @@ def untouched(model: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
     """Inside, `model` works on copies of its buffers (BatchNorm statistics, queues); after, it has its own again.
 
     The buffers are exchanged rather than written back: a graph that waits for its backward pass may hold them.
+    DistributedDataParallel steps aside: it takes a forward pass for the beginning of a step, and with
+    `static_graph` one without a backward pass leaves the ranks with different weights (seen with torch 2.15).
     """
     modules = [model] if isinstance(model, nn.Module) else list(model)
     owners = {id(owner): owner for module in modules for owner in module.modules()}
     originals = [(owner, dict(owner._buffers)) for owner in owners.values() if owner._buffers]
+    parallel = [owner for owner in owners.values() if isinstance(owner, nn.parallel.DistributedDataParallel)]
     copies: dict[int, Tensor] = {}
     try:
+        for wrapper in parallel:
+            wrapper.__dict__["forward"] = wrapper.module.__call__
         for owner, buffers in originals:
             for name, buffer in buffers.items():
                 if buffer is not None:
                     owner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
         yield
     finally:
+        for wrapper in parallel:
+            wrapper.__dict__.pop("forward", None)
         for owner, buffers in originals:
             owner._buffers.clear()
             owner._buffers.update(buffers)
@@ -55,10 +62,10 @@ def loss_gradient(
     value = torch.tensor(0.0)
     for scale in LOSS_SCALES:
         with (
-            _same_random_numbers(images, modules),
-            untouched(modules),
             torch.inference_mode(False),
             torch.enable_grad(),
+            _same_random_numbers(images, modules),
+            untouched(modules),
         ):
             leaf = images.detach().clone().requires_grad_()
             loss = _checked_loss(loss_fn(leaf), len(leaf))
