@@ -1,0 +1,125 @@
+"""Which share of the tokens does the adversarial step change, and how does it grow with α (Table 8)?
+
+    python benchmarks/tokens_changed.py tiny-f8 --train SHARD... --test SHARD...
+
+A small residual network learns to tell the photographs of the training shards apart by their crops (one class a
+photograph, so that any pictures will do). Its gradients at Q(x) then make the `easyrobust` step, without random
+start, on crops of those photographs and, with the network's own prediction for a label, on photographs it never
+saw. Each α is one run of `dat_client.torch.adversarial` through a service started for it.
+Results: docs/tiny-f8.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from dat_client import Client
+from dat_client.torch import adversarial
+from dat_workers.pictures import centre_crops
+
+SIDE = 224
+ALPHAS = (0.0, 0.1, 0.2, 0.4)
+TABLE_8 = ("0 %", "3.8 %", "7 %", "13 %")
+
+
+def random_crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A crop of each uint8 [N,3,H,W], mirrored half the time."""
+    room = pictures.shape[2] - side
+    places = torch.randint(0, room + 1, (len(pictures), 2), generator=generator).tolist()
+    crops = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(pictures, places, strict=True)]
+    mirrored = torch.rand(len(crops), generator=generator) < 0.5
+    return torch.stack([c.flip(2) if m else c for c, m in zip(crops, mirrored, strict=True)])
+
+
+def trained(pictures: Tensor, steps: int, batch: int, side: int) -> tuple[nn.Module, float]:
+    """A classifier of which picture a crop comes from, and its accuracy on crops not seen before."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = resnet18(num_classes=len(pictures))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    begun = time.perf_counter()
+    for step in range(steps):
+        labels = torch.randperm(len(pictures), generator=generator)[:batch]
+        x = random_crops(pictures[labels], side, generator) / 255
+        loss = F.cross_entropy(model(x * 2 - 1), labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 19:
+            print(f"step {step + 1}/{steps}, loss {loss:.3f}, {time.perf_counter() - begun:.0f} s", flush=True)
+    model.eval()
+    with torch.no_grad():
+        right = [
+            model(random_crops(p, side, generator) / 127.5 - 1).argmax(1).eq(n).float().mean()
+            for p, n in zip(torch.split(pictures, 50), torch.split(torch.arange(len(pictures)), 50), strict=True)
+        ]
+    return model, float(torch.stack(right).mean())
+
+
+def shares(client: Client, model: nn.Module, x: Tensor, labels: Tensor, alpha: float) -> float:
+    """The mean share of tokens changed."""
+    found = []
+    for some, y in zip(torch.split(x, 10), torch.split(labels, 10), strict=True):
+        q = adversarial(
+            client,
+            some,
+            functools.partial(lambda y, i: F.cross_entropy(model(i * 2 - 1), y), y),
+            model=model,
+            preset="easyrobust",
+            alpha=alpha,
+            random_start=0.0,
+        )
+        found.append(q.tokens_changed or 0.0)
+    return float(np.mean(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codec")
+    parser.add_argument("--train", nargs="+", type=Path, required=True, help="shards or folders")
+    parser.add_argument("--test", nargs="+", type=Path, required=True, help="shards or folders, not of those")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--side", type=int, default=128, help="side of the crops it is trained on")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--images", type=int, default=50, help="images of each kind that are attacked")
+    parser.add_argument("--port", type=int, default=8791)
+    arguments = parser.parse_args()
+    known = torch.from_numpy(centre_crops(arguments.train, 256, arguments.classes))
+    model, accuracy = trained(known, arguments.steps, arguments.batch, arguments.side)
+    print(f"{len(known)} photographs told apart, accuracy on new crops {accuracy:.1%}")
+    at = (known.shape[2] - SIDE) // 2
+    seen = known[: arguments.images, :, at : at + SIDE, at : at + SIDE].contiguous()
+    unseen = torch.from_numpy(centre_crops(arguments.test, SIDE, arguments.images))
+    with torch.no_grad():
+        predicted = torch.cat([model(some / 127.5 - 1).argmax(1) for some in torch.split(unseen, 10)])
+    command = [sys.executable, "-m", "dat_service.cli", "serve", "--local", "--codec", arguments.codec]
+    service = subprocess.Popen([*command, "--port", str(arguments.port)])
+    try:
+        with Client(f"http://127.0.0.1:{arguments.port}", arguments.codec, timeout_s=300) as client:
+            client.wait_ready(120)
+            print("| α | photographs it was trained on | photographs it never saw | Table 8 |\n|---|---|---|---|")
+            for alpha, published in zip(ALPHAS, TABLE_8, strict=True):
+                one = shares(client, model, seen, torch.arange(len(seen)), alpha)
+                two = shares(client, model, unseen, predicted, alpha)
+                print(f"| {alpha:g} | {one:.1%} | {two:.1%} | {published} |", flush=True)
+    finally:
+        service.terminate()
+        service.wait()
+
+
+if __name__ == "__main__":
+    main()
