@@ -104,12 +104,13 @@ def _say(line: str) -> None:
 def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     """fp32 [N,3,H,W] of a .npy file. Raises InvalidInput where it is not of that shape."""
     import numpy as np
+    import torch
 
-    from dat_workers.discretizer import check_gradients, scaled_gradients
+    from dat_workers.discretizer import check_gradients
 
     array: npt.NDArray[np.generic] = np.load(path, allow_pickle=False)
     check_gradients(array, None, shape)
-    return scaled_gradients(array, None)
+    return torch.from_numpy(array).float()
 
 
 def _print(facts: dict[str, Any], rows: list[Row]) -> None:

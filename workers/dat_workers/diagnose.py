@@ -35,12 +35,11 @@ def find_overflow(
     The engine runs one image at a time and with none of its tricks, as a fused kernel has no layers to ask; None
     where nothing overflows so.
     """
-    model = copy.deepcopy(model)
-    found: list[Overflow] = []
-    for name, module in model.named_modules():
-        module.register_forward_hook(_watch(name, found))  # before the engine copies or converts the network
     options: dict[str, Any] = {"tricks": "none"} if takes_tricks() else {}
-    engine = create("torch", model, device=device, dtype=dtype, **options)
+    engine: Any = create("torch", copy.deepcopy(model), device=device, dtype=dtype, **options)
+    found: list[Overflow] = []
+    for name, module in engine.model.named_modules():
+        module.register_forward_hook(_watch(name, found))
     for image, tokens in zip(torch.split(images, 1), torch.split(indices, 1), strict=True):
         try:
             engine.encode(image.to(engine.device))
@@ -54,7 +53,7 @@ def find_overflow(
 
 def _watch(name: str, found: list[Overflow]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if found or output.isfinite().all():
+        if found or bool(output.isfinite().all()):
             return
         x = inputs[0].float()
         finite = x.isfinite()

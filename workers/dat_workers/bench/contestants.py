@@ -73,6 +73,7 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
         options = {} if tricks is None else {"tricks": tricks}
         made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, **options)
+        warm_up(made, shape[2])
 
         def rows(pixels: int) -> int:
             return max(1, min(made.batch, made.batch * 224 * 224 // pixels))
@@ -90,6 +91,12 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
 
     suffix = "" if tricks is None else f" tricks={tricks}"
     return Candidate(f"{engine} {dtype}{suffix}", dtype, build)
+
+
+def warm_up(engine: Engine, side: int) -> None:
+    """What an engine does once before images of side x side come (it captures graphs), where it does anything."""
+    if hasattr(engine, "warm_up"):
+        engine.warm_up(side)
 
 
 def takes_tricks() -> bool:
