@@ -39,8 +39,8 @@ MOST_JUDGED = 16  # distinct images, on which token agreement is taken
 RANDOM = "random weights"
 STEPS_BATCH = 64  # on CUDA; elsewhere the first batch, as nothing is measured
 DEFAULTS = {  # where a flag is not given
-    "cuda": {"batch": [1, 8, 32, 64, 128], "size": [224, 256]},
-    "cpu": {"batch": [16], "size": [224]},
+    "cuda": {"batch": [1, 8, 32, 64, 128], "size": [224, 256], "warmup": [3]},
+    "cpu": {"batch": [16], "size": [224], "warmup": [1]},
 }
 
 
@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--operations", default=",".join(OPERATIONS), help=f"[{','.join(OPERATIONS)}]")
     parser.add_argument("--baseline", default=BASELINE, help=f"whose speed the ratios are to [{BASELINE}]")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument(
+        "--warmup", type=int, help="calls before the rounds of each operation [3 on CUDA, 1 on a CPU]"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads [all cores]")
     parser.add_argument("--steps", action="store_true", help="each trick of the torch engine: predicted, measured")
     parser.add_argument("--steps-dtype", default="fp16", help="of those [fp16]")
@@ -104,7 +106,9 @@ def run(a: argparse.Namespace, command: str) -> int:
     if not chosen:
         raise ValueError(f"contestants is {a.contestants!r}, which names none of those here")
     say(f"measuring matrix products on {device}")
-    plan = Plan(device, operations, a.rounds, a.warmup, a.baseline, peaks(device, chosen), say)
+    plan = Plan(
+        device, operations, a.rounds, a.warmup or defaults["warmup"][0], a.baseline, peaks(device, chosen), say
+    )
     results: dict[str, Any] = {
         "benchmark": "codec",
         "command": command,
