@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from torch import Tensor
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+    from dat_workers.survey import Row
+
+COLUMNS = ("engine", "dtype", "tokens", "fidelity", "own Q(x)", "PSNR dB", "largest", "not finite", "images/s", "")
 
 
 def verify(
@@ -20,56 +25,126 @@ def verify(
         list[Path] | None,
         typer.Argument(help="Pictures, folders or .tar shards. [default: photographs inside scikit-image]"),
     ] = None,
-    engine: Annotated[str, typer.Option(help="The engine to judge.")] = "torch",
+    engine: Annotated[list[str] | None, typer.Option(help="Judge this engine only; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Judge this dtype only (auto: the default one); may be repeated.")
+    ] = None,
     crop: Annotated[int, typer.Option(help="Side of the centre crops, a multiple of f.", min=8, max=4096)] = 224,
     limit: Annotated[int, typer.Option(help="Most pictures taken.", min=1)] = 8,
+    gradients: Annotated[
+        Path | None, typer.Option(help=".npy, float [N,3,crop,crop]: the gradients at Q(x) of the pictures taken.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
-    """Compare an engine with taming-transformers' modules in fp32, token by token: PASS, or FAIL and status 1."""
+    """Compare engines and dtypes with taming-transformers' modules in fp32, token by token.
+
+    Without --engine and --dtype: all that this machine has. Status 1 where what runs by default (or with them:
+    anything that was named) falls short.
+    """
     from dat_service.cli.codecs import told
     from dat_workers.codecs.spec import CodecError
     from dat_workers.codecs.store import CodecStore, load_model
-    from dat_workers.engines import create
+    from dat_workers.engines import DTYPES, ENGINES, create
     from dat_workers.errors import InvalidInput
-    from dat_workers.verify import compare
+    from dat_workers.pictures import sample_crops
+    from dat_workers.survey import fastest, judged, survey
+    from dat_workers.verify import STAND_IN, measure, stand_in_gradients
 
     with told():
         try:
+            for what, given, known in (("--engine", engine, ENGINES), ("--dtype", dtype, DTYPES)):
+                for value in given or ():
+                    if value not in known:
+                        raise InvalidInput(what, repr(value), f"one of {', '.join(known)}")
             file = CodecStore().load(name)
             if crop % file.spec.factor:
                 raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
             model = load_model(file)
-            ours = create(engine, model, device=device, dtype=dtype)
             reference = create("reference", load_model(file), device=device)
-            images = _crops(pictures, crop, limit)
+            images = sample_crops(pictures, crop, limit)
+            given_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
+            _say(f"judging the reference on {len(images)} pictures")
+            yardstick = measure(
+                reference,
+                images.astype("float32") / 255,
+                stand_in_gradients if given_gradients is None else lambda q: given_gradients,
+            )
+            rows = survey(model, yardstick, device=device, engines=engine or (), dtypes=dtype or (), say=_say)
         except (InvalidInput, ValueError, RuntimeError, OSError) as error:
             raise error if isinstance(error, CodecError) else CodecError(str(error)) from error
-        typer.echo(f"codec              {name}, fingerprint {file.fingerprint[:12]}")
-        typer.echo(f"engine             {ours.name}, {ours.dtype} on {ours.device}, against taming's modules, fp32")
-        typer.echo(f"pictures           {len(images)} centre crops of {crop} x {crop}")
-        result = compare(ours, reference, images.astype("float32") / 255)
-        typer.echo(f"token agreement    {result.token_agreement:.4%}")
-        typer.echo(f"PSNR of pictures   {result.psnr_db:.1f} dB, from the same tokens")
-        typer.echo(f"largest difference {result.largest_difference:.2e} of 1")
-        typer.echo(f"not finite         {result.non_finite} pictures")
-        typer.echo("PASS" if result.passed else f"FAIL: {result.shortfall}")
-        if not result.passed:
+        source = STAND_IN if gradients is None else gradients.name
+        best = fastest(rows)
+        deciding = judged(rows, asked=bool(engine or dtype))
+        short = [row for row in deciding if row.shortfall]
+        facts: dict[str, Any] = {
+            "codec": name,
+            "fingerprint": file.fingerprint,
+            "reference": f"taming-transformers' modules, fp32 on {reference.device}",
+            "pictures": f"{len(images)} centre crops of {crop} x {crop}",
+            "step": "easyrobust: α = 0.1, l2, from Q(x)",
+            "gradients": source,
+            "tokens": yardstick.tokens.numel(),
+            "tokens_changed": int(yardstick.changed.sum()) if yardstick.changed is not None else 0,
+        }
+        _print(facts, rows)
+        for row in deciding:
+            typer.echo(f"{row.name}: {'FAIL: ' + row.shortfall if row.shortfall else 'PASS'}")
+        typer.echo(f"the fastest that passes: {best.name if best else 'none'}")
+        if json_file is not None:
+            _write(json_file, facts, rows, best)
+        if short or not deciding:
             raise typer.Exit(1)
 
 
-def _crops(sources: list[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """fp32 [N,3,H,W] of a .npy file. Raises InvalidInput where it is not of that shape."""
     import numpy as np
+    import torch
 
-    from dat_workers.codecs.spec import CodecError
-    from dat_workers.pictures import centre_crop, centre_crops
+    from dat_workers.discretizer import check_gradients
 
-    if sources:
-        return centre_crops(sources, size, limit)
-    try:
-        from skimage import data
-    except ImportError:
-        raise CodecError("name pictures to compare on, or: pip install 'dat-service[demo]'") from None
-    names = PHOTOGRAPHS[:limit]
-    pictures = (np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)) for name in names)
-    return np.stack([centre_crop(picture, size) for picture in pictures])
+    array: npt.NDArray[np.generic] = np.load(path, allow_pickle=False)
+    check_gradients(array, None, shape)
+    return torch.from_numpy(array).float()
+
+
+def _print(facts: dict[str, Any], rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for key in ("codec", "reference", "pictures", "step", "gradients"):
+        mark = f", fingerprint {facts['fingerprint'][:12]}" if key == "codec" else ""
+        typer.echo(f"{key:10}{facts[key]}{mark}")
+    typer.echo(f"δ changes {facts['tokens_changed']} of {facts['tokens']} tokens of Q(x) in the reference")
+    table = Table(*COLUMNS, box=None)
+    for row in rows:
+        a = row.agreement
+        if a is None:
+            table.add_row(row.engine, row.dtype, *[""] * 7, f"not run: {row.error}")
+            continue
+        table.add_row(
+            row.engine, row.dtype, f"{a.token_agreement:.3%}", _share(a.fidelity), _share(a.own_fidelity),
+            f"{a.psnr_db:.1f}", f"{a.largest_difference:.1e}", str(a.non_finite),
+            "–" if row.images_per_s is None else f"{row.images_per_s:.3g}",
+            ("default, " if row.default else "") + (f"falls short: {row.shortfall}" if row.shortfall else "passes"),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    for row in rows:
+        if row.overflow:
+            typer.echo(f"{row.name} overflows in {row.overflow}")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _write(path: Path, facts: dict[str, Any], rows: list[Row], best: Row | None) -> None:
+    from dat_workers.files import write_atomically
+
+    table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}
+    write_atomically(path, (json.dumps(facts | table, indent=1, ensure_ascii=False) + "\n").encode())

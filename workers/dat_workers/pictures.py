@@ -17,6 +17,7 @@ from dat_workers.errors import InvalidInput, TooLarge
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 27  # where the caller sets no limit; Pillow has its own a little above
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -109,6 +110,21 @@ def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -
     if not crops:
         raise InvalidInput("pictures", [str(s) for s in sources], "shards or folders that hold some")
     return np.stack(crops)
+
+
+def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
+    """uint8 [N,3,size,size]: centre crops of pictures, or where none are named of photographs inside scikit-image.
+
+    Raises as `centre_crops` does, and RuntimeError where scikit-image would be needed and is not there.
+    """
+    if sources:
+        return centre_crops(sources, size, limit)
+    try:
+        from skimage import data
+    except ImportError:
+        raise RuntimeError("name pictures to compare on, or: pip install 'dat-service[demo]'") from None
+    pictures = (np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)) for name in PHOTOGRAPHS[:limit])
+    return np.stack([centre_crop(picture, size) for picture in pictures])
 
 
 def centre_crop(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:

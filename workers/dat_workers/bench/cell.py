@@ -1,0 +1,164 @@
+"""One size, one batch, all contestants: build, judge, time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_workers.bench import machine, roofline
+from dat_workers.bench.contestants import Candidate, Codec, engine_candidate, takes_tricks
+from dat_workers.bench.runner import alternate, clock_for, cpu_clock, one_line, rates, ratio
+from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.discretizer import Discretizer
+from dat_workers.engines import create
+
+OPERATIONS = ("q", "encode", "decode", "host")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a cell is run, the same for all."""
+
+    device: torch.device
+    operations: Sequence[str]
+    rounds: int
+    warmup: int
+    baseline: str
+    peaks: Mapping[str, float | None]  # FLOP/s of a matrix product, by precision
+    say: Callable[[str], None]  # progress
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The distinct images a batch is filled with: uint8 [n,3,H,W] on the CPU, and their tokens by the reference.
+
+    `tokens` int64 [n,h,w]; None where agreement would mean nothing (random weights, noise for pictures).
+    """
+
+    images: Tensor
+    tokens: Tensor | None
+
+
+def true_tokens(model: VQGAN, images: Tensor, device: torch.device) -> tuple[Tensor, str]:
+    """Tokens of uint8 [n,3,H,W] by the fp32 reference, and its name: taming's modules, else our own."""
+    try:
+        engine = create("reference", copy.deepcopy(model), device=str(device))
+    except RuntimeError:
+        engine = create("torch", copy.deepcopy(model), device=str(device), dtype="fp32")
+    parts = torch.split(images.float().div_(255), 1)
+    return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts]), f"{engine.name} fp32"
+
+
+def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: int, plan: Plan) -> dict[str, Any]:
+    """Results of all contestants for batches of that size, ready for JSON.
+
+    They are built anew in every cell: graphs and compiled code are for one shape, and memory is counted from
+    nothing. What fails to build or to run is listed with its error and does not stop the others.
+    """
+    torch.compiler.reset()  # else the limit on recompilations leaves later shapes uncompiled, silently
+    host = pool.images.repeat(-(-batch // len(pool.images)), 1, 1, 1)[:batch]
+    images = host.to(plan.device).float().div_(255)
+    size = images.shape[2]
+    built: dict[str, Codec] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    indices: dict[str, Tensor] = {}
+    for candidate in candidates:
+        plan.say(f"{batch} of {size}²: building {candidate.name}")
+        row = rows[candidate.name] = {"contestant": candidate.name, "precision": candidate.precision}
+        memory = machine.PeakMemory(plan.device)
+        try:
+            codec = candidate.build(model, images.shape)
+            codec.decode(codec.encode(images))  # compiles, captures
+            memory.start()
+            tokens = codec.encode(images)
+            row["finite"] = bool(codec.decode(tokens).isfinite().all())
+            row["peak_bytes"] = memory.peak()
+        except Exception as error:
+            absent = isinstance(error, ImportError) or isinstance(error.__cause__, ImportError)
+            row["error"] = f"not installed ({error})" if absent else one_line(error)
+        else:
+            built[candidate.name], indices[candidate.name] = codec, tokens
+            if pool.tokens is not None:
+                judged = pool.tokens[:batch]
+                row["token_agreement"] = float((tokens[: len(judged)].cpu() == judged).double().mean())
+    baseline = plan.baseline if plan.baseline in built else next(iter(built), None)
+    for operation in plan.operations:
+        calls = _calls(operation, built, images, host, indices, model)
+        plan.say(f"{batch} of {size}²: timing {operation} of {len(calls)} contestants")
+        clock = cpu_clock if operation == "host" else clock_for(plan.device)  # host answers are numpy: waited for
+        timings = alternate(calls, rounds=plan.rounds, warmup=plan.warmup, clock=clock)
+        for name, timing in timings.items():
+            result = rates(timing, batch)
+            if baseline in timings and (times := ratio(timing, timings[baseline])):
+                result["times_baseline"] = {"median": times.median, "low": times.low, "high": times.high}
+            peak = plan.peaks.get(rows[name]["precision"])
+            if operation != "host" and peak and not timing.error:
+                result["share_of_peak"] = result["images_per_s"] * _flop(model, size, operation) / peak
+            rows[name][operation] = result
+    built.clear()
+    gc.collect()
+    return {"size": size, "batch": batch, "baseline": baseline, "results": list(rows.values())}
+
+
+def _calls(
+    operation: str,
+    built: Mapping[str, Codec],
+    images: Tensor,
+    host: Tensor,
+    indices: Mapping[str, Tensor],
+    model: VQGAN,
+) -> dict[str, Callable[[], object]]:
+    def call(name: str, codec: Codec) -> Callable[[], object]:
+        if operation == "encode":
+            return lambda: codec.encode(images)
+        if operation == "decode":
+            return lambda: codec.decode(indices[name])
+        if operation == "q":
+            return lambda: codec.decode(codec.encode(images))
+        discretizer, array = Discretizer(model.spec, "benchmark", codec.engine), host.numpy()
+        return lambda: discretizer.discretize(array)
+
+    return {name: call(name, codec) for name, codec in built.items() if operation != "host" or codec.engine}
+
+
+def _flop(model: VQGAN, size: int, operation: str) -> int:
+    counted = roofline.flop(model.spec, size)
+    return sum(counted.values()) if operation == "q" else counted[operation]
+
+
+def run_steps(model: VQGAN, pool: Pool, batch: int, dtype: str, plan: Plan) -> dict[str, Any]:
+    """Each trick of the torch engine alone, all together, and all but each: predicted and, on CUDA, measured.
+
+    Predicted is Q from device to device; so is measured, with `host` beside it, where copies show.
+    """
+    tricks = roofline.TRICKS
+    settings = {"none": (), **{t: (t,) for t in tricks}, "all": tricks}
+    settings |= {f"all,-{t}": tuple(other for other in tricks if other != t) for t in tricks}
+    cuda = plan.device.type == "cuda"
+    limits = roofline.H200
+    if cuda:
+        half = plan.peaks.get(dtype) or machine.matmul_peak(plan.device, dtype)
+        limits = roofline.Limits(
+            half,
+            machine.matmul_peak(plan.device, "fp32"),
+            machine.bandwidth(plan.device),
+            machine.launch_s(plan.device),
+            "this GPU, measured in this run",
+        )
+    size = pool.images.shape[2]
+    predicted = {s: batch / roofline.predict(model.spec, size, batch, on, limits) for s, on in settings.items()}
+    rows = [{"tricks": setting, "predicted_images_per_s": rate} for setting, rate in predicted.items()]
+    steps = {"size": size, "batch": batch, "dtype": dtype, "limits": vars(limits), "rows": rows}
+    if not cuda or not takes_tricks():
+        return steps | {"not_measured": "no CUDA" if not cuda else "the engine takes no tricks"}
+    runners = [engine_candidate("torch", dtype, plan.device, setting) for setting in settings]
+    cell = run_cell(model, runners, pool, batch, plan)
+    for row, result in zip(rows, cell["results"], strict=True):
+        row["measured"] = result
+    return steps

@@ -1,0 +1,203 @@
+"""How fast is Q, how near to what the chip can do, in how much memory, and is it still the same Q?
+
+    dat bench codec --codec tiny-f8 --images SHARD... --out codec-tiny-f8.json
+    PYTHONPATH=workers python benchmarks/codec.py --geometry vq-f8 --device cuda --out codec-vq-f8.json
+
+The second needs torch, triton and numpy alone: weights are random, so it says how fast and not how right.
+Contestants (contestants.py) run on the same images and take turns (runner.py); each operation is a run of its own:
+`q` (encode and decode), `encode`, `decode`, all from tensors on the device to tensors on the device; `host` is what
+a service worker does, `Discretizer.discretize` from uint8 in host memory to uint8 in host memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat_workers.bench import machine, roofline
+from dat_workers.bench.cell import OPERATIONS, Plan, Pool, run_cell, run_steps, true_tokens
+from dat_workers.bench.contestants import Candidate, candidates
+from dat_workers.bench.report import show_cell, show_steps
+from dat_workers.bench.runner import one_line
+from dat_workers.codecs.registry import REGISTRY
+from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.engines import pick_device, true_fp32
+from dat_workers.files import write_atomically
+
+GEOMETRIES = {"vq-f8": "vqgan-openimages-f8-16384", "vq-f16": "vqgan-openimages-f16-16384"}
+BASELINE = "taming fp32"
+MOST_JUDGED = 16  # distinct images, on which token agreement is taken
+RANDOM = "random weights"
+STEPS_BATCH = 64  # on CUDA; elsewhere the first batch, as nothing is measured
+DEFAULTS = {  # where a flag is not given
+    "cuda": {"batch": [1, 8, 32, 64, 128], "size": [224, 256], "warmup": [3]},
+    "cpu": {"batch": [16], "size": [224], "warmup": [1]},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dat bench codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--codec", default="tiny-f8", help="an embedded or installed codec [tiny-f8]")
+    which.add_argument(
+        "--geometry", help="random weights of that shape: vq-f8, vq-f16 or a registered codec; speed only"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--batch", type=int, nargs="+", help="[1 8 32 64 128 on CUDA, 16 on a CPU]")
+    parser.add_argument("--size", type=int, nargs="+", help="sides of the images [224 256 on CUDA, 224 on a CPU]")
+    parser.add_argument("--images", type=Path, nargs="+", help="pictures, folders or shards [scikit-image's]")
+    parser.add_argument(
+        "--contestants", default="", help='names or shell patterns with commas between, as "torch*,taming fp32"'
+    )
+    parser.add_argument("--operations", default=",".join(OPERATIONS), help=f"[{','.join(OPERATIONS)}]")
+    parser.add_argument("--baseline", default=BASELINE, help=f"whose speed the ratios are to [{BASELINE}]")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--warmup", type=int, help="calls before the rounds of each operation [3 on CUDA, 1 on a CPU]"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads [all cores]")
+    parser.add_argument("--steps", action="store_true", help="each trick of the torch engine: predicted, measured")
+    parser.add_argument("--steps-dtype", default="fp16", help="of those [fp16]")
+    parser.add_argument("--out", type=Path, help="write FILE.json, and beside it the plot FILE.png")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status: 1 where nothing ran (the reason on stderr), 130 where it was interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return run(parser().parse_args(given), shlex.join(["dat", "bench", "codec", *given]))
+    except (ValueError, RuntimeError, OSError) as error:
+        say(f"dat bench codec: {' '.join(str(error).split())}")
+        return 1
+    except KeyboardInterrupt:
+        say("dat bench codec: interrupted; --out holds the cells that were done")
+        return 130
+
+
+def run(a: argparse.Namespace, command: str) -> int:
+    """One run of the benchmark. Raises ValueError for what cannot be asked."""
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    device = pick_device(a.device)
+    true_fp32()
+    defaults = DEFAULTS[device.type]
+    batches, sizes = a.batch or defaults["batch"], a.size or defaults["size"]
+    operations = [name.strip() for name in a.operations.split(",")]
+    if not set(operations) <= set(OPERATIONS):
+        raise ValueError(f"operations is {a.operations!r}, must be of {', '.join(OPERATIONS)}")
+    if min(*batches, *sizes, a.rounds) < 1:
+        raise ValueError(f"batch {batches}, size {sizes}, rounds {a.rounds}: all must be 1 or more")
+    model, weights = load(a.codec, a.geometry)
+    if any(size % model.spec.factor for size in sizes):
+        raise ValueError(f"size is {sizes}, must be multiples of f = {model.spec.factor}")
+    chosen = candidates(device, [name.strip() for name in a.contestants.split(",") if name.strip()])
+    if not chosen:
+        raise ValueError(f"contestants is {a.contestants!r}, which names none of those here")
+    say(f"measuring matrix products on {device}")
+    plan = Plan(
+        device, operations, a.rounds, a.warmup or defaults["warmup"][0], a.baseline, peaks(device, chosen), say
+    )
+    results: dict[str, Any] = {
+        "benchmark": "codec",
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine.describe(device),
+        "codec": {"name": model.spec.name, "weights": weights},
+        "flop_per_image": {str(size): roofline.flop(model.spec, size) for size in sizes},
+        "matmul_peak_flops": plan.peaks,
+        "cells": [],
+    }
+    started = time.monotonic()
+    for i, size in enumerate(sizes):
+        pool, results["reference"] = make_pool(
+            model, a.images, size, min(max(batches), MOST_JUDGED), weights, device
+        )
+        for j, batch in enumerate(batches):
+            results["cells"].append(run_cell(model, chosen, pool, batch, plan))
+            print(show_cell(results["cells"][-1]), flush=True)
+            save(results, a.out)  # after every cell: a run that is cut short keeps what it has
+            done, all_cells = i * len(batches) + j + 1, len(sizes) * len(batches)
+            left = (time.monotonic() - started) / done * (all_cells - done)
+            say(f"{done} of {all_cells} cells done, about {left:.0f} s left")
+        if a.steps and i == 0:
+            batch = STEPS_BATCH if device.type == "cuda" else batches[0]
+            results["steps"] = run_steps(model, pool, batch, a.steps_dtype, plan)
+            print(show_steps(results["steps"]), flush=True)
+            save(results, a.out)
+    return 0 if any("error" not in r for cell in results["cells"] for r in cell["results"]) else 1
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def save(results: dict[str, Any], out: Path | None) -> None:
+    """JSON, and the plot where there is something to plot and Pillow to do it."""
+    if out is None:
+        return
+    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    try:
+        from dat_workers.bench.plot import plot
+    except ImportError:
+        return
+    write_atomically(out.with_suffix(".png"), plot(results))
+
+
+def load(codec: str, geometry: str | None) -> tuple[VQGAN, str]:
+    """The network in fp32 on the CPU, and what its weights are: a fingerprint, or "random weights"."""
+    if geometry is None:
+        from dat_workers.codecs.store import CodecStore, load_model
+
+        file = CodecStore().load(codec)
+        return load_model(file), f"fingerprint {file.fingerprint[:12]}"
+    name = GEOMETRIES.get(geometry, geometry)
+    if name not in REGISTRY or not REGISTRY[name].has_tokens:
+        raise ValueError(f"geometry is {geometry!r}, must be one of {[*GEOMETRIES, *REGISTRY]}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VQGAN(REGISTRY[name]).eval().requires_grad_(False), RANDOM
+
+
+def make_pool(
+    model: VQGAN, sources: list[Path] | None, size: int, count: int, weights: str, device: torch.device
+) -> tuple[Pool, str]:
+    """Up to `count` pictures with the reference's tokens, and the reference's name; or noise, and why."""
+    reason = weights
+    if weights != RANDOM:
+        try:
+            from dat_workers.pictures import sample_crops
+
+            images = torch.from_numpy(sample_crops(sources, size, count))
+            tokens, name = true_tokens(model, images, device)
+            return Pool(images, tokens), name
+        except (ImportError, RuntimeError) as error:
+            if sources:
+                raise
+            reason = f"no photographs: {error}"
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Pool(noise, None), f"none ({reason}): token agreement not taken"
+
+
+def peaks(device: torch.device, chosen: Sequence[Candidate]) -> dict[str, float | None]:
+    """FLOP/s of a large matrix product in each; None where the device has no such arithmetic."""
+    found: dict[str, float | None] = {}
+    for precision in sorted({c.precision for c in chosen} & set(machine.PRECISIONS)):
+        try:
+            found[precision] = machine.matmul_peak(device, precision)
+        except RuntimeError as error:
+            say(f"no matrix product in {precision}: {one_line(error)}")
+            found[precision] = None
+    return found

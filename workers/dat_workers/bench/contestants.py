@@ -1,0 +1,175 @@
+"""Who runs in `dat bench codec`: our engines, the published modules, diffusers. All with the same weights.
+
+A contestant gets and gives tensors on the device, so that the clock sees the codec and no copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_workers.bench import machine
+from dat_workers.bench.diffusers_model import as_vqmodel
+from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.engines import DTYPES, ENGINES, Engine, create
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A built contestant: images fp32 [N,3,H,W] in 0..1 to indices int64 [N,h,w], and those to pictures."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    engine: Engine | None = None  # where it is one of ours: it can be asked from host memory, too
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contestant by name. `build(model, shape of its batches)` may raise; it is then listed with the error."""
+
+    name: str
+    precision: str  # of most of its arithmetic: which measured peak it is a share of
+    build: Callable[[VQGAN, torch.Size], Codec]
+
+
+def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candidate]:
+    """All that could run there, or those whose names match one of the shell patterns.
+
+    On a CPU half precision is left out unless a pattern names it: it is several times slower there.
+    """
+    cuda = device.type == "cuda"
+    found = [
+        engine_candidate(engine, dtype, device)
+        for engine in ENGINES
+        for dtype in DTYPES
+        if engine != "reference" and dtype != "auto" and (cuda or dtype != "tf32")
+    ]
+    for precision in ("fp32", "tf32", "fp16") if cuda else ("fp32",):
+        found.append(taming_candidate(precision, device))
+    found.append(diffusers_candidate("fp32", device))
+    for precision in ("fp16", "bf16") if cuda else ("fp32",):
+        found.append(diffusers_candidate(precision, device, compiled=True))
+        found.append(diffusers_candidate(precision, device, compiled=True, channels_last=True))
+    if cuda:
+        found.append(diffusers_candidate("fp16", device))
+    if patterns:
+        return [c for c in found if any(fnmatch.fnmatchcase(c.name, pattern) for pattern in patterns)]
+    return [c for c in found if cuda or c.precision == "fp32"]
+
+
+def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str | None = None) -> Candidate:
+    """One of `dat_workers.engines`, with its batches cut as the discretizer cuts them."""
+
+    def build(model: VQGAN, shape: torch.Size) -> Codec:
+        options = {} if tricks is None else {"tricks": tricks}
+        made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, **options)
+        warm_up(made, shape[2])
+
+        def rows(pixels: int) -> int:
+            return max(1, min(made.batch, made.batch * 224 * 224 // pixels))
+
+        def encode(images: Tensor) -> Tensor:
+            parts = torch.split(images.to(made.device), rows(images.shape[2] * images.shape[3]))
+            return torch.cat([made.encode(part) for part in parts])
+
+        def decode(indices: Tensor) -> Tensor:
+            pixels = indices.shape[1] * indices.shape[2] * model.spec.factor**2
+            parts = torch.split(indices.to(made.device), rows(pixels))
+            return torch.cat([made.decode(part) for part in parts])
+
+        return Codec(encode, decode, made)
+
+    suffix = "" if tricks is None else f" tricks={tricks}"
+    return Candidate(f"{engine} {dtype}{suffix}", dtype, build)
+
+
+def warm_up(engine: Engine, side: int) -> None:
+    """What an engine does once before images of side x side come (it captures graphs), where it does anything."""
+    if hasattr(engine, "warm_up"):
+        engine.warm_up(side)
+
+
+def takes_tricks() -> bool:
+    """Whether the engines of this version can be made with some of their tricks switched off."""
+    return "tricks" in inspect.signature(create).parameters
+
+
+def taming_candidate(precision: str, device: torch.device) -> Candidate:
+    """taming-transformers' modules as published: fp32, with TF32 switched on, or under fp16 autocast."""
+
+    def build(model: VQGAN, shape: torch.Size) -> Codec:
+        from dat_workers.engines.reference import ReferenceEngine
+
+        published = ReferenceEngine(model, device, "fp32")  # copies the weights
+
+        def mode() -> AbstractContextManager[Any]:
+            if precision in HALF:
+                return torch.autocast(device.type, HALF[precision])
+            return machine.tf32(True) if precision == "tf32" else nullcontext()
+
+        @torch.inference_mode()
+        def encode(images: Tensor) -> Tensor:
+            with mode():
+                z = published.quant_conv(published.encoder(images * 2 - 1))
+                indices: Tensor = published.quantize(z)[2][2]
+            return indices
+
+        @torch.inference_mode()
+        def decode(indices: Tensor) -> Tensor:
+            with mode():
+                z = published.quantize.embedding(indices).permute(0, 3, 1, 2).contiguous()
+                pictures: Tensor = published.decoder(published.post_quant_conv(z))
+            return (pictures.float() + 1) / 2
+
+        return Codec(encode, decode)
+
+    return Candidate(f"taming {precision}{' autocast' if precision in HALF else ''}", precision, build)
+
+
+def diffusers_candidate(
+    precision: str, device: torch.device, *, compiled: bool = False, channels_last: bool = False
+) -> Candidate:
+    """diffusers' VQModel. Its quantizer stays fp32: torch.cdist, which it calls, has no half precision on CUDA."""
+
+    def build(model: VQGAN, shape: torch.Size) -> Codec:
+        dtype = HALF.get(precision, torch.float32)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        vqmodel = as_vqmodel(model)
+        quantize = copy.deepcopy(vqmodel.quantize).to(device)  # before its codebook is rounded
+        torch.nn.Module.to(vqmodel, device, dtype).to(memory_format=layout)  # its own `to` warns of what we want
+
+        def to_latents(x: Tensor) -> Tensor:
+            z: Tensor = vqmodel.quant_conv(vqmodel.encoder(x))
+            return z
+
+        def to_pictures(z: Tensor) -> Tensor:
+            y: Tensor = vqmodel.decoder(vqmodel.post_quant_conv(z))
+            return y
+
+        latents, pictures = (torch.compile(f, dynamic=False) if compiled else f for f in (to_latents, to_pictures))
+
+        @torch.inference_mode()
+        def encode(images: Tensor) -> Tensor:
+            z = latents((images * 2 - 1).to(dtype=dtype, memory_format=layout)).float()
+            indices: Tensor = quantize(z)[2][2]
+            return indices.view(len(z), z.shape[2], z.shape[3])
+
+        @torch.inference_mode()
+        def decode(indices: Tensor) -> Tensor:
+            z = quantize.embedding(indices).permute(0, 3, 1, 2).contiguous()
+            return (pictures(z.to(dtype=dtype, memory_format=layout)).float() + 1) / 2
+
+        return Codec(encode, decode)
+
+    how = ("compiled" if compiled else "eager") + (" channels_last" if channels_last else "")
+    return Candidate(f"diffusers {precision} {how}", precision, build)

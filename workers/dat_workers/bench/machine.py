@@ -1,0 +1,155 @@
+"""What the machine is, and what it can do at most: the measured peaks that results are shares of."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat_workers.bench.runner import clock_for
+
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """CPU, GPU, threads and versions, for the JSON."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    return facts
+
+
+def cpu_name() -> str:
+    """As Linux names it; elsewhere as Python does."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """TF32 in matrix products and convolutions, within the block; as it was, after it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _fastest(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds a call, in the fastest of ten samples: a peak is what is left when nothing else disturbs."""
+    clock = clock_for(device)
+    clock(call, 2)
+    return min(clock(call, 3) / 3 for _ in range(10))
+
+
+@torch.inference_mode()
+def matmul_peak(device: torch.device, precision: str, side: int | None = None) -> float:
+    """FLOP/s of one large square matrix product (8192 on a GPU, 1024 on a CPU), multiply and add counted apart."""
+    n = side or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    with tf32(precision == "tf32"):
+        return 2 * n**3 / _fastest(device, lambda: a @ b)
+
+
+@torch.inference_mode()
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s of a copy that fits no cache, read and write counted apart."""
+    source = torch.ones((1 << 28) if device.type == "cuda" else (1 << 25), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _fastest(device, lambda: target.copy_(source))
+
+
+@torch.inference_mode()
+def launch_s(device: torch.device) -> float:
+    """Seconds that one small operation takes from Python, when nothing waits for it."""
+    x = torch.zeros(32, device=device)
+
+    def many() -> None:
+        for _ in range(100):
+            x.add_(1)
+
+    return _fastest(device, many) / 100
+
+
+class PeakMemory:
+    """The most memory one contestant needs: `base` before it is built, `peak` after a call.
+
+    On a GPU what the allocator held at most, plus what stays reserved but unused afterwards (the pools of CUDA
+    graphs, which no allocation shows); on a CPU the resident set's growth, None where Linux does not say it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            self.base = torch.cuda.memory_allocated(device)
+            self.idle = torch.cuda.memory_reserved(device) - self.base
+        else:
+            trim()
+            self.base = resident("VmRSS") or 0
+
+    def start(self) -> None:
+        """Forget what building and compiling took at most."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS (proc(5))
+            except OSError:
+                self.base = -1
+
+    def peak(self) -> int | None:
+        """Bytes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            most = torch.cuda.max_memory_allocated(self.device) - self.base
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return most + max(0, held - self.idle)
+        highest = resident("VmHWM")
+        return None if highest is None or self.base < 0 else max(0, highest - self.base)
+
+
+def trim() -> None:
+    """Gives what was freed back to the system (glibc), so that the next contestant's memory shows as growth."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident(field: str) -> int | None:
+    """VmRSS (now) or VmHWM (at most) of this process in bytes; None where /proc does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,97 @@
+"""The benchmark's tables as plain text: it must run where rich is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns, the first to the left, the others to the right; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def rate(result: dict[str, Any] | None) -> str:
+    """Images/s, median (lowest to highest)."""
+    if not result:
+        return "–"
+    if "error" in result:
+        return "failed"
+    return f"{result['images_per_s']:.4g} ({result['low']:.4g}–{result['high']:.4g})"
+
+
+def times(result: dict[str, Any] | None) -> str:
+    """How many times as fast as the baseline, median (lowest to highest)."""
+    found = (result or {}).get("times_baseline")
+    return f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def size(value: int | None) -> str:
+    """Bytes in GB."""
+    return "–" if value is None else f"{value / 1e9:.2f} GB"
+
+
+def show_cell(cell: dict[str, Any]) -> str:
+    """One size and batch: a line a contestant, then what did not run and why."""
+    heading = [
+        "contestant",
+        "Q images/s",
+        f"x {cell['baseline']}",
+        "of peak",
+        "encode",
+        "decode",
+        "host",
+        "memory",
+        "tokens",
+    ]
+    rows, failed = [heading], []
+    for r in cell["results"]:
+        if "error" in r:
+            failed.append(f"{r['contestant']}: {r['error']}")
+            continue
+        failed += [
+            f"{r['contestant']}, {o}: {r[o]['error']}"
+            for o in ("q", "encode", "decode", "host")
+            if "error" in r.get(o, {})
+        ]
+        if not r["finite"]:
+            failed.append(f"{r['contestant']}: its pictures are not finite")
+        q = r.get("q")
+        numbers = [rate(q), times(q), share((q or {}).get("share_of_peak"))]
+        numbers += [rate(r.get(operation)) for operation in ("encode", "decode", "host")]
+        rows.append([r["contestant"], *numbers, size(r["peak_bytes"]), share(r.get("token_agreement"), 3)])
+    title = (
+        f"\nbatch {cell['batch']}, {cell['size']} x {cell['size']}: images/s, median (lowest–highest) of the rounds"
+    )
+    return "\n".join([title, columns(rows), *failed])
+
+
+def show_steps(steps: dict[str, Any]) -> str:
+    """Each trick alone, together and left out: predicted against measured."""
+    rows = [["tricks", "predicted Q/s", "x none", "measured Q/s", "x none", "host images/s", "memory"]]
+    none = steps["rows"][0]["predicted_images_per_s"]
+    for r in steps["rows"]:
+        predicted = r["predicted_images_per_s"]
+        measured = r.get("measured")
+        shown = ["not measured", "–", "–", "–"]
+        if measured:
+            q = measured.get("q")
+            shown = [
+                measured.get("error") or rate(q),
+                times(q),
+                rate(measured.get("host")),
+                size(measured.get("peak_bytes")),
+            ]
+        rows.append([r["tricks"], f"{predicted:.4g}", f"{predicted / none:.2f}", *shown])
+    title = f"\nsteps: torch {steps['dtype']}, batch {steps['batch']}, {steps['size']} x {steps['size']}"
+    why = [f"not measured: {steps['not_measured']}"] if "not_measured" in steps else []
+    return "\n".join([title, f"predicted for {steps['limits']['source']} (roofline.py)", columns(rows), *why])

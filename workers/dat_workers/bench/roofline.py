@@ -1,0 +1,177 @@
+"""What each trick should be worth on a GPU, before it is measured: a small roofline model.
+
+Every kernel of a pass takes max(FLOP / reachable FLOP/s, bytes / bandwidth); a pass takes the sum of its kernels,
+or the time to launch them, whichever is longer. Assumptions, each a line below:
+
+- A convolution or matrix product reaches CONV_SHARE of the measured matrix-multiply peak.
+- Activations are half precision (2 bytes) and make one trip to memory for each kernel that reads or writes them:
+  at 64 images of 224² a full-size activation is 0.8 GB, more than any cache. Weights are not counted.
+- Without channels_last cuDNN turns the input of a convolution to NHWC and its output back: two kernels.
+- A bias is a kernel of its own (read and write), and so is a residual sum (two reads, one write).
+- Stock GroupNorm reads twice and writes once, sigmoid reads and writes, the product reads twice and writes; on
+  channels_last tensors GroupNorm first copies to NCHW, and the next convolution gets a copy back.
+- The fused norm reads twice and writes once, swish included.
+- A folded upsample has 4/9 of the FLOP, never writes the enlarged tensor, and interleaves four phases (a copy).
+- Plain attention moves its matrix six times (product, scale, softmax, product); SDPA never writes it.
+- Plain distances are fp32, written once and read once; fused, none leave the chip.
+- CUDA graphs take away the launches' time and nothing else; overlap concerns copies from the host, which Q on
+  device tensors does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dat_workers.codecs.spec import CodecSpec
+from dat_workers.codecs.vqgan import VQGAN, AttnBlock, ResnetBlock, Upsample
+
+TRICKS = ("channels_last", "fused_norm", "folded_upsample", "sdpa", "fused_codebook", "graphs", "overlap")
+
+CONV_SHARE = 0.7  # of the matrix-multiply peak: what large convolutions of 128 to 512 channels are assumed to reach
+HALF_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a machine: FLOP/s in half precision and in fp32, bytes/s, seconds a launch; and where they are from."""
+
+    half: float
+    fp32: float
+    bandwidth: float
+    launch_s: float
+    source: str
+
+
+# Where no GPU is at hand: half precision as measured (DESIGN.md), the others from NVIDIA's data sheet; the time of
+# a launch is an assumption.
+H200 = Limits(
+    790e12, 67e12, 4.8e12, 5e-6, "H200: 790 TFLOP/s measured, data sheet 67 TFLOP/s fp32, 4.8 TB/s; 5 µs a launch"
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's work for one image."""
+
+    flop: float
+    bytes: float
+    launches: int = 1
+    fp32: bool = False  # computed outside the tensor cores
+
+    def seconds(self, limits: Limits, images: int) -> float:
+        reachable = limits.fp32 if self.fp32 else CONV_SHARE * limits.half
+        return images * max(self.flop / reachable, self.bytes / limits.bandwidth)
+
+
+@functools.cache
+def flop(spec: CodecSpec, size: int) -> dict[str, int]:
+    """FLOP of encoder and decoder for one image of size x size, multiply and add counted apart, as published.
+
+    >>> from dat_workers.codecs.registry import get
+    >>> {k: round(v / 1e9) for k, v in flop(get("vqgan-openimages-f8-16384"), 224).items()}
+    {'encode': 172, 'decode': 360}
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = {}
+    with torch.device("meta"):
+        model, images = VQGAN(spec), torch.empty(1, 3, size, size)
+        side = size // spec.factor
+        indices = torch.zeros(1, side, side, dtype=torch.int64)
+        for name, call in (("encode", lambda: model.encode(images)), ("decode", lambda: model.decode(indices))):
+            with FlopCounterMode(display=False) as counter:
+                call()  # type: ignore[no-untyped-call]
+            counted[name] = int(counter.get_total_flops())
+    return counted
+
+
+def kernels(spec: CodecSpec, size: int, tricks: Collection[str]) -> list[Kernel]:
+    """The kernels of one Q with these tricks, found by running the network on tensors without data."""
+    found: list[Kernel] = []
+    with torch.device("meta"):
+        model = VQGAN(spec)
+        for name, module in model.named_modules():
+            cost = _of_module(name, module, tricks)
+            if cost is not None:
+                module.register_forward_hook(_counting(cost, found))
+        model.pictures(model.latents(torch.empty(1, 3, size, size)))
+    distances = (size // spec.factor) ** 2 * spec.codebook_size
+    fused = "fused_codebook" in tricks
+    moved = 0 if fused else 2 * 4 * distances
+    return [*found, Kernel(2 * distances * spec.latent_dim, moved, 1 if fused else 5, fp32=True)]
+
+
+def predict(spec: CodecSpec, size: int, images: int, tricks: Collection[str], limits: Limits) -> float:
+    """Seconds of Q for a batch of that many images."""
+    work = kernels(spec, size, tricks)
+    launching = 0.0 if "graphs" in tricks else limits.launch_s * sum(kernel.launches for kernel in work)
+    return max(launching, sum(kernel.seconds(limits, images) for kernel in work))
+
+
+# what a module's call costs: (its input, its output) to kernels
+Cost = Callable[[Tensor, Tensor], list[Kernel]]
+
+
+def _counting(cost: Cost, found: list[Kernel]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.extend(cost(inputs[0], output))
+
+    return hook
+
+
+def _of_module(name: str, module: nn.Module, tricks: Collection[str]) -> Cost | None:
+    """The cost of a module's own work, its children's apart; None where it has none."""
+    if isinstance(module, nn.Conv2d):
+        fp32 = name in ("encoder.conv_in", "encoder.conv_out", "quant_conv")
+        folded = name.endswith("upsample.conv") and "folded_upsample" in tricks
+        return lambda x, y: _convolution(module, x, y, "channels_last" in tricks, fp32, folded)
+    if isinstance(module, nn.GroupNorm):
+        swish = ".attn" not in name
+        return lambda x, y: _norm(x, swish, "channels_last" in tricks, "fused_norm" in tricks)
+    if isinstance(module, AttnBlock):
+        return lambda x, y: [*_attention(x, "sdpa" in tricks), _sum(x)]
+    if isinstance(module, ResnetBlock):
+        return lambda x, y: [_sum(y)]
+    if isinstance(module, Upsample) and "folded_upsample" not in tricks:
+        return lambda x, y: [Kernel(0, HALF_BYTES * (x.numel() + y.numel()))]
+    return None
+
+
+def _convolution(
+    conv: nn.Conv2d, x: Tensor, y: Tensor, channels_last: bool, fp32: bool, folded: bool
+) -> list[Kernel]:
+    size = 4 if fp32 else HALF_BYTES
+    flop = 2.0 * y.numel() * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    read = x.numel()
+    found = [Kernel(0, size * 2 * y.numel())]  # the bias
+    if folded:  # x is the enlarged tensor, which no longer exists
+        flop, read = flop * 4 / 9, read // 4
+        found.append(Kernel(0, size * 2 * y.numel()))
+    found.append(Kernel(flop, size * (read + y.numel()), 4 if folded else 1, fp32))
+    if not channels_last and not fp32:
+        found.append(Kernel(0, size * 2 * (read + y.numel()), 2))
+    return found
+
+
+def _norm(x: Tensor, swish: bool, channels_last: bool, fused: bool) -> list[Kernel]:
+    if fused:
+        return [Kernel(0, HALF_BYTES * 3 * x.numel(), 2)]
+    passes = 3 + (5 if swish else 0) + (4 if channels_last else 0)
+    return [Kernel(0, HALF_BYTES * passes * x.numel(), 2 + (2 if swish else 0) + (2 if channels_last else 0))]
+
+
+def _attention(x: Tensor, sdpa: bool) -> list[Kernel]:
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    flop, vectors, matrix = 4.0 * positions**2 * channels, 4 * channels * positions, positions**2
+    if sdpa:
+        return [Kernel(flop, HALF_BYTES * vectors)]
+    return [Kernel(flop, HALF_BYTES * (vectors + 2 * matrix), 2), Kernel(0, HALF_BYTES * 4 * matrix, 2)]
+
+
+def _sum(y: Tensor) -> Kernel:
+    return Kernel(0, HALF_BYTES * 3 * y.numel())
