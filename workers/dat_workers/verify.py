@@ -56,10 +56,12 @@ def compare(engine: Engine, reference: Engine, images: npt.NDArray[Any] | torch.
     equal = total = non_finite = 0
     squared, largest = 0.0, 0.0
     for batch in torch.split(x, reference.batch):
-        ours, theirs = engine.encode(batch), reference.encode(batch)
+        ours = engine.encode(batch.to(engine.device)).cpu()
+        tokens = reference.encode(batch.to(reference.device))
+        theirs = tokens.cpu()
         equal += int((ours == theirs).sum())
         total += theirs.numel()
-        a, b = engine.decode(theirs), reference.decode(theirs)
+        a, b = engine.decode(theirs.to(engine.device)).cpu(), reference.decode(tokens).cpu()
         non_finite += int((~a.isfinite().flatten(1).all(1)).sum())
         squared += float((a - b).double().square().sum())
         largest = max(largest, float((a - b).abs().max()))
