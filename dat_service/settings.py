@@ -27,7 +27,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     engine: Literal["torch", "reference"] = Field("torch", description="How the codec is run.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="fp16 on CUDA, fp32 on CPU.")
+    dtype: Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"] = Field(
+        "auto", description="auto is mixed on CUDA (encoder fp32, decoder fp16) and fp32 on a CPU."
+    )
+    tricks: str = Field("auto", description="What makes it fast, dat_workers/engines/tricks.py: all on CUDA.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
     api_key_file: Path | None = Field(None, description="File with one API key a line; none: no key asked.")
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body.")

@@ -43,7 +43,9 @@ class CodecWorker:
     def _load(self) -> Discretizer:
         s = self.settings
         torch.set_num_threads(s.engine_threads())
-        discretizer = Discretizer.from_store(s.codec, engine=s.engine, device=s.device, dtype=s.dtype)
+        discretizer = Discretizer.from_store(
+            s.codec, engine=s.engine, device=s.device, dtype=s.dtype, tricks=s.tricks
+        )
         discretizer.warm_up()
         return discretizer
 

@@ -15,7 +15,8 @@ def discretize(
     indices: Annotated[bool, typer.Option("--indices", help="Write the tokens too, uint16 [h,w].")] = False,
     engine: Annotated[str, typer.Option(help="torch or reference.")] = "torch",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, tf32, mixed, fp16 or bf16.")] = "auto",
+    tricks: Annotated[str, typer.Option(help="auto, all, none, all,-graphs, ...")] = "auto",
 ) -> None:
     """Reconstruct pictures with a codec, in this process. A file that is no picture is named; the others go on."""
     import io
@@ -41,7 +42,7 @@ def discretize(
         raise typer.Exit(1)
     failed = 0
     try:
-        discretizer = Discretizer.from_store(codec, engine=engine, device=device, dtype=dtype)
+        discretizer = Discretizer.from_store(codec, engine=engine, device=device, dtype=dtype, tricks=tricks)
         names = ("reconstruction", "indices") if indices else ("reconstruction",)
         discretizer.check_outputs(names)
         out.mkdir(parents=True, exist_ok=True)

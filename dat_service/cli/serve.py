@@ -26,7 +26,11 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="torch or reference. [default: torch]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1. [default: auto]")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto, fp32, fp16 or bf16. [default: fp16 on CUDA, fp32 on CPU]")
+        str | None,
+        typer.Option(help="auto, fp32, tf32, mixed, fp16, bf16. [default: mixed on CUDA, fp32 on CPU]"),
+    ] = None,
+    tricks: Annotated[
+        str | None, typer.Option(help="all, none, all,-graphs, ... [default: all on CUDA, none on CPU]")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine. [default: all cores]")] = None,
     api_key_file: Annotated[
@@ -39,8 +43,8 @@ def serve(
     """
     try:
         settings = make_settings(
-            codec=codec, port=port, host=host, engine=engine, device=device, dtype=dtype, threads=threads,
-            api_key_file=api_key_file,
+            codec=codec, port=port, host=host, engine=engine, device=device, dtype=dtype, tricks=tricks,
+            threads=threads, api_key_file=api_key_file,
         )  # fmt: skip
         check_startable(settings)
     except (SettingsError, ValueError, OSError) as error:
@@ -52,10 +56,12 @@ def serve(
 
 
 def check_startable(settings: Settings) -> None:
-    """Raises what would only show after seconds of starting: an unknown codec, a taken port, a bad key file."""
+    """Raises what would only show after seconds of starting: an unknown codec or trick, a taken port, bad keys."""
     from dat_service.security import read_keys
     from dat_workers.codecs.store import CodecStore
+    from dat_workers.engines.tricks import Tricks
 
+    Tricks.parse(settings.tricks, cuda=False)
     CodecStore().load(settings.codec)
     read_keys(settings.api_key_file)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET

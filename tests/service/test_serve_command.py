@@ -94,6 +94,7 @@ def test_what_cannot_start_says_why(local: list[str], tmp_path: Path) -> None:
     assert "dat codecs pull vqgan-openimages-f8-16384" in failing("--codec", "vqgan-openimages-f8-16384", *local)
     assert "99999" in failing("--port", "99999", *local)
     assert "onyx" in failing("--engine", "onyx", *local)
+    assert "warp" in failing("--tricks", "all,-warp", *local)
     empty = tmp_path / "keys"
     empty.write_text("\n")
     assert str(empty) in failing("--api-key-file", str(empty), *local)

@@ -16,7 +16,6 @@ from dat_service.cli.main import app
 from dat_workers.codecs.store import load_model
 from dat_workers.diagnose import find_overflow
 from dat_workers.engines import create
-from dat_workers.errors import EngineError
 from dat_workers.survey import Row, fastest, judged, survey
 from dat_workers.verify import Agreement, encode, jaccard, judge, measure, stand_in_gradients
 
@@ -65,9 +64,7 @@ class Overflowing:
     name, device, dtype, batch = "overflowing", torch.device("cpu"), "fp16", 4
 
     def encode(self, images: Tensor) -> Tensor:
-        if (images[:, 0, 0, 0] == 1).any():
-            raise EngineError("latents are not finite")
-        return torch.zeros(len(images), 8, 8, dtype=torch.int64)
+        return torch.zeros(len(images), 8, 8, dtype=torch.int64) - (images[:, 0, 0, 0] == 1).int()[:, None, None]
 
     def decode(self, indices: Tensor) -> Tensor:
         return torch.full((len(indices), 3, 64, 64), torch.nan)

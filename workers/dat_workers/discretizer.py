@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,11 +14,14 @@ from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines import Engine, create
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
-
-Array = npt.NDArray[Any]
+from dat_workers.transfer import Array, Compute, through
 
 OUTPUT_DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
 OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
+# Which images of a batch came out finite, bool [n]: kept on the device and looked at with the results, since each
+# look waits for the GPU.
+FINITE = {"finite_latents": "latent vectors", "finite_pictures": "pictures"}
+Finite = dict[str, Tensor]
 
 
 class Discretizer:
@@ -41,7 +43,7 @@ class Discretizer:
 
     @classmethod
     def from_store(
-        cls, name: str, *, engine: str = "torch", device: str = "auto", dtype: str = "auto"
+        cls, name: str, *, engine: str = "torch", device: str = "auto", dtype: str = "auto", tricks: str = "auto"
     ) -> Discretizer:
         """The codec `name`, embedded or installed. Raises CodecError where it is neither."""
         from dat_workers.codecs.store import CodecStore, load_model
@@ -50,16 +52,19 @@ class Discretizer:
         if not file.spec.has_tokens:
             return cls(file.spec, file.fingerprint, None)
         model = load_model(file)
-        return cls(file.spec, file.fingerprint, create(engine, model, device=device, dtype=dtype))
+        return cls(file.spec, file.fingerprint, create(engine, model, device=device, dtype=dtype, tricks=tricks))
 
     def describe(self) -> dict[str, str]:
-        """Engine, device and dtype in words, for logs and metadata."""
+        """Engine, device, dtype and tricks in words, for logs and metadata."""
         if self.engine is None:
-            return {"engine": "none", "device": "cpu", "dtype": "none"}
-        return {"engine": self.engine.name, "device": str(self.engine.device), "dtype": self.engine.dtype}
+            return {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
+        e = self.engine
+        return {"engine": e.name, "device": str(e.device), "dtype": e.dtype, "tricks": str(e.tricks)}
 
     def warm_up(self, side: int = 224) -> None:
-        """One pass over a grey image, so that the first request does not pay for first calls."""
+        """The engine's own preparation and one pass over a grey image: no request pays for first calls."""
+        if self.engine is not None:
+            self.engine.warm_up(side)
         self.discretize(np.full((1, 3, side, side), 127, np.uint8))
 
     def check_outputs(self, outputs: Collection[str]) -> None:
@@ -126,53 +131,60 @@ class Discretizer:
         dtype = pick_output_dtype(output_dtype, images.dtype)
         if self.engine is None and not adversarial and images.dtype == dtype:
             return {"reconstruction": images}
-        batch = self._batch(images.shape[2] * images.shape[3])
-        parts: dict[str, list[Array]] = {}
-        for start in range(0, len(images), batch):
-            rows = slice(start, start + batch)
-            g = None
-            if gradients is not None and adversarial:
-                g = scaled_gradients(gradients[rows], None if gradient_scales is None else gradient_scales[rows])
-            one = self._discretize(as_float(images[rows]), g, step, replace_fraction, seed, outputs, adversarial)
-            for name, value in one.items():
-                parts.setdefault(name, []).append(finish(name, value, dtype))
-        return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
+
+        def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._discretize(given, step, replace_fraction, seed, outputs, dtype)
+
+        arrays = {"images": images}
+        if gradients is not None and adversarial:
+            arrays["gradients"] = gradients
+            if gradient_scales is not None:
+                arrays["gradient_scales"] = gradient_scales
+        return self._run(arrays, self._batch(images.shape[2] * images.shape[3]), compute)
 
     def _discretize(
         self,
-        x: Tensor,
-        gradients: Tensor | None,
+        given: dict[str, Tensor],
         step: Step,
         replace_fraction: float,
         seed: int,
         outputs: Collection[str],
-        adversarial: bool,
+        dtype: np.dtype[Any],
     ) -> dict[str, Tensor]:
-        """The wanted outputs of one batch: fp32 pictures, int64 tokens."""
+        """The wanted outputs of one batch on its device, as `finish` leaves them, and what is finite."""
+        x = as_float(given["images"])
+        gradients = given.get("gradients")
+        adversarial = any(name.startswith("adversarial") for name in outputs)
+        finite: Finite = {}
         made: dict[str, Tensor] = {}
         size = x.shape[2:]
-        indices = self._encode(x)
+        indices = self._encode(x, finite)
         from_q = adversarial and gradients is not None and step.base == "reconstruction"
-        q = self._decode(indices, x, size) if from_q or "reconstruction" in outputs else x
+        q = self._decode(indices, x, size, finite) if from_q or "reconstruction" in outputs else x
         if adversarial:
             attacked, moved = indices, x
             if gradients is not None:
-                moved = perturb(x, q, gradients, step)
-                attacked = self._encode(moved)
+                moved = perturb(x, q, scaled_gradients(gradients, given.get("gradient_scales")), step)
+                attacked = self._encode(moved, finite)
             if replace_fraction and attacked is not None:
                 attacked = replace_tokens(attacked, x, replace_fraction, seed, self.spec.codebook_size)
             if "adversarial" in outputs:
-                made["adversarial"] = self._decode(attacked, moved, size)
+                made["adversarial"] = self._decode(attacked, moved, size, finite)
             if attacked is not None and indices is not None:
                 # Q is not idempotent: a step from Q(x) is judged against the tokens of Q(x) itself
-                unmoved = self._encode(q) if from_q else indices
+                unmoved = self._encode(q, finite) if from_q else indices
                 assert unmoved is not None
                 made["adversarial_indices"] = attacked
                 made["tokens_changed"] = attacked.ne(unmoved).flatten(1).float().mean(1)
         if indices is not None:
             made["indices"] = indices
         made["reconstruction"] = q
-        return {name: value for name, value in made.items() if name in outputs or name == "tokens_changed"}
+        wanted = {
+            name: finish(name, value, dtype)
+            for name, value in made.items()
+            if name in outputs or name == "tokens_changed"
+        }
+        return wanted | finite
 
     def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
         """Pictures [N,3,h*f,w*f] of tokens: unsigned or int32 [N,h,w], each below K. UINT8 by default."""
@@ -187,40 +199,76 @@ class Discretizer:
             wrong = low if low < 0 else high
             raise InvalidInput("indices", wrong, f"0 to {self.spec.codebook_size - 1} (codec {self.spec.name})")
         dtype = pick_output_dtype(output_dtype, np.dtype(np.uint8))
-        tokens = torch.from_numpy(indices.astype(np.int64))
         f = self.spec.factor
         size = torch.Size((indices.shape[1] * f, indices.shape[2] * f))
-        chunks = torch.split(tokens, self._batch(size.numel()))
-        parts = [as_dtype(self._decode(chunk, chunk, size), dtype) for chunk in chunks]
-        return np.concatenate(parts)
+
+        def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
+            finite: Finite = {}
+            tokens = given["indices"].long()
+            return {"picture": finish("picture", self._decode(tokens, tokens, size, finite), dtype), **finite}
+
+        return self._run({"indices": indices.astype(np.int32)}, self._batch(size.numel()), compute)["picture"]
+
+    def _run(self, arrays: dict[str, Array], batch: int, compute: Compute) -> dict[str, Array]:
+        """`compute` on the engine's device, `batch` rows of `arrays` at a time; results by name, rows joined.
+
+        Raises EngineError for the first batch with an image that is not finite.
+        """
+        device, overlap = torch.device("cpu"), False
+        if self.engine is not None:
+            device, overlap = self.engine.device, self.engine.tricks.overlap
+        starts = range(0, len(next(iter(arrays.values()))), batch)
+        jobs = ({name: array[start : start + batch] for name, array in arrays.items()} for start in starts)
+        parts: dict[str, list[Array]] = {}
+        for start, made in zip(starts, through(device, jobs, compute, overlap=overlap), strict=True):
+            self._check_finite(made, start)
+            for name, array in made.items():
+                if name not in FINITE:
+                    # tokens travel as int32: few operations of PyTorch know uint16
+                    parts.setdefault(name, []).append(
+                        array.astype(np.uint16) if name.endswith("indices") else array
+                    )
+        return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
+
+    def _check_finite(self, made: dict[str, Array], start: int) -> None:
+        """Raises EngineError where one of FINITE is false; `start` is the batch's first image."""
+        for name, what in FINITE.items():
+            bad = [start + i for i, good in enumerate(made.get(name, ())) if not good]
+            if bad:
+                raise EngineError(
+                    f"codec {self.spec.name} on {self.describe()}: {what} of images {bad[:8]} came out with values "
+                    "that are not finite; run it with --dtype fp32"
+                )
 
     def _batch(self, pixels: int) -> int:
         """Images of so many pixels to hand to the engine at once: its memory goes with the pixels."""
         most = self.engine.batch if self.engine else 64
         return max(1, min(most, most * 224 * 224 // pixels))
 
-    def _encode(self, x: Tensor) -> Tensor | None:
+    def _encode(self, x: Tensor, finite: Finite) -> Tensor | None:
         """Tokens of fp32 [n,3,H,W]; None for `identity`."""
         if self.engine is None:
             return None
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
-        return self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
+        indices = self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
+        note(finite, "finite_latents", indices.ge(0))
+        return indices
 
-    def _decode(self, indices: Tensor | None, x: Tensor, size: torch.Size) -> Tensor:
+    def _decode(self, indices: Tensor | None, x: Tensor, size: torch.Size, finite: Finite) -> Tensor:
         """The pictures of tokens, cropped to `size`; `x` itself for `identity`."""
         if self.engine is None or indices is None:
             return x
         picture = self.engine.decode(indices)[:, :, : size[0], : size[1]]
-        # finite is checked before clipping, which would turn infinity into white
-        finite = picture.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = [i for i, good in enumerate(finite.tolist()) if not good]
-            raise EngineError(
-                f"codec {self.spec.name} on {self.describe()}: images {bad[:8]} of a batch of {len(indices)} came "
-                "out with values that are not finite; run it with --dtype fp32"
-            )
+        # before clipping, which would turn infinity into white
+        note(finite, "finite_pictures", picture.isfinite())
         return picture.clamp(0, 1)
+
+
+def note(finite: Finite, name: str, good: Tensor) -> None:
+    """Keeps, on the device, which images are good in all elements, this time and every time before."""
+    images = good.flatten(1).all(1)
+    finite[name] = finite[name] & images if name in finite else images
 
 
 def default_outputs(attacked: bool) -> tuple[str, ...]:
@@ -254,18 +302,17 @@ def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[
         raise InvalidInput("gradient_scales", f"up to {scales.max():g}", "scales that keep fp32 finite")
 
 
-def scaled_gradients(gradients: Array, scales: Array | None) -> Tensor:
+def scaled_gradients(gradients: Tensor, scales: Tensor | None) -> Tensor:
     """fp32 [n,3,H,W]: scale times value."""
-    g = torch.tensor(np.ascontiguousarray(gradients)).float()
-    return g if scales is None else g * torch.tensor(scales)[:, None, None, None]
+    g = gradients.float()
+    return g if scales is None else g * scales[:, None, None, None]
 
 
-def finish(name: str, value: Tensor, dtype: np.dtype[Any]) -> Array:
-    """An output as it leaves: pictures of `dtype`, tokens as uint16, shares as float32."""
+def finish(name: str, value: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """An output as it leaves the device: pictures of `dtype`, tokens as int32, shares as float32."""
     if name.endswith("indices"):
-        tokens: Array = value.cpu().numpy().astype(np.uint16)
-        return tokens
-    return value.cpu().numpy() if name == "tokens_changed" else as_dtype(value, dtype)
+        return value.int()
+    return value if name == "tokens_changed" else as_dtype(value, dtype)
 
 
 def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]:
@@ -277,15 +324,17 @@ def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]
     return np.dtype(OUTPUT_DTYPES[name])
 
 
-def as_float(images: Array) -> Tensor:
-    """fp32 tensor in 0..1 of images uint8 or float."""
-    x = torch.tensor(np.ascontiguousarray(images))
-    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+def as_float(images: Tensor) -> Tensor:
+    """fp32 in 0..1 of images uint8 or float."""
+    if images.dtype != torch.uint8:
+        return images.float()
+    # A tensor and no number: CUDA would multiply by 1/255 for a number, which is another fp32 now and then, and
+    # pixels would differ from a CPU's. Filled where it is: a copy from the host would wait.
+    return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
-def as_dtype(picture: Tensor, dtype: np.dtype[Any]) -> Array:
-    """A picture in 0..1 as a numpy array; uint8 is rounded to the nearest of 256 levels."""
+def as_dtype(picture: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """A picture in 0..1 as `dtype`; uint8 is rounded to the nearest of 256 levels."""
     if dtype == np.uint8:
-        return picture.mul(255).round_().to(torch.uint8).numpy()
-    array: Array = picture.numpy().astype(dtype, copy=False)
-    return np.ascontiguousarray(array)
+        return picture.mul(255).round_().to(torch.uint8).contiguous()
+    return picture.to(torch.float16 if dtype == np.float16 else torch.float32).contiguous()

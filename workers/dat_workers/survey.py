@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dat_workers.bench.contestants import warm_up
 from dat_workers.bench.runner import alternate, clock_for, one_line
 from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.diagnose import find_overflow
@@ -78,7 +77,7 @@ def survey(
             say(f"judging {row.name}")
             try:
                 engine = create(name, copy.deepcopy(model), device=device, dtype=dtype)
-                warm_up(engine, yardstick.images.shape[2])
+                engine.warm_up(yardstick.images.shape[2])
                 agreement = judge(engine, yardstick)
             except Exception as error:
                 rows[row.name] = replace(row, error=one_line(error))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dat_workers.engines import Engine
-from dat_workers.errors import EngineError
 from dat_workers.perturbation import PRESETS, perturb
 
 LEAST_AGREEMENT = 0.9999  # of fp32 engines: kernels that add in another order flip a near-tie now and then
@@ -151,23 +150,8 @@ def jaccard(ours: Tensor, theirs: Tensor) -> float:
 
 def encode(engine: Engine, images: Tensor) -> Tensor:
     """Tokens int64 [N,h,w] on the CPU; NO_TOKEN throughout an image whose latents are not finite."""
-
-    def attempt(part: Tensor) -> Tensor | None:
-        try:
-            return engine.encode(part.to(engine.device)).cpu()
-        except EngineError:
-            return None
-
-    parts: list[Tensor | None] = []
-    for part in torch.split(images, engine.batch):
-        whole = attempt(part)
-        if whole is not None or len(part) == 1:
-            parts.append(whole)
-        else:  # which of them it was
-            parts += [attempt(image) for image in torch.split(part, 1)]
-    some = next((part for part in parts if part is not None), torch.empty(1, 1, 1, dtype=torch.int64))
-    lost = torch.full_like(some[:1], NO_TOKEN)
-    return torch.cat([lost if part is None else part for part in parts])
+    parts = torch.split(images, engine.batch)
+    return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts])
 
 
 def decode(engine: Engine, indices: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -67,13 +66,12 @@ def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candi
     return [c for c in found if cuda or c.precision == "fp32"]
 
 
-def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str | None = None) -> Candidate:
+def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str = "auto") -> Candidate:
     """One of `dat_workers.engines`, with its batches cut as the discretizer cuts them."""
 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
-        options = {} if tricks is None else {"tricks": tricks}
-        made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, **options)
-        warm_up(made, shape[2])
+        made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, tricks=tricks)
+        made.warm_up(shape[2])
 
         def rows(pixels: int) -> int:
             return max(1, min(made.batch, made.batch * 224 * 224 // pixels))
@@ -89,19 +87,8 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
 
         return Codec(encode, decode, made)
 
-    suffix = "" if tricks is None else f" tricks={tricks}"
-    return Candidate(f"{engine} {dtype}{suffix}", dtype, build)
-
-
-def warm_up(engine: Engine, side: int) -> None:
-    """What an engine does once before images of side x side come (it captures graphs), where it does anything."""
-    if hasattr(engine, "warm_up"):
-        engine.warm_up(side)
-
-
-def takes_tricks() -> bool:
-    """Whether the engines of this version can be made with some of their tricks switched off."""
-    return "tricks" in inspect.signature(create).parameters
+    suffix = "" if tricks == "auto" else f" tricks={tricks}"
+    return Candidate(f"{engine} {dtype}{suffix}", "fp16" if dtype == "mixed" else dtype, build)
 
 
 def taming_candidate(precision: str, device: torch.device) -> Candidate:

@@ -8,22 +8,30 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.errors import EngineError
+from dat_workers.engines.tricks import Tricks
 
 ENGINES = ("torch", "reference")
-DTYPES = ("auto", "fp32", "fp16", "bf16")
+DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: encoder fp32, decoder fp16
 
 
 class Engine(Protocol):
-    """What the discretizer asks of an engine. Tensors come and go on the CPU; H and W are multiples of f."""
+    """What the discretizer asks of an engine. Tensors come and go on `device`; H and W are multiples of f."""
 
     name: str
     device: torch.device
     dtype: str
+    tricks: Tricks  # those that are on
     batch: int  # images of 224 x 224 that are worth handing over at once
 
+    def warm_up(self, side: int) -> None:
+        """Whatever is done once, before images of `side` x `side` come."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
-        """Indices int64 [N,H/f,W/f] of images fp32 [N,3,H,W] in 0..1."""
+        """Indices int64 [N,H/f,W/f] of images fp32 [N,3,H,W] in 0..1.
+
+        -1 throughout an image whose latent vectors are not finite: the nearest entry to a NaN would be token 0.
+        """
         ...
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -43,11 +51,12 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def checked_latents(z: Tensor) -> Tensor:
-    """`z` itself; raises EngineError where it is not finite: the nearest entry to a NaN would be token 0."""
-    if not bool(z.isfinite().all()):
-        raise EngineError("the encoder's latent vectors are not finite; run the codec with --dtype fp32")
-    return z
+def mark_non_finite(indices: Tensor, z: Tensor) -> Tensor:
+    """`indices` [N,h,w] with -1 throughout each image whose latent vectors `z` [N,d,h,w] are not all finite.
+
+    Marked and not raised: to ask whether all is finite would wait for the GPU, and a CUDA graph cannot ask at all.
+    """
+    return indices.where(z.isfinite().flatten(1).all(1)[:, None, None], -1)
 
 
 def true_fp32() -> None:
@@ -56,10 +65,12 @@ def true_fp32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto") -> Engine:
-    """An engine by name, holding `model`.
+def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto", tricks: str = "auto") -> Engine:
+    """An engine by name, holding `model`; `tricks` as `Tricks.parse` reads it.
 
-    >>> engine = create("torch", model, device="cpu")  # doctest: +SKIP
+    >>> engine = create("torch", model, device="cuda", tricks="all,-graphs")  # doctest: +SKIP
+
+    Raises ValueError for what does not exist or does not go together.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
@@ -67,9 +78,9 @@ def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto"
     if name == "torch":
         from dat_workers.engines.torch_engine import TorchEngine
 
-        return TorchEngine(model, pick_device(device), dtype)
+        return TorchEngine(model, pick_device(device), dtype, tricks)
     if name == "reference":
         from dat_workers.engines.reference import ReferenceEngine
 
-        return ReferenceEngine(model, pick_device(device), dtype)
+        return ReferenceEngine(model, pick_device(device), dtype, tricks)
     raise ValueError(f"engine is {name!r}, must be one of {ENGINES}")

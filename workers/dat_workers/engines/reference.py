@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import checked_latents
+from dat_workers.engines import mark_non_finite
+from dat_workers.engines.tricks import Tricks
 
 
 class ReferenceEngine:
@@ -22,9 +23,11 @@ class ReferenceEngine:
     name = "reference"
     batch = 1
 
-    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
+    def __init__(self, model: VQGAN, device: torch.device, dtype: str, tricks: str = "auto") -> None:
         if dtype not in ("auto", "fp32"):
             raise ValueError(f"dtype is {dtype!r}: the reference engine is fp32")
+        if tricks not in ("auto", "none"):
+            raise ValueError(f"tricks is {tricks!r}: the reference engine knows none")
         try:
             from taming.modules.diffusionmodules.model import Decoder, Encoder
             from taming.modules.vqvae.quantize import VectorQuantizer2
@@ -53,15 +56,19 @@ class ReferenceEngine:
             module.to(device).eval().requires_grad_(False)
         self.device = device
         self.dtype = "fp32"
+        self.tricks = Tricks()
+
+    def warm_up(self, side: int) -> None:
+        """Nothing is to be warmed."""
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         z = self.quant_conv(self.encoder(images.to(self.device) * 2 - 1))
-        indices: Tensor = self.quantize(checked_latents(z))[2][2]
-        return indices.cpu()
+        indices: Tensor = self.quantize(z)[2][2]
+        return mark_non_finite(indices, z)
 
     @torch.inference_mode()
     def decode(self, indices: Tensor) -> Tensor:
-        z = self.quantize.embedding(indices.to(self.device)).permute(0, 3, 1, 2).contiguous()
+        z = self.quantize.embedding(indices.to(self.device).clamp(min=0)).permute(0, 3, 1, 2).contiguous()
         pictures: Tensor = self.decoder(self.post_quant_conv(z))
-        return ((pictures + 1) / 2).cpu()
+        return (pictures + 1) / 2

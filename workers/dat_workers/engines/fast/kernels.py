@@ -1,0 +1,185 @@
+"""Triton kernels of the CUDA engine: GroupNorm with swish in NHWC, and the nearest codebook entry.
+
+    y = norm_swish(x, weight, bias, eps=1e-6, swish=True, dtype=torch.float16)
+    indices = nearest(latents, codebook)
+
+Both take CUDA tensors, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the import), which is
+how they are tested without a GPU. All offsets are 64 bits wide: 128 images of 256 x 256 with 256 channels are
+2^31 elements, one more than 32 bits hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUPS = 32  # of every GroupNorm of these networks
+TILE = 4096  # elements a program holds: 32 a thread
+MOST_PARTS = 256  # of an image's pixels, each with its own moments, which are then merged
+NEAREST_BLOCKS = {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128}  # tl.dot takes no side under 16
+# Triton 3.10 no longer fuses a·b + c by itself, 3.9 warns of it; said aloud, every version gives the same bits
+FUSION = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared deviations of each channel over `rows` pixels of one image.
+
+    Each tile is centred on its own mean before it is squared, and tiles are merged by Chan's formula (Chan, Golub,
+    LeVeque, 1979): E[x²] - E[x]² would lose every digit where the mean is large.
+    """
+    part = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = part * rows
+    end = tl.minimum(first + rows, pixels)
+    count = 0.0
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(first, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < end)[:, None] & (c < channels)[None, :]
+        offsets = (image * pixels + p)[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        n = tl.minimum(end - start, BLOCK_P).to(tl.float32)
+        rough = tl.sum(x, 0) / n
+        deviation = tl.where(mask, x - rough[None, :], 0.0)
+        rest = tl.sum(deviation, 0) / n  # what rounding left of the mean
+        total = count + n
+        delta = rough + rest - mean
+        mean += delta * (n / total)
+        m2 += tl.sum(deviation * deviation, 0) - n * rest * rest + delta * delta * (count * (n / total))
+        count = total
+    at = (image * tl.num_programs(0) + part) * channels + c
+    tl.store(mean_ptr + at, mean, mask=c < channels)
+    tl.store(m2_ptr + at, m2, mask=c < channels)
+
+
+@triton.jit
+def _merge(
+    mean_ptr, m2_ptr, group_mean_ptr, group_rstd_ptr, pixels, channels, rows, parts, eps,
+    GROUP_SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1/sqrt(variance + eps) of one group of one image, from the moments of its parts and channels."""
+    image = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    part = tl.arange(0, BLOCK_PARTS)
+    j = tl.arange(0, BLOCK_G)
+    mask = (part < parts)[:, None] & (j < GROUP_SIZE)[None, :]
+    offsets = (image * parts + part)[:, None] * channels + group * GROUP_SIZE + j[None, :]
+    means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+    m2 = tl.load(m2_ptr + offsets, mask=mask, other=0.0)
+    n = tl.minimum(tl.maximum(pixels - part * rows, 0), rows).to(tl.float32)[:, None]
+    total = (pixels * GROUP_SIZE).to(tl.float32)
+    origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # near all of them
+    shifted = tl.where(mask, means - origin, 0.0)
+    shift = tl.sum(tl.sum(n * shifted, 1), 0) / total
+    deviation = tl.where(mask, shifted - shift, 0.0)
+    variance = (tl.sum(tl.sum(m2, 1), 0) + tl.sum(tl.sum(n * deviation * deviation, 1), 0)) / total
+    at = image * tl.num_programs(1) + group
+    tl.store(group_mean_ptr + at, origin + shift)
+    tl.store(group_rstd_ptr + at, 1.0 / tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def _normalise(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, pixels, channels, groups,
+    GROUP_SIZE: tl.constexpr, SWISH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The second pass: (x - mean)·rstd·weight + bias, then swish, in fp32, rounded once."""
+    image = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    mask = (p < pixels)[:, None] & inside[None, :]
+    offsets = (image * pixels + p)[:, None] * channels + c[None, :]
+    of_group = image * groups + c // GROUP_SIZE
+    mean = tl.load(mean_ptr + of_group, mask=inside, other=0.0)
+    rstd = tl.load(rstd_ptr + of_group, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + c, mask=inside, other=0.0)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = (x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
+    if SWISH:
+        y = y * tl.sigmoid(y)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_swish(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, swish: bool, dtype: torch.dtype) -> Tensor:
+    """GroupNorm over 32 groups, then x·sigmoid(x) if `swish`: [N,C,H,W] to the same shape of `dtype`, NHWC.
+
+    x: fp16, bf16 or fp32, C a multiple of 32; copied first where it is not NHWC. weight, bias: fp32 [C].
+    """
+    n, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    pixels = height * width
+    block_c = min(128, triton.next_power_of_2(channels))
+    block_p = TILE // block_c
+    rows = triton.cdiv(triton.cdiv(pixels, MOST_PARTS), block_p) * block_p
+    parts = triton.cdiv(pixels, rows)
+    means, m2 = x.new_empty((2, n, parts, channels), dtype=torch.float32).unbind()
+    group_mean, group_rstd = x.new_empty((2, n, GROUPS), dtype=torch.float32).unbind()
+    columns = triton.cdiv(channels, block_c)
+    blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c, **FUSION}
+    _moments[(parts, n, columns)](x, means, m2, pixels, channels, rows, **blocks)
+    size = channels // GROUPS
+    _merge[(n, GROUPS)](
+        means, m2, group_mean, group_rstd, pixels, channels, rows, parts, eps, GROUP_SIZE=size,
+        BLOCK_PARTS=triton.next_power_of_2(parts), BLOCK_G=triton.next_power_of_2(size), **FUSION,
+    )  # fmt: skip
+    _normalise[(triton.cdiv(pixels, block_p), n, columns)](
+        x, y, weight, bias, group_mean, group_rstd, pixels, channels, GROUPS, GROUP_SIZE=size, SWISH=swish, **blocks
+    )
+    return y
+
+
+@triton.jit
+def _nearest(
+    z_ptr, codebook_ptr, norms_ptr, out_ptr, vectors, entries, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Index of the nearest of `entries` codebook vectors for BLOCK_M latent vectors of size D."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = (m < vectors)[:, None]
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        z = tl.load(z_ptr + m[:, None] * D + d[None, :], mask=here & (d < D)[None, :], other=0.0)
+        norm += tl.sum(z * z, 1)
+    best = tl.full([BLOCK_M], float("inf"), tl.float32)
+    index = tl.zeros([BLOCK_M], tl.int32)
+    for k0 in range(0, entries, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        known = k < entries
+        dot = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            z = tl.load(z_ptr + m[:, None] * D + d[None, :], mask=here & (d < D)[None, :], other=0.0)
+            of_entry = k[None, :] * D + d[:, None]
+            e = tl.load(codebook_ptr + of_entry, mask=known[None, :] & (d < D)[:, None], other=0.0)
+            dot = tl.dot(z, e, dot, input_precision="ieee")  # the default would be TF32: 10 bits of mantissa
+        norms = tl.load(norms_ptr + k, mask=known, other=float("inf"))
+        distance = (norm[:, None] + norms[None, :]) - 2.0 * dot
+        distance = tl.where(distance < float("inf"), distance, float("inf"))  # NaN is no nearest one
+        low, at = tl.min(distance, 1, return_indices=True, return_indices_tie_break_left=True)
+        index = tl.where(low < best, k0 + at, index)
+        best = tl.minimum(low, best)
+    tl.store(out_ptr + m, index.to(tl.int64), mask=m < vectors)
+
+
+def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codebook vector (Eq. 3): latents fp32 [M,d], codebook fp32 [K,d], to int64 [M].
+
+    |z|² + |e|² - 2 z·e in IEEE fp32, the published formula; the lowest index of equal ones. Distances live in
+    registers, BLOCK_M x BLOCK_K of them at a time.
+    """
+    latents, codebook = latents.contiguous(), codebook.contiguous()
+    vectors, d = latents.shape
+    out = torch.empty(vectors, dtype=torch.int64, device=latents.device)
+    grid = (triton.cdiv(vectors, NEAREST_BLOCKS["BLOCK_M"]),)
+    norms = codebook.square().sum(1)
+    _nearest[grid](latents, codebook, norms, out, vectors, len(codebook), D=d, **NEAREST_BLOCKS, **FUSION)
+    return out
