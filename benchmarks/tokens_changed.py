@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +87,15 @@ def shares(client: Client, model: nn.Module, x: Tensor, labels: Tensor, alpha: f
     return float(np.mean(found))
 
 
+def gradients(client: Client, model: nn.Module, x: Tensor, labels: Tensor) -> npt.NDArray[np.float32]:
+    """∇L at Q(x), fp32 [N,3,H,W]."""
+    found: list[Tensor] = []
+    for some, y in zip(torch.split(x, 10), torch.split(labels, 10), strict=True):
+        x_hat = torch.as_tensor(client.discretize(some, output_dtype="FP32").reconstruction).requires_grad_()
+        found += torch.autograd.grad(F.cross_entropy(model(x_hat * 2 - 1), y, reduction="sum"), x_hat)
+    return torch.cat(found).numpy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codec")
@@ -97,6 +107,11 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--images", type=int, default=50, help="images of each kind that are attacked")
     parser.add_argument("--port", type=int, default=8791)
+    parser.add_argument(
+        "--gradients-out",
+        type=Path,
+        help="file for the gradients at Q(x) of the unseen ones, for `dat codecs verify`",
+    )
     arguments = parser.parse_args()
     known = torch.from_numpy(centre_crops(arguments.train, 256, arguments.classes))
     model, accuracy = trained(known, arguments.steps, arguments.batch, arguments.side)
@@ -116,6 +131,8 @@ def main() -> None:
                 one = shares(client, model, seen, torch.arange(len(seen)), alpha)
                 two = shares(client, model, unseen, predicted, alpha)
                 print(f"| {alpha:g} | {one:.1%} | {two:.1%} | {published} |", flush=True)
+            if arguments.gradients_out:
+                np.save(arguments.gradients_out, gradients(client, model, unseen, predicted))
     finally:
         service.terminate()
         service.wait()
