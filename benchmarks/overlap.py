@@ -25,6 +25,8 @@ from torchvision.models import resnet18
 from dat_client import Client
 from dat_client.torch import AdversarialLoader
 
+FIRST = 4  # batch from which it is timed: the window is full and the first calls are made
+
 
 class Loop:
     """A training loop on random pictures; `run` gives its seconds a step and the share for which it idled."""
@@ -37,7 +39,7 @@ class Loop:
 
     def run(self, client: Client, depth: int, steps: int) -> tuple[float, float]:
         loader = AdversarialLoader(
-            repeat(self.data, steps + 2),
+            repeat(self.data),
             client,
             lambda x, y: F.cross_entropy(self.model(x), y),
             model=self.model,
@@ -45,12 +47,15 @@ class Loop:
         )
         begun, idle = 0.0, 0.0
         for batch in loader:
-            if batch.position == 2:  # the window is full and the first calls are made
-                begun, idle = time.perf_counter(), 0.0
+            if batch.position == FIRST:
+                begun = time.perf_counter()
+            elif batch.position > FIRST:
+                idle += batch.waited_s
+            if batch.position == FIRST + steps:  # so many turns of the loader, so many steps, and none of the end
+                break
             self.optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(self.model(batch.adversarial), *batch.rest))
             self.optimizer.step()
-            idle += batch.waited_s if batch.position > 2 else 0.0
         took = time.perf_counter() - begun
         return took / steps, idle / took
 

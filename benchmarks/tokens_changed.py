@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import socket
 import subprocess
 import sys
 import time
@@ -106,7 +107,6 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128, help="side of the crops it is trained on")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--images", type=int, default=50, help="images of each kind that are attacked")
-    parser.add_argument("--port", type=int, default=8791)
     parser.add_argument(
         "--gradients-out",
         type=Path,
@@ -121,10 +121,13 @@ def main() -> None:
     unseen = torch.from_numpy(centre_crops(arguments.test, SIDE, arguments.images))
     with torch.no_grad():
         predicted = torch.cat([model(some / 127.5 - 1).argmax(1) for some in torch.split(unseen, 10)])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     command = [sys.executable, "-m", "dat_service.cli", "serve", "--local", "--codec", arguments.codec]
-    service = subprocess.Popen([*command, "--port", str(arguments.port)])
+    service = subprocess.Popen([*command, "--port", str(port)])
     try:
-        with Client(f"http://127.0.0.1:{arguments.port}", arguments.codec, timeout_s=300) as client:
+        with Client(f"http://127.0.0.1:{port}", arguments.codec, timeout_s=300) as client:
             client.wait_ready(120)
             print("| α | photographs it was trained on | photographs it never saw | Table 8 |\n|---|---|---|---|")
             for alpha, published in zip(ALPHAS, TABLE_8, strict=True):

@@ -4,7 +4,9 @@
     trainer = Trainer(callbacks=[attack])
 
 It waits for the codec at every batch (depth 0). To hide the codec's time, return a
-`dat_client.torch.AdversarialLoader` from `train_dataloader` instead; Lightning takes it as it is.
+`dat_client.torch.AdversarialLoader` from `train_dataloader` instead; Lightning takes it as it is. Two things differ
+from a DataLoader there: with several devices the inner loader needs a DistributedSampler of its own (Lightning
+puts one into DataLoaders only), and of a loader without a length Lightning fetches one batch ahead (depth 0 is 1).
 """
 
 from __future__ import annotations
@@ -43,13 +45,14 @@ class DiscreteAdversarialTraining(Callback):
             found = type(batch).__name__
             raise InvalidRequest(f"batch: must be a list, images first, got {found}", field="batch", value=found)
         rest = batch[1:]
-        q = adversarial(
-            self.client,
-            batch[0],
-            lambda x_hat: self.loss_fn(pl_module, x_hat, *rest),
-            model=pl_module,
-            **self.options,
-        )
+        with trainer.precision_plugin.forward_context():  # the autocast of the training step
+            q = adversarial(
+                self.client,
+                batch[0],
+                lambda x_hat: self.loss_fn(pl_module, x_hat, *rest),
+                model=pl_module,
+                **self.options,
+            )
         batch[0] = q.adversarial
         if q.tokens_changed is not None:
             pl_module.log("tokens_changed", q.tokens_changed)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..aio import AsyncClient
 from ..client import Client
 from ..errors import InvalidRequest, shown
-from ._gradient import loss_gradient
-from ._pictures import checked, float_dtype, from_wire, to_wire
+from ._gradient import check_reduction, checked_modules, loss_gradient
+from ._pictures import check_reconstruction, checked, float_dtype, from_wire, to_wire
 
 ALPHA = 0.1  # of both presets
 EASYROBUST_START = 0.8  # how often the authors' code starts at a random point
@@ -26,7 +28,7 @@ class Adversarial:
     Attributes:
         reconstruction: x̂ = Q(x).
         adversarial: Q(x + δ).
-        loss: what `loss_fn` gave at x̂ (its mean where it gave one value an image), detached.
+        loss: what `loss_fn` gave where the gradient was taken (the mean of one value an image), detached.
         tokens_changed: the share of the tokens that the step changed; None where the codec has no tokens.
     """
 
@@ -58,12 +60,12 @@ def adversarial(
 
     The extra pass leaves `model` as it was: buffers (BatchNorm statistics), `.grad`, the random number generators
     of torch; its mode too, so BatchNorm normalises by the batch and dropout drops in `train()`. It runs under the
-    caller's autocast; a GradScaler is not needed for it.
+    caller's autocast; a GradScaler is not needed for it. Gradient checkpointing must be use_reentrant=False.
 
     Args:
         x: [N,3,H,W] in 0..1 before normalisation, or uint8, on any device.
         loss_fn: from x̂, float [N,3,H,W] in 0..1 on the device of x, to the loss: a scalar, or [N]. Normalise in it.
-        model: the module, or modules, that `loss_fn` calls.
+        model: the module, or modules, that `loss_fn` calls; [] protects nothing.
         reconstruction: Q(x) where it is known already, as x; saves one of the two requests.
         reduction: what a scalar loss is over the batch, `mean` or `sum`. `normalize="none"` steps along the
             gradient of the sum, so that a sample's δ does not depend on how many others there are.
@@ -77,13 +79,18 @@ def adversarial(
 
     Raises as `Client.discretize`, and InvalidRequest for a loss that is none.
     """
+    check_client(client)
+    check_reduction(reduction)
+    modules = checked_modules(model)
     sent = to_wire(checked(x))
     start = RandomStart.from_parameters(random_start, parameters)
     if reconstruction is None:
         answer = client.discretize(sent, output_dtype=output_dtype, timeout_s=timeout_s)
         reconstruction = answer.reconstruction
-    x_hat = from_wire(checked(reconstruction, "reconstruction"), x.device, float_dtype(x))
-    step = attack(x_hat, loss_fn, model, reduction, start, generator, parameters)
+    else:
+        check_reconstruction(reconstruction, x)
+    x_hat = from_wire(reconstruction, x.device, float_dtype(x))
+    step = attack(x_hat, loss_fn, modules, reduction, start, generator, parameters)
     answer = client.discretize(
         sent,
         step.gradients,
@@ -95,6 +102,13 @@ def adversarial(
     )
     made = from_wire(answer.adversarial, x.device, float_dtype(x))
     return Adversarial(x_hat, made, step.loss, answer.tokens_changed)
+
+
+def check_client(client: Any) -> None:
+    """Raises InvalidRequest for an address or an AsyncClient in the place of a Client."""
+    if isinstance(client, (str, AsyncClient)):
+        found = type(client).__name__
+        raise InvalidRequest(f"client: must be a dat_client.Client, got {found}", field="client", value=found)
 
 
 @dataclass(frozen=True)
@@ -118,10 +132,10 @@ class RandomStart:
             message = f"random_start: {probability:g} beside normalize={shown(normalize)}, needs normalize='l2'"
             raise InvalidRequest(message, field="random_start", value=probability, limit="normalize='l2'")
         alpha = parameters.get("alpha")
-        if probability and alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        if probability and alpha is not None and not (isinstance(alpha, Real) and math.isfinite(alpha)):
             message = f"alpha: must be a finite number, got {shown(alpha)}"
             raise InvalidRequest(message, field="alpha", value=alpha, limit="a finite number")
-        return cls(probability, ALPHA if alpha is None else alpha)
+        return cls(probability, ALPHA if alpha is None or not probability else float(alpha))
 
     def draw(self, x_hat: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """clip(x̂ + r, 0, 1), or None where the coin says no. One coin for the whole batch, as the authors do."""
@@ -152,7 +166,7 @@ class Step:
 def attack(
     x_hat: Tensor,
     loss_fn: Callable[[Tensor], Any],
-    model: nn.Module | Iterable[nn.Module],
+    modules: list[nn.Module],
     reduction: str,
     start: RandomStart,
     generator: torch.Generator | None,
@@ -160,7 +174,7 @@ def attack(
 ) -> Step:
     """Line 3 of Algorithm 1 at x̂, or at a random start beside it, and the parameters of the request for line 4."""
     begun = start.draw(x_hat, generator)
-    gradients, loss = loss_gradient(loss_fn, x_hat if begun is None else begun.to(x_hat.dtype), model, reduction)
+    gradients, loss = loss_gradient(loss_fn, x_hat if begun is None else begun.to(x_hat.dtype), modules, reduction)
     if begun is None:
         return Step(gradients, parameters, loss)
     # The service takes one step from x̂; from elsewhere, the way there is part of δ.
@@ -175,12 +189,12 @@ def _unit(batch: Tensor) -> Tensor:
     return unit
 
 
-_generators: dict[tuple[torch.device, int], torch.Generator] = {}
+_generators: dict[torch.device, tuple[int, torch.Generator]] = {}
 
 
 def _own_generator(device: torch.device) -> torch.Generator:
-    """A generator beside the global one, which the attack must leave alone; seeded as that was."""
-    key = (device, torch.initial_seed())
-    if key not in _generators:
-        _generators[key] = torch.Generator(device).manual_seed(key[1])
-    return _generators[key]
+    """A generator beside the global one, which the attack must leave alone; a new one when that has a new seed."""
+    seed = torch.initial_seed()
+    if device not in _generators or _generators[device][0] != seed:
+        _generators[device] = (seed, torch.Generator(device).manual_seed(seed))
+    return _generators[device][1]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .._core import Discretized
 from ..client import Client
 from ..errors import InvalidRequest, shown
-from ._adversarial import RandomStart, attack
-from ._pictures import checked, float_dtype, from_wire, to_wire
+from ._adversarial import RandomStart, attack, check_client
+from ._gradient import check_reduction, checked_modules
+from ._pictures import check_reconstruction, checked, float_dtype, from_wire, moved, to_wire
 
 
 class AdversarialBatch(NamedTuple):
@@ -30,7 +31,7 @@ class AdversarialBatch(NamedTuple):
         rest: what followed the images in the loader's batch, in its order (labels, targets, a second view).
         position: 0 for the first batch of this pass over the loader.
         tokens_changed: the share of the tokens that the step changed; None where the codec has no tokens.
-        loss: what `loss_fn` gave at Q(x), detached.
+        loss: what `loss_fn` gave where the gradient was taken, detached.
         waited_s: seconds for which the loop stood still because the codec had not answered.
     """
 
@@ -63,6 +64,8 @@ class AdversarialLoader:
 
     Args:
         loader: gives tuples or lists, the images first: [N,3,H,W], uint8 or float in 0..1 before normalisation.
+            It is read ahead, so each batch must have memory of its own. With several ranks it shards the data
+            itself (DistributedSampler), under Lightning too.
         client: a Client; it needs `depth + prefetch + 1` connections at most.
         loss_fn: from x̂ and what followed the images (on the device) to the loss to be attacked, as for
             `adversarial`. It is called between the steps: where it needs autocast, it enters it itself.
@@ -100,10 +103,12 @@ class AdversarialLoader:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 message = f"{name}: must be an integer of 0 or more, got {shown(value)}"
                 raise InvalidRequest(message, field=name, value=value, limit=">= 0")
+        check_client(client)
+        check_reduction(reduction)
         self.loader = loader
         self.client = client
         self.loss_fn = loss_fn
-        self.modules = [model] if isinstance(model, nn.Module) else list(model)
+        self.modules = checked_modules(model)
         self.depth = depth
         self.prefetch = prefetch
         self.precomputed = precomputed
@@ -124,16 +129,19 @@ class AdversarialLoader:
         position, ended = 0, False
         try:
             while True:
-                while not ended and len(window) <= self.depth + self.prefetch:
-                    turn = _Turn(position)
-                    ended = not self._read(source, turn) or turn.error is not None
-                    if not ended or turn.error is not None:
-                        window.append(turn)
-                    position += 1
-                for turn in itertools.islice(window, self.depth + 1):
-                    self._attack(turn)
-                    if turn.error is not None:
-                        break
+                # Q(x + δ) of the batch that is attacked now is needed before any Q(x) further ahead, so it is
+                # asked for first, and a slow `loader` is read while the codec works on it.
+                for ahead in (self.depth + 1, self.depth + 1 + self.prefetch):
+                    while not ended and len(window) < ahead:
+                        turn = _Turn(position)
+                        ended = not self._read(source, turn) or turn.error is not None
+                        if not ended or turn.error is not None:
+                            window.append(turn)
+                        position += 1
+                    for turn in itertools.islice(window, self.depth + 1):
+                        self._attack(turn)
+                        if turn.error is not None:
+                            break
                 if not window:
                     return
                 yield self._finish(window[0])
@@ -156,10 +164,10 @@ class AdversarialLoader:
                 found = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
                 message = f"loader: a batch must be a tuple or list {limit}, got {found}"
                 raise InvalidRequest(message, field="loader", value=found, limit=limit)
-            turn.images, turn.rest = checked(batch[0]), tuple(batch[lead:])
+            turn.images, turn.rest = checked(batch[0]).detach(), tuple(batch[lead:])
             turn.sent = to_wire(turn.images)
             if self.precomputed:
-                turn.reconstruction = checked(batch[1], "reconstruction")
+                turn.reconstruction = check_reconstruction(batch[1], turn.images)
             else:
                 turn.asked = self.client.submit(turn.sent, **self._asking)
         return True
@@ -181,7 +189,7 @@ class AdversarialLoader:
                 self.modules,
                 self.reduction,
                 self._start,
-                self.generator,
+                self._generator(device),
                 self.parameters,
             )
             turn.loss = step.loss
@@ -212,6 +220,12 @@ class AdversarialLoader:
                 )
         assert turn.error is not None
         raise turn.error
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """The one given, or one of this loader's own, seeded as torch was at its first batch."""
+        if self.generator is None:
+            self.generator = torch.Generator(device).manual_seed(torch.initial_seed())
+        return self.generator
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +274,7 @@ class _Turn:
 def _moved(value: Any, device: torch.device) -> Any:
     """Tensors inside tuples, lists and dicts on the device; all else as it is."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return moved(value, device)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

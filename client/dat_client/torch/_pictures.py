@@ -22,6 +22,26 @@ def checked(images: Any, what: str = "images") -> Tensor:
     return images
 
 
+def check_reconstruction(reconstruction: Any, like: Tensor) -> Tensor:
+    """Q(x) that the trainer has already, itself if it is uint8 or float in 0..1 and of the shape of x."""
+    checked(reconstruction, "reconstruction")
+    dtype, shape = reconstruction.dtype, list(reconstruction.shape)
+    wrong = None
+    if shape != list(like.shape):
+        wrong = f"shape {shape}"
+    elif dtype != torch.uint8 and not dtype.is_floating_point:
+        wrong = f"dtype {dtype}"
+    elif dtype != torch.uint8 and reconstruction.numel():
+        low, high = (float(value) for value in reconstruction.aminmax())
+        wrong = None if low >= 0 and high <= 1 else f"values from {low:g} to {high:g}"
+    if wrong:
+        limit = f"uint8 or float in 0..1 of shape {list(like.shape)}"
+        message = f"reconstruction: {wrong}, must be {limit}"
+        raise InvalidRequest(message, field="reconstruction", value=wrong, limit=limit)
+    kept: Tensor = reconstruction
+    return kept
+
+
 def to_wire(images: Tensor) -> Tensor:
     """The same pictures as uint8 where each value is one of the 256 levels, else as they are (bfloat16 as fp32).
 
@@ -43,9 +63,14 @@ def float_dtype(images: Tensor) -> torch.dtype:
     return images.dtype if images.dtype.is_floating_point else torch.float32
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. To a CPU it waits: what is on its way there may be read before it has come."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def from_wire(arrived: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Pictures (a tensor) as floats in 0..1 on `device`."""
-    pictures: Tensor = arrived.to(device, non_blocking=True)
+    pictures: Tensor = moved(arrived, device)
     if pictures.dtype == torch.uint8:
         return pictures.to(torch.float32).div_(255).to(dtype)
     return pictures.to(dtype)

@@ -162,24 +162,48 @@ def test_under_autocast_and_a_gradient_scaler(
     assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_an_overflow_at_the_first_loss_scale_is_tried_again_lower(codec: Client, x: Tensor) -> None:
-    scales = []
+def test_an_image_whose_gradient_overflows_gets_no_delta(codec: Client, x: Tensor) -> None:
+    calls = []
 
-    class Overflowing(torch.autograd.Function):
-        @staticmethod
-        def forward(_: Any, images: Tensor) -> Tensor:
-            return images.sum()
-
-        @staticmethod
-        def backward(_: Any, upstream: Tensor) -> Tensor:
-            scales.append(float(upstream))
-            value = upstream if upstream < 1e4 else torch.inf
-            return torch.ones(x.shape) * value
+    def loss(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        factor = torch.ones(x.shape)
+        factor[1, 0, 0, 0] = torch.inf
+        return (images * factor).nan_to_num(posinf=1.0).sum() + (images - images.detach()).mul(
+            factor
+        ).nan_to_num().sum()
 
     client = Recording(codec)
-    adversarial(client, x, Overflowing.apply, model=[], reduction="sum")
-    assert scales == [2.0**16, 2.0**8]
-    assert torch.equal(client.asked[1]["gradients"], torch.ones(x.shape))
+    with pytest.warns(RuntimeWarning, match=r"images \[1\] of 4: no δ for them"):
+        adversarial(client, x, loss, model=[], reduction="sum")
+    assert calls == [4]  # a second pass on one of several ranks would leave the others waiting
+    sent = client.asked[1]["gradients"]
+    assert not sent[1].any()
+    assert sent[[0, 2, 3]].abs().amin() > 0
+
+
+def test_one_pass_under_fp16(codec: Client, x: Tensor, labels: Tensor) -> None:
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(14400, 4)).half()
+    calls = []
+
+    def loss(images: Tensor) -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(half(images.half()), labels)  # a loss in fp16, too
+
+    for _ in range(3):
+        adversarial(codec, x, loss, model=half)
+    assert len(calls) == 3
+
+
+def test_a_momentum_encoder_must_not_move_inside(codec: Client, model: nn.Module, x: Tensor) -> None:
+    def loss(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            model[0].weight.mul_(0.999)
+        return model(images).sum()
+
+    with pytest.raises(InvalidRequest, match="momentum encoder"):
+        adversarial(codec, x, loss, model=model)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +214,7 @@ def test_an_overflow_at_the_first_loss_scale_is_tried_again_lower(codec: Client,
         (lambda i: torch.tensor(1.0), "does not depend"),
         (lambda i: torch.tensor(1.0, requires_grad=True), "does not depend"),
         (lambda i: 1.0, "float"),
-        (lambda i: (i * torch.nan).sum(), "nan, its gradient not finite for images"),
+        (lambda i: (i * torch.nan).sum(), "is nan"),
     ],
 )
 def test_what_is_no_loss_is_refused(codec: Client, x: Tensor, loss: Any, says: str) -> None:
@@ -208,12 +232,18 @@ def test_what_is_no_loss_is_refused(codec: Client, x: Tensor, loss: Any, says: s
         ({"random_start": 1.0, "preset": "easyrobust", "alpha": "much"}, "alpha"),
         ({"preset": "authors"}, "preset"),
         ({"reconstruction": torch.zeros(3)}, "reconstruction"),
+        ({"reconstruction": torch.zeros(4, 3, 32, 32, dtype=torch.int64)}, "reconstruction"),
+        ({"reconstruction": torch.full((4, 3, 32, 32), 2.0)}, "reconstruction"),
+        ({"reconstruction": torch.zeros(4, 3, 32, 16)}, "reconstruction"),
+        ({"model": torch.nn.Linear(1, 1).parameters()}, "model"),
+        ({"model": len}, "model"),
+        ({"client": "http://127.0.0.1:8000"}, "client"),
         ({"nonsense": 1}, "parameters"),
     ],
 )
 def test_wrong_options_are_named(codec: Client, x: Tensor, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        adversarial(codec, x, lambda i: i.sum(), model=[], **options)
+        adversarial(**({"client": codec, "x": x, "loss_fn": lambda i: i.sum(), "model": []} | options))
     assert caught.value.field == field
 
 
