@@ -20,7 +20,7 @@ def verify(
         list[Path] | None,
         typer.Argument(help="Pictures, folders or .tar shards. [default: photographs inside scikit-image]"),
     ] = None,
-    engine: Annotated[str, typer.Option(help="The engine to judge.")] = "torch",
+    engine: Annotated[str, typer.Option(help="The engine to judge: auto, torch, cpu, onnx.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
     crop: Annotated[int, typer.Option(help="Side of the centre crops, a multiple of f.", min=8, max=4096)] = 224,
