@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from dat_service import __version__
-from dat_service.cli import codecs, discretize, serve, train, verify
+from dat_service.cli import codecs, discretize, export, serve, train, verify
 
 app = typer.Typer(
     name="dat",
@@ -18,6 +18,7 @@ codecs.app.command("verify")(verify.verify)
 app.add_typer(codecs.app, name="codecs")
 app.command("serve")(serve.serve)
 app.command("discretize")(discretize.discretize)
+app.command("export")(export.export)
 app.command("train-codec")(train.train_codec)
 
 

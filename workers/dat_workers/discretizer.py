@@ -41,7 +41,7 @@ class Discretizer:
 
     @classmethod
     def from_store(
-        cls, name: str, *, engine: str = "torch", device: str = "auto", dtype: str = "auto"
+        cls, name: str, *, engine: str = "auto", device: str = "auto", dtype: str = "auto"
     ) -> Discretizer:
         """The codec `name`, embedded or installed. Raises CodecError where it is neither."""
         from dat_workers.codecs.store import CodecStore, load_model
@@ -53,10 +53,12 @@ class Discretizer:
         return cls(file.spec, file.fingerprint, create(engine, model, device=device, dtype=dtype))
 
     def describe(self) -> dict[str, str]:
-        """Engine, device and dtype in words, for logs and metadata."""
+        """Engine, device and dtype in words, for logs and metadata; of ONNX Runtime its provider too."""
         if self.engine is None:
             return {"engine": "none", "device": "cpu", "dtype": "none"}
-        return {"engine": self.engine.name, "device": str(self.engine.device), "dtype": self.engine.dtype}
+        said = {"engine": self.engine.name, "device": str(self.engine.device), "dtype": self.engine.dtype}
+        provider = getattr(self.engine, "provider", None)
+        return said | ({"provider": provider} if provider else {})
 
     def warm_up(self, side: int = 224) -> None:
         """One pass over a grey image, so that the first request does not pay for first calls."""
