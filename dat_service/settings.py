@@ -25,7 +25,9 @@ class Settings(BaseSettings):
     codec: str = Field("tiny-f8", description="Codec to serve.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
-    engine: Literal["torch", "reference"] = Field("torch", description="How the codec is run.")
+    engine: Literal["auto", "torch", "cpu", "onnx", "reference"] = Field(
+        "auto", description="How the codec is run: auto is torch on CUDA, cpu elsewhere."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"] = Field(
         "auto", description="auto is mixed on CUDA (encoder fp32, decoder fp16) and fp32 on a CPU."

@@ -13,7 +13,7 @@ def discretize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.png, and NAME.npy with --indices.")],
     codec: Annotated[str, typer.Option(help="Codec (`dat codecs list`).")] = "tiny-f8",
     indices: Annotated[bool, typer.Option("--indices", help="Write the tokens too, uint16 [h,w].")] = False,
-    engine: Annotated[str, typer.Option(help="torch or reference.")] = "torch",
+    engine: Annotated[str, typer.Option(help="auto, torch, cpu, onnx or reference.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, tf32, mixed, fp16 or bf16.")] = "auto",
     tricks: Annotated[str, typer.Option(help="auto, all, none, all,-graphs, ...")] = "auto",

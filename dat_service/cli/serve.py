@@ -23,7 +23,9 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
     host: Annotated[str | None, typer.Option(help="Address; 0.0.0.0 for all. [default: 127.0.0.1]")] = None,
     local: Annotated[bool, typer.Option("--local", help="One process, without Ray.")] = False,
-    engine: Annotated[str | None, typer.Option(help="torch or reference. [default: torch]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, torch, cpu, onnx or reference. [default: torch on CUDA, else cpu]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1. [default: auto]")] = None,
     dtype: Annotated[
         str | None,

@@ -142,7 +142,7 @@ def test_what_a_codec_lacks_is_refused(tiny: Discretizer, identity: Discretizer)
 
 @pytest.mark.parametrize(("half", "says"), [("decoder", r"images \[0\].*not finite"), ("encoder", "latent")])
 def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
-    broken = Discretizer.from_store("tiny-f8", device="cpu")
+    broken = Discretizer.from_store("tiny-f8", engine="torch", device="cpu")
     assert broken.engine is not None
     getattr(broken.engine.model, half).conv_out.weight[0, 0, 0, 0] = torch.inf  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match=says):

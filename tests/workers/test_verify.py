@@ -108,8 +108,10 @@ def test_the_table_names_the_layer_and_the_default(images: Tensor) -> None:
     model = load_model("tiny-f8")
     model.decoder.up[1].block[0].conv1.weight.mul_(1e6)
     yardstick = measure(create("reference", model, device="cpu"), images[:1])
-    rows = survey(model, yardstick, device="cpu", engines=["torch"], dtypes=["auto", "fp16"], rounds=1)
-    assert [(row.dtype, row.default) for row in rows] == [("fp32", True), ("fp16", False)]
+    rows = survey(model, yardstick, device="cpu", engines=["torch", "auto"], dtypes=["auto", "fp16"], rounds=1)
+    found = [(row.name, row.default) for row in rows]
+    assert found == [("torch fp32", False), ("torch fp16", False), ("cpu fp32", True), ("cpu fp16", False)]
+    assert rows[3].error is not None
     assert rows[0].overflow is None
     assert rows[1].overflow is not None
     assert "decoder.up.1.block.0.conv1" in rows[1].overflow
@@ -143,15 +145,15 @@ def run(*arguments: str, status: int = 0) -> Any:
 
 def test_command_passes_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "v.json"
-    said = run("--engine", "torch", "--dtype", "auto", "--json", str(file)).stdout
-    assert "torch fp32: PASS" in said
-    assert "the fastest that passes: torch fp32" in said
+    said = run("--engine", "auto", "--dtype", "auto", "--json", str(file)).stdout
+    assert "cpu fp32: PASS" in said
+    assert "the fastest that passes: cpu fp32" in said
     assert "untrained convolutional classifier, seed 0 (a stand-in" in said
     facts = json.loads(file.read_text())
     assert facts["tokens"] == 128
-    assert facts["fastest_that_passes"] == "torch fp32"
+    assert facts["fastest_that_passes"] == "cpu fp32"
     (row,) = facts["rows"]
-    assert (row["engine"], row["dtype"], row["default"], row["shortfall"]) == ("torch", "fp32", True, "")
+    assert (row["engine"], row["dtype"], row["default"], row["shortfall"]) == ("cpu", "fp32", True, "")
     assert row["agreement"]["token_agreement"] == 1
     assert row["images_per_s"] > 0
 

@@ -43,7 +43,7 @@ class Discretizer:
 
     @classmethod
     def from_store(
-        cls, name: str, *, engine: str = "torch", device: str = "auto", dtype: str = "auto", tricks: str = "auto"
+        cls, name: str, *, engine: str = "auto", device: str = "auto", dtype: str = "auto", tricks: str = "auto"
     ) -> Discretizer:
         """The codec `name`, embedded or installed. Raises CodecError where it is neither."""
         from dat_workers.codecs.store import CodecStore, load_model
@@ -55,11 +55,13 @@ class Discretizer:
         return cls(file.spec, file.fingerprint, create(engine, model, device=device, dtype=dtype, tricks=tricks))
 
     def describe(self) -> dict[str, str]:
-        """Engine, device, dtype and tricks in words, for logs and metadata."""
+        """Engine, device, dtype and tricks in words, for logs and metadata; of ONNX Runtime its provider too."""
         if self.engine is None:
             return {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
         e = self.engine
-        return {"engine": e.name, "device": str(e.device), "dtype": e.dtype, "tricks": str(e.tricks)}
+        said = {"engine": e.name, "device": str(e.device), "dtype": e.dtype, "tricks": str(e.tricks)}
+        provider = getattr(e, "provider", None)
+        return said | ({"provider": provider} if provider else {})
 
     def warm_up(self, side: int = 224) -> None:
         """The engine's own preparation and one pass over a grey image: no request pays for first calls."""

@@ -13,10 +13,9 @@ import torch
 from dat_workers.bench.runner import alternate, clock_for, one_line
 from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.diagnose import find_overflow
-from dat_workers.engines import DTYPES, ENGINES, Engine, create
+from dat_workers.engines import Engine, create, offered
 from dat_workers.verify import Agreement, Yardstick, judge
 
-DEFAULT_ENGINE = "torch"  # what `dat serve` takes where --engine is not given
 TIMED = {"cuda": 64, "cpu": 2}  # images a call; more tell nothing new on a CPU, which takes them one at a time
 
 
@@ -65,12 +64,14 @@ def survey(
     """A row for every engine and dtype, or for those named. What cannot be made or run is a row with its error."""
     rows: dict[str, Row] = {}
     made: dict[str, Engine] = {}
-    default = create(DEFAULT_ENGINE, copy.deepcopy(model), device=device)
+    default = create("auto", copy.deepcopy(model), device=device)  # what runs where nothing is asked for
+    names = [name if name != "auto" else default.name for name in engines]
     named = [dtype if dtype != "auto" else default.dtype for dtype in dtypes]
     cuda = default.device.type == "cuda"
-    for name in engines or [e for e in ENGINES if e != "reference"]:
-        for dtype in named or [d for d in DTYPES if d != "auto"]:
-            row = Row(name, dtype, (name, dtype) == (DEFAULT_ENGINE, default.dtype))
+    there = offered(cuda) + ([] if cuda else [("torch", "tf32")])
+    for name in names or dict.fromkeys(name for name, _ in there):
+        for dtype in named or [dtype for engine, dtype in there if engine == name]:
+            row = Row(name, dtype, (name, dtype) == (default.name, default.dtype))
             if dtype == "tf32" and not cuda:
                 rows[row.name] = replace(row, error="not measured: TF32 needs CUDA")
                 continue

@@ -18,7 +18,7 @@ from torch import Tensor
 from dat_workers.bench import machine
 from dat_workers.bench.diffusers_model import as_vqmodel
 from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import DTYPES, ENGINES, Engine, create
+from dat_workers.engines import Engine, create, offered
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -47,12 +47,7 @@ def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candi
     On a CPU half precision is left out unless a pattern names it: it is several times slower there.
     """
     cuda = device.type == "cuda"
-    found = [
-        engine_candidate(engine, dtype, device)
-        for engine in ENGINES
-        for dtype in DTYPES
-        if engine != "reference" and dtype != "auto" and (cuda or dtype != "tf32")
-    ]
+    found = [engine_candidate(engine, dtype, device) for engine, dtype in offered(cuda)]
     for precision in ("fp32", "tf32", "fp16") if cuda else ("fp32",):
         found.append(taming_candidate(precision, device))
     found.append(diffusers_candidate("fp32", device))

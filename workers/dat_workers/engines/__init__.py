@@ -10,8 +10,14 @@ from torch import Tensor
 from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.engines.tricks import Tricks
 
-ENGINES = ("torch", "reference")
+ENGINES = ("auto", "torch", "cpu", "onnx", "reference")
 DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: encoder fp32, decoder fp16
+
+
+def offered(cuda: bool) -> list[tuple[str, str]]:
+    """Every (engine, dtype) of our own that there can be on CUDA, or on a CPU."""
+    there = [dtype for dtype in DTYPES if dtype != "auto" and (cuda or dtype != "tf32")]
+    return [*(("torch", dtype) for dtype in there), *([] if cuda else [("cpu", "fp32")]), ("onnx", "fp32")]
 
 
 class Engine(Protocol):
@@ -66,15 +72,30 @@ def true_fp32() -> None:
 
 
 def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto", tricks: str = "auto") -> Engine:
-    """An engine by name, holding `model`; `tricks` as `Tricks.parse` reads it.
+    """An engine by name, holding `model`; `auto` is the fastest that starts without a further package.
 
+    >>> create("auto", model, device="cpu").name  # doctest: +SKIP
+    'cpu'
     >>> engine = create("torch", model, device="cuda", tricks="all,-graphs")  # doctest: +SKIP
 
-    Raises ValueError for what does not exist or does not go together.
+    `tricks` as `Tricks.parse` reads it. Raises ValueError for what does not exist or does not go together.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
     true_fp32()
+    if name == "auto":
+        plain = pick_device(device).type == "cpu" and dtype in ("auto", "fp32") and tricks == "auto"
+        name = "cpu" if plain else "torch"
+    if name in ("cpu", "onnx", "reference") and tricks not in ("auto", "none"):
+        raise ValueError(f"tricks is {tricks!r}: the engine {name!r} knows none")
+    if name == "cpu":
+        from dat_workers.engines.cpu_engine import CpuEngine
+
+        return CpuEngine(model, pick_device(device), dtype)
+    if name == "onnx":
+        from dat_workers.engines.onnx_engine import OnnxEngine
+
+        return OnnxEngine(model, device, dtype)
     if name == "torch":
         from dat_workers.engines.torch_engine import TorchEngine
 
@@ -82,5 +103,5 @@ def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto"
     if name == "reference":
         from dat_workers.engines.reference import ReferenceEngine
 
-        return ReferenceEngine(model, pick_device(device), dtype, tricks)
+        return ReferenceEngine(model, pick_device(device), dtype)
     raise ValueError(f"engine is {name!r}, must be one of {ENGINES}")

@@ -23,11 +23,9 @@ class ReferenceEngine:
     name = "reference"
     batch = 1
 
-    def __init__(self, model: VQGAN, device: torch.device, dtype: str, tricks: str = "auto") -> None:
+    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
         if dtype not in ("auto", "fp32"):
             raise ValueError(f"dtype is {dtype!r}: the reference engine is fp32")
-        if tricks not in ("auto", "none"):
-            raise ValueError(f"tricks is {tricks!r}: the reference engine knows none")
         try:
             from taming.modules.diffusionmodules.model import Decoder, Encoder
             from taming.modules.vqvae.quantize import VectorQuantizer2

@@ -1,0 +1,97 @@
+"""The CPU's default engine: the published tokens, pictures that look the same, and no dependence on company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dat_workers.codecs.spec import CodecSpec
+from dat_workers.codecs.store import load_model
+from dat_workers.codecs.vqgan import VQGAN, Upsample
+from dat_workers.discretizer import Discretizer
+from dat_workers.engines import create
+from dat_workers.engines.cpu_engine import CpuEngine, FastDecoder, FoldedUpsample
+from dat_workers.errors import EngineError
+from dat_workers.verify import compare
+
+
+@pytest.fixture(scope="module")
+def engine() -> CpuEngine:
+    made = create("cpu", load_model("tiny-f8"), device="cpu")
+    assert isinstance(made, CpuEngine)
+    return made
+
+
+def test_tokens_are_the_published_modules(engine: CpuEngine, photographs: np.ndarray) -> None:
+    images = torch.from_numpy(photographs).float() / 255
+    agreement = compare(engine, create("reference", load_model("tiny-f8"), device="cpu"), images)
+    assert agreement.token_agreement == 1
+    assert agreement.passed
+    assert agreement.largest_difference < 1e-3
+
+
+def test_an_image_does_not_depend_on_its_company(engine: CpuEngine, photographs: np.ndarray) -> None:
+    images = torch.from_numpy(photographs[:3, :, :64, :96]).float() / 255
+    indices = engine.encode(images)
+    pictures = engine.decode(indices)
+    for i in range(3):
+        assert torch.equal(engine.encode(images[i : i + 1])[0], indices[i])
+        assert torch.equal(engine.decode(indices[i : i + 1])[0], pictures[i])
+
+
+def test_upsampling_folded_into_its_convolution_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    upsample = Upsample(32).requires_grad_(False)
+    x = torch.randn(2, 32, 5, 3)
+    assert torch.allclose(FoldedUpsample(upsample)(x), upsample(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [(), (64,)])
+def test_decoder_of_another_geometry(attention: tuple[int, ...]) -> None:
+    """Groups of one channel and of several, shortcuts, attention between the blocks."""
+    torch.manual_seed(0)
+    spec = CodecSpec(
+        "toy",
+        ch=32,
+        ch_mult=(1, 2, 4),
+        num_res_blocks=1,
+        attn_resolutions=attention,
+        codebook_size=64,
+        latent_dim=4,
+    )
+    model = VQGAN(spec).eval().requires_grad_(False)
+    z = torch.randn(1, 4, 5, 7)
+    assert torch.allclose(FastDecoder(model)(z), model.pictures(z), atol=1e-4)
+
+
+def test_the_model_handed_in_stays_as_it_was(engine: CpuEngine) -> None:
+    fresh = load_model("tiny-f8")
+    weights = fresh.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in engine.model.state_dict().items())
+    assert engine.model.decoder.conv_in.weight.is_contiguous()
+
+
+def test_overflow_is_an_error_and_never_a_picture() -> None:
+    broken = Discretizer.from_store("tiny-f8", engine="cpu", device="cpu")
+    assert isinstance(broken.engine, CpuEngine)
+    image = np.zeros((1, 3, 16, 16), np.uint8)
+    broken.engine.decoder.decoder.conv_out.weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(EngineError, match=r"images \[0\].*not finite"):
+        broken.discretize(image)
+    broken.engine.model.encoder.conv_out.weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(EngineError, match="latent"):
+        broken.discretize(image)
+
+
+def test_what_auto_picks() -> None:
+    model = load_model("tiny-f8")
+    assert create("auto", model, device="cpu").name == "cpu"
+    assert create("auto", model, device="cpu", dtype="bf16").name == "torch"
+    assert Discretizer.from_store("tiny-f8", device="cpu").describe()["engine"] == "cpu"
+
+
+@pytest.mark.parametrize(("device", "dtype", "says"), [("meta", "auto", "meta"), ("cpu", "bf16", "fp32")])
+def test_what_it_is_not_for(device: str, dtype: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        create("cpu", load_model("tiny-f8"), device=device, dtype=dtype)

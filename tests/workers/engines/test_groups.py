@@ -1,0 +1,87 @@
+"""The pruned search gives the published formula's index, whatever the codebook and the vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dat_workers.codecs.store import load_model
+from dat_workers.codecs.vqgan import Codebook
+from dat_workers.engines.groups import GroupSearch, grouped
+
+
+def codebook(vectors: torch.Tensor) -> Codebook:
+    made = Codebook(*vectors.shape)
+    made.embedding.weight.data.copy_(vectors)
+    return made.requires_grad_(False)
+
+
+def as_latents(rows: torch.Tensor) -> torch.Tensor:
+    """[P,d] to [1,d,1,P]."""
+    return rows.t()[None, :, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([2048, 4096, 6144]),
+    dim=st.integers(1, 4),
+    flat=st.integers(0, 3),
+    scale=st.floats(1e-3, 1e3),
+    away=st.sampled_from([0.0, 1.0, 30.0]),
+    grid=st.booleans(),
+)
+def test_index_is_that_of_the_plain_search(
+    seed: int, size: int, dim: int, flat: int, scale: float, away: float, grid: bool
+) -> None:
+    """Codebooks in d dimensions or in fewer, away from zero (where the formula cancels), with ties and copies."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(size, dim, generator=generator)
+    vectors[:, : min(flat, dim - 1)] *= 1e-3
+    if grid:
+        vectors = (vectors * 4).round() / 4  # copies, and exact ties between others
+    vectors = (vectors + away) * scale
+    picked = vectors[torch.randint(0, size, (200,), generator=generator)]
+    noise = torch.randn(200, dim, generator=generator)
+    halfway = (picked[:100] + picked[100:]) / 2
+    rows = torch.cat([picked, picked + 0.1 * scale * noise, picked + scale * noise, halfway, -5 * picked[:20]])
+    plain = codebook(vectors)
+    assert torch.equal(GroupSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
+
+
+def test_tokens_of_photographs(photographs: np.ndarray) -> None:
+    model = load_model("tiny-f8")
+    z = model.latents(torch.from_numpy(photographs[:2]).float() / 127.5 - 1)
+    search = GroupSearch(model.quantize)
+    asked: list[int] = []
+    plain = model.quantize.nearest
+
+    def counted(rows: torch.Tensor) -> torch.Tensor:
+        asked.append(rows.shape[-1])
+        return plain(rows)
+
+    wanted = plain(z)
+    model.quantize.nearest = counted  # type: ignore[method-assign]
+    assert torch.equal(search.nearest(z), wanted)
+    assert 0 < sum(asked) < 0.1 * wanted.numel()  # the formula is asked for near-ties, and seldom
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e18, 1e25, -3e38])
+def test_extreme_vectors_are_left_to_the_formula(value: float) -> None:
+    plain = codebook(torch.randn(2048, 4, generator=torch.Generator().manual_seed(0)))
+    rows = torch.full((3, 4), value)
+    rows[1] = 0.5
+    assert torch.equal(GroupSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
+
+
+@pytest.mark.parametrize(("size", "dim", "suits"), [(16384, 4, True), (16384, 8, False), (256, 4, False)])
+def test_which_codebooks_it_is_for(size: int, dim: int, suits: bool) -> None:
+    assert GroupSearch.suits(Codebook(size, dim)) is suits
+
+
+def test_every_entry_is_in_one_group() -> None:
+    members = grouped(torch.randn(6144, 3))
+    assert torch.equal(members.flatten().sort()[0], torch.arange(6144))
