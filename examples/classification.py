@@ -74,7 +74,7 @@ def crop_pair(augment: v2.Transform, picture: Tensor, q: Tensor, label: int) -> 
 
 parser = example_parser(
     __doc__,
-    small={"steps": 24, "batch_size": 16, "image_size": 32},
+    small={"steps": 20, "batch_size": 16, "image_size": 32},
     full={"epochs": 90, "batch_size": 128, "image_size": 224},
 )
 parser.add_argument("--model", choices=("resnet18", "resnet50", "vit_b_16"), default="resnet50")

@@ -114,7 +114,7 @@ def together(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]
 
 parser = example_parser(
     __doc__,
-    small={"steps": 24, "batch_size": 4, "image_size": 96, "lr": 3e-4, "proposals": 32},
+    small={"steps": 20, "batch_size": 4, "image_size": 96, "lr": 3e-4, "proposals": 32},
     full={"batch_size": 16, "image_size": 640, "lr": 2e-4, "proposals": 512},
 )
 parser.add_argument(

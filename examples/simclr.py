@@ -59,7 +59,7 @@ def loss(model: nn.Module, view1: Tensor, view2: Tensor) -> Tensor:
 
 parser = example_parser(
     __doc__,
-    small={"steps": 40, "batch_size": 32, "image_size": 32, "arch": "resnet18", "lr": 1e-3, "jitter": 0.5},
+    small={"steps": 30, "batch_size": 32, "image_size": 32, "arch": "resnet18", "lr": 1e-3, "jitter": 0.5},
     full={"epochs": 100, "batch_size": 256, "image_size": 224, "arch": "resnet50", "lr": 1e-3, "jitter": 1.0},
 )
 parser.add_argument("--arch", choices=("resnet18", "resnet50"))

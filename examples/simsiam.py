@@ -60,7 +60,7 @@ def loss(model: nn.Module, view1: Tensor, view2: Tensor) -> Tensor:
 
 parser = example_parser(
     __doc__,
-    small={"steps": 48, "batch_size": 16, "image_size": 32, "arch": "resnet18", "lr": 0.2},
+    small={"steps": 36, "batch_size": 16, "image_size": 32, "arch": "resnet18", "lr": 0.2},
     full={"epochs": 100, "batch_size": 256, "image_size": 224, "arch": "resnet50", "lr": 0.05},
 )
 parser.add_argument("--arch", choices=("resnet18", "resnet50"))

@@ -99,7 +99,9 @@ def resolved(parser: argparse.ArgumentParser, arguments: list[str] | None = None
 
 def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError:

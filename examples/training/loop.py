@@ -120,7 +120,7 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
                     if training.after_step is not None:
                         training.after_step()
                     seen = (len(batch.images) * world, batch.waited_s)
-                    progress.count(loss, batch.loss.item(), batch.tokens_changed, *seen)
+                    progress.count(loss, f"at Q(x) {batch.loss.item():.3f}", batch.tokens_changed, *seen)
                 if progress.step % options.save_every == 0 and progress.step < steps:
                     save(progress.step)
     finally:

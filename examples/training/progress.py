@@ -29,10 +29,8 @@ class Progress:
         self._live = shown and sys.stdout.isatty()
         self._printed_at = -PLAIN_EVERY_S
 
-    def count(
-        self, loss: float, at_reconstruction: float, tokens_changed: float | None, images: int, waited_s: float
-    ) -> None:
-        """One step done: its loss, the loss at Q(x), pictures in it, seconds for which it waited for the codec."""
+    def count(self, loss: float, beside: str, tokens_changed: float | None, images: int, waited_s: float) -> None:
+        """One step done: its loss and what to show beside it, its pictures, seconds of waiting for the codec."""
         self.step += 1
         self.images += images
         self.waited_s += waited_s
@@ -43,7 +41,7 @@ class Progress:
         changed = "" if tokens_changed is None else f", tokens changed {tokens_changed:.1%}"
         left = elapsed / (self.step - self.start) * (self.steps - self.step)
         self._print(
-            f"step {self.step}/{self.steps}: loss {loss:.3f}, at Q(x) {at_reconstruction:.3f}{changed}, "
+            f"step {self.step}/{self.steps}: loss {loss:.3f}, {beside}{changed}, "
             f"{self.images / elapsed:.1f} images/s, waited for the codec {self.waited_s / elapsed:.0%}, "
             f"{clock(left)} left"
         )
