@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test test-examples check format clean
 
 help:
 	@echo "make demo    start the service, discretize photographs, draw a picture, stop it"
 	@echo "make test    the tests"
+	@echo "make test-examples   those of the training examples, the slow ones too"
 	@echo "make check   lint, format, types, spelling, version"
 	@echo "make setup   .venv alone;  make format   mend style;  make clean   remove .venv"
 
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-examples: $(INSTALLED)
+	$(BIN)/python -m pytest tests/examples -m 'slow or not slow'
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

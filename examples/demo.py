@@ -1,51 +1,54 @@
-"""The main job, whole: start the service, discretize photographs through the client, draw what came back.
+"""The main job, whole: start the service, discretize photographs, train with what it sends, draw what came back.
 
 make demo                                            # on Ray Serve
 python examples/demo.py --local                      # one process, without Ray
 python examples/demo.py --url http://codec:8000      # against a service that runs already
+
+First Q(x) of crops of photographs, and how fast it comes. Then a small classifier learns which of the photographs a
+crop comes from, by discrete adversarial training (preset easyrobust). Then one crop of each is attacked with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import socket
-import subprocess
+import itertools
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dat_client import Client
-
-Pictures = npt.NDArray[np.uint8]
+from dat_client import Client, DatError
+from dat_client.torch import AdversarialLoader
+from picture import Pictures, Rows, draw
+from training.data import PHOTOGRAPHS, photograph
+from training.loop import rate
+from training.networks import normalised
+from training.progress import Progress
+from training.run import one_line
+from training.service import service
 
 SIDE = 224
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "retina")
+SMALL = 48  # side of the crops that train the classifier
+BATCH = 16
+ALPHA = 0.1
 
 
-def photographs(crops_each: int = 4) -> Pictures:
+def crops(each: int = 4) -> Pictures:
     """uint8 [N,3,224,224]: crops along the diagonal of the photographs inside scikit-image."""
-    from skimage import data
-
-    crops = []
+    made = []
     for name in PHOTOGRAPHS:
-        loaded: Any = getattr(data, name)()
-        picture = Image.fromarray(loaded[0] if isinstance(loaded, tuple) else loaded)
-        scale = 1.3 * SIDE / min(picture.size)
-        small = np.asarray(picture.resize((round(picture.width * scale), round(picture.height * scale))))
-        room = np.array(small.shape[:2]) - SIDE
-        for i in range(crops_each):
-            top, left = (room * i / max(1, crops_each - 1)).astype(int)
-            crops.append(small[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1))
-    return np.stack(crops)
+        picture = photograph(name, round(1.3 * SIDE)).numpy()
+        room = np.array(picture.shape[1:]) - SIDE
+        for i in range(each):
+            top, left = (room * i / max(1, each - 1)).astype(int)
+            made.append(picture[:, top : top + SIDE, left : left + SIDE])
+    return np.stack(made)
 
 
 def psnr_db(x: Pictures, y: Pictures) -> npt.NDArray[np.float64]:
@@ -55,69 +58,124 @@ def psnr_db(x: Pictures, y: Pictures) -> npt.NDArray[np.float64]:
     return values
 
 
-@contextmanager
-def service(arguments: argparse.Namespace) -> Iterator[str]:
-    """The address of a running service: the given one, or one that is started here and stopped at the end."""
-    if arguments.url:
-        yield arguments.url
-        return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "dat_service.cli",
-        "serve",
-        "--codec",
-        arguments.codec,
-        "--port",
-        str(port),
-    ]
-    process = subprocess.Popen(command + (["--local"] if arguments.local else []), start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        with Client(url, arguments.codec) as client:
-            deadline = time.monotonic() + 180
-            while not client.ready():
-                if process.poll() is not None:
-                    sys.exit(f"the service ended with status {process.returncode}")
-                if time.monotonic() > deadline:
-                    sys.exit("the service was not ready within 180 s")
-                time.sleep(0.2)
-        yield url
-    finally:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+def small_crops(number: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
+    """uint8 [N,3,48,48] and labels [N]. The held-out are from the right third of each photograph, others never."""
+    pictures, labels = [], torch.arange(number) % len(PHOTOGRAPHS)
+    for label in labels.tolist():
+        whole = photograph(PHOTOGRAPHS[label], 3 * SMALL)
+        border = whole.shape[2] * 2 // 3
+        part = whole[:, :, border:] if held_out else whole[:, :, :border]
+        top, left = (int(torch.randint(extent - SMALL + 1, (), generator=generator)) for extent in part.shape[1:])
+        pictures.append(part[:, top : top + SMALL, left : left + SMALL])
+    return torch.stack(pictures), labels
 
 
-def colours(indices: npt.NDArray[np.uint16]) -> Pictures:
-    """Tokens [h,w] as a picture uint8 [3,h,w], each token a colour of its own."""
-    mixed = indices.astype(np.uint32) * np.uint32(2654435761)
-    return np.stack([(mixed >> shift) & 255 for shift in (8, 16, 24)]).astype(np.uint8)
+def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        pictures, labels = small_crops(BATCH * 4, generator, held_out=False)
+        drawn = torch.randperm(len(labels), generator=generator)[:BATCH]
+        yield pictures[drawn], labels[drawn]
 
 
-def draw(x: Pictures, q: Pictures, indices: npt.NDArray[np.uint16], path: Path) -> None:
-    """One row a photograph: original, reconstruction, difference x 4, token map."""
-    titles = ("x", "Q(x)", "|x - Q(x)| x 4", f"tokens, {indices.shape[1]} x {indices.shape[2]}")
-    head, gap = 20, 4
-    sheet = Image.new("RGB", (4 * (SIDE + gap), head + len(x) * (SIDE + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((column * (SIDE + gap) + 4, 4), title, fill="black")
-    for row in range(len(x)):
-        difference = np.abs(x[row].astype(int) - q[row]) * 4
-        cells = (x[row], q[row], difference.clip(0, 255).astype(np.uint8), colours(indices[row]))
-        for column, cell in enumerate(cells):
-            tile = Image.fromarray(np.ascontiguousarray(cell.transpose(1, 2, 0)))
-            tile = tile.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (column * (SIDE + gap), head + row * (SIDE + gap)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+class Classifier(nn.Module):
+    """Four convolutions and a mean over what is left; takes pictures in 0..1 of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, 128)
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.classes = nn.Linear(widths[-1], len(PHOTOGRAPHS))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        classes: Tensor = self.classes(self.features(normalised(pictures)).mean((2, 3)))
+        return classes
+
+
+def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        right = float((model(pictures).argmax(1) == labels).float().mean())
+    model.train()
+    return right
+
+
+def train(client: Client, steps: int) -> nn.Module:
+    """A classifier after `steps` steps of minimising L(x) + L(x_adv), on the CPU; prints how it goes."""
+    torch.manual_seed(0)
+    model = Classifier()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def loss_of(pictures: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(pictures), labels)
+
+    held_out = small_crops(120, torch.Generator().manual_seed(2), held_out=True)
+    loader = AdversarialLoader(
+        batches(steps), client, loss_of, model=model, depth=1, preset="easyrobust", alpha=ALPHA
+    )
+    before = accuracy(model, *held_out)
+    progress = Progress(0, steps, [])
+    for batch in loader:
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate(progress.step, steps)
+        optimizer.zero_grad()
+        loss = loss_of(batch.images, *batch.rest) + loss_of(batch.adversarial, *batch.rest)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        right = f"accuracy {accuracy(model, *held_out):.0%}"
+        progress.count(loss.item(), right, batch.tokens_changed, len(batch.images), batch.waited_s)
+    progress.end_line()
+    print(
+        f"classifier: {progress.summary()}; accuracy on {len(held_out[1])} held-out crops "
+        f"{before:.0%} -> {accuracy(model, *held_out):.0%}"
+    )
+    return model.eval()
+
+
+def attacked(client: Client, model: nn.Module, x: Pictures, labels: Tensor) -> Rows:
+    """x, Q(x) and Q(x + δ), with δ a step of L2 length α from x along the gradient at Q(x)."""
+    x_hat = torch.from_numpy(client.discretize(x).reconstruction).float().div_(255).requires_grad_()
+    (gradients,) = torch.autograd.grad(F.cross_entropy(model(x_hat), labels, reduction="sum"), x_hat)
+    q = client.discretize(
+        x,
+        gradients=gradients.numpy(),
+        # From x, not from Q(x): then a token differs from Q(x)'s because of δ alone.
+        base="x",
+        normalize="l2",
+        alpha=ALPHA,
+        outputs=["reconstruction", "indices", "adversarial", "adversarial_indices"],
+    )
+    assert q.reconstruction is not None
+    assert q.indices is not None
+    assert q.adversarial is not None
+    assert q.adversarial_indices is not None
+    delta = ALPHA * F.normalize(gradients.flatten(1)).view_as(gradients)
+    return Rows(x, q.reconstruction, q.indices, q.adversarial, delta.numpy(), q.adversarial_indices)
+
+
+def discretized(client: Client, x: Pictures, rounds: int) -> None:
+    """Sends all crops `rounds` times; prints how fast they come back and what came."""
+    q = client.discretize(x, outputs=["reconstruction", "indices"])
+    started = time.perf_counter()
+    for number in range(1, rounds + 1):
+        client.discretize(x)
+        rate = number * len(x) / (time.perf_counter() - started)
+        print(f"round {number}/{rounds}: {rate:.1f} images/s", flush=True)
+    assert q.reconstruction is not None
+    assert q.indices is not None
+    facts = client.metadata()["parameters"]
+    how = f"{facts['engine']} {facts['dtype']} on {facts['device']}"
+    print(f"codec {q.codec}, fingerprint {str(q.fingerprint)[:12]}, {how}")
+    psnr = psnr_db(x, q.reconstruction)
+    used = len(np.unique(q.indices))
+    print(
+        f"{len(x)} crops of {len(PHOTOGRAPHS)} photographs, {SIDE} x {SIDE}: PSNR {psnr.mean():.2f} dB "
+        f"(lowest {psnr.min():.2f}, highest {psnr.max():.2f}), {used} distinct tokens of {q.indices.size}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -126,32 +184,28 @@ def main() -> None:
     parser.add_argument("--codec", default="tiny-f8")
     parser.add_argument("--local", action="store_true", help="start the service without Ray")
     parser.add_argument("--rounds", type=int, default=3, help="times the batch is sent (default 3)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo.png"), help="the picture (default runs/demo.png)"
     )
-    arguments = parser.parse_args()
-    x = photographs()
-    with service(arguments) as url, Client(url, arguments.codec) as client:
-        q = client.discretize(x, outputs=["reconstruction", "indices"])
-        started = time.perf_counter()
-        for round_number in range(1, arguments.rounds + 1):
-            client.discretize(x)
-            rate = round_number * len(x) / (time.perf_counter() - started)
-            print(f"round {round_number}/{arguments.rounds}: {rate:.1f} images/s", flush=True)
-        assert q.reconstruction is not None
-        assert q.indices is not None
-        facts = client.metadata()["parameters"]
-        how = f"{facts['engine']} {facts['dtype']} on {facts['device']}"
-        print(f"codec {q.codec}, fingerprint {str(q.fingerprint)[:12]}, {how}")
-    psnr = psnr_db(x, q.reconstruction)
-    used = len(np.unique(q.indices))
-    print(
-        f"{len(x)} crops of {len(PHOTOGRAPHS)} photographs, {SIDE} x {SIDE}: PSNR {psnr.mean():.2f} dB "
-        f"(lowest {psnr.min():.2f}, highest {psnr.max():.2f}), {used} distinct tokens of {q.indices.size}"
-    )
-    shown = slice(1, None, len(x) // len(PHOTOGRAPHS))
-    draw(x[shown], q.reconstruction[shown], q.indices[shown], arguments.out)
-    print(f"picture: {arguments.out.resolve()}")
+    options = parser.parse_args()
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the service computes on the same cores
+    x = crops(each=4)
+    labels = torch.arange(len(PHOTOGRAPHS))
+    try:
+        with (
+            service(options.url, options.codec, local=options.local) as url,
+            Client(url, options.codec) as client,
+        ):
+            discretized(client, x, options.rounds)
+            model = train(client, options.steps)
+            rows = attacked(client, model, x[1::4], labels)
+    except DatError as error:
+        sys.exit(f"demo: {one_line(error)}")
+    changed = (rows.indices != rows.adversarial_indices).mean()
+    print(f"attack with alpha {ALPHA:g}: {changed:.1%} of the tokens of {len(rows.x)} crops changed")
+    draw(rows, options.out)
+    print(f"picture: {options.out.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,273 @@
+"""The training examples, run as a user runs them: as commands, against a service."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import DAT, ROOT, dat_serve, free_port
+
+# Two processes compute side by side here: each keeps to half of a small machine, and lets go of it when it waits.
+SHARING = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DAT_THREADS": "1"}
+
+EXAMPLES = {
+    "resnet50": ("classification.py",),
+    "vit_b_16": ("classification.py", "--model", "vit_b_16"),
+    "simsiam": ("simsiam.py",),
+    "simclr": ("simclr.py",),
+    "moco_v3": ("moco_v3.py",),
+    "detection": ("detection.py",),
+}
+SUMMARY = re.compile(r"^loss (-?[\d.]+) -> (-?[\d.]+) in (\d+) steps, \d+ s$")
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[str]:
+    """One tiny-f8 for all examples."""
+    with dat_serve("--codec", "tiny-f8", "--local", env=SHARING) as (url, _):
+        yield url
+
+
+def command(example: str, *flags: object) -> list[str]:
+    return [sys.executable, f"examples/{example}", *map(str, flags)]
+
+
+def run(example: str, *flags: object, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(example, *flags),
+        cwd=ROOT,
+        env=os.environ | SHARING,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def losses(done: subprocess.CompletedProcess[str]) -> tuple[float, float, int]:
+    """The first loss, the last loss and the steps that an example's last line tells."""
+    assert done.returncode == 0, done.stderr
+    told = SUMMARY.match(done.stdout.strip().splitlines()[-1])
+    assert told, done.stdout
+    return float(told[1]), float(told[2]), int(told[3])
+
+
+def readable(done: subprocess.CompletedProcess[str] | tuple[int, str], *words: str, status: int = 1) -> None:
+    """Asserts that it ended with `status` and one line on stderr that has these words."""
+    code, stderr = done if isinstance(done, tuple) else (done.returncode, done.stderr)
+    assert code == status, stderr
+    assert "Traceback" not in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    for word in words:
+        assert word in stderr
+
+
+@contextmanager
+def begun(example: str, *flags: object) -> Iterator[subprocess.Popen[str]]:
+    """A running example after its first line of progress; killed at the end if it is still there."""
+    process = subprocess.Popen(
+        command(example, *flags), cwd=ROOT, env=os.environ | SHARING, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("step "), line + process.communicate(timeout=30)[1]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_loss_falls(service: str, example: str) -> None:
+    first, last, _ = losses(run(*EXAMPLES[example], "--url", service))
+    assert last < first - 0.2
+
+
+@pytest.mark.slow
+def test_no_arguments_at_all() -> None:
+    """A service is started and stopped; here with few steps, whether the loss falls is told above."""
+    done = run("simsiam.py", "--steps", "4")
+    assert losses(done)[2] == 4
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param(name, marks=[] if name == "simsiam" else pytest.mark.slow) for name in EXAMPLES]
+)
+def test_killed_service_ends_it_readably(example: str) -> None:
+    name, *flags = EXAMPLES[example]
+    with (
+        killable_service() as (url, service),
+        begun(name, *flags, "--url", url, "--steps", 1000, "--batch-size", 4, "--timeout-s", 5) as process,
+    ):
+        os.killpg(service.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - killed < 30
+    readable((process.returncode, stderr), urlsplit(url).netloc, "AdversarialLoader: batch ")
+
+
+@contextmanager
+def killable_service() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A service of one's own, in a session of its own."""
+    port = free_port()
+    service = subprocess.Popen(
+        [*DAT, "serve", "--codec", "tiny-f8", "--local", "--port", str(port)],
+        env=os.environ | SHARING, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert service.stdout is not None
+        assert service.stdout.readline().startswith(b"ready")
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        if service.poll() is None:
+            os.killpg(service.pid, signal.SIGKILL)
+        service.communicate()
+
+
+def test_interrupt_saves_and_resume_goes_on(service: str, tmp_path: Path) -> None:
+    out = tmp_path / "simsiam.pt"
+    flags = ("--url", service, "--batch-size", 4, "--steps", 300, "--save-every", 3, "--out", out)
+    with begun("simsiam.py", *flags) as process:
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    readable((process.returncode, stderr), "stopped", status=130)
+    reached = saved_step(out)
+    assert 1 <= reached < 300
+    with begun("simsiam.py", *flags, "--resume") as process:
+        while saved_step(out) < reached + 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()  # no chance to save
+    reached = saved_step(out)
+    done = run("simsiam.py", *flags[:4], "--steps", reached + 2, "--out", out, "--resume")
+    assert losses(done)[2] == reached + 2 == saved_step(out)
+    assert done.stdout.startswith(f"step {reached + 1}/{reached + 2}:")
+    readable(run("simclr.py", "--url", service, "--out", out, "--resume"), str(out), "simsiam")
+    assert run("simsiam.py", "--url", service, "--out", out).returncode == 2  # would overwrite it
+
+
+def saved_step(path: Path) -> int:
+    import torch
+
+    return int(torch.load(path, weights_only=True)["step"])
+
+
+def write_folder(folder: Path, *, size: tuple[int, int] = (72, 64)) -> None:
+    """Two classes of eight pictures each, parts of photographs inside scikit-image."""
+    from skimage import data
+
+    for label, name in enumerate(("astronaut", "coffee")):
+        (folder / name).mkdir(parents=True)
+        picture = Image.fromarray(getattr(data, name)())
+        for i in range(8):
+            left, top = 20 * i, 25 * i + label
+            picture.crop((left, top, left + size[0], top + size[1])).save(folder / name / f"{i}.jpg")
+
+
+def test_folder_with_reconstructions(service: str, tmp_path: Path) -> None:
+    data, q = tmp_path / "data", tmp_path / "q"
+    write_folder(data)
+    flags = ("--url", service, "--model", "resnet18", "--batch-size", 8, "--image-size", 64)
+    for name in ("astronaut", "coffee"):
+        pictures = sorted(map(str, (data / name).iterdir()))
+        made = subprocess.run(
+            [*DAT, "discretize", *pictures, "--out", str(q / name)],
+            capture_output=True, text=True, env=os.environ | SHARING, timeout=120,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+    done = run("classification.py", *flags, "--steps", 6, "--data", data, "--reconstructions", q)
+    assert losses(done)[2] == 6
+    (q / "coffee" / "3.png").unlink()
+    missing = run("classification.py", *flags, "--steps", 6, "--data", data, "--reconstructions", q)
+    readable(missing, str(q / "coffee" / "3.png"), str(data / "coffee" / "3.jpg"))
+
+
+def test_pictures_and_their_reconstructions_get_the_same_crop() -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import torch
+        from torchvision.transforms import v2
+
+        from training.data import same_crop
+    finally:
+        sys.path.pop(0)
+    picture = torch.randint(0, 256, (3, 80, 90), dtype=torch.uint8)
+    augment = v2.Compose([v2.RandomResizedCrop(32, antialias=True), v2.RandomHorizontalFlip()])
+    for _ in range(8):
+        x, q = same_crop(augment, picture, picture.clone())
+        assert torch.equal(x, q)
+        assert type(x) is torch.Tensor
+    assert not torch.equal(x, same_crop(augment, picture, picture)[0])
+
+
+def write_shard(path: Path) -> None:
+    """Eight pictures with `cls` and the boxes of two patches each."""
+    import json
+
+    import webdataset
+    from skimage import data
+
+    picture = np.asarray(data.astronaut())
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in range(8):
+            boxes = [[5 + i, 4, 30, 20], [40, 30, 16, 24], [0, 0, 0, 9]]
+            objects = [{"bbox_xywh": box, "category_id": 1 + n, "iscrowd": 0} for n, box in enumerate(boxes)]
+            objects.append({"bbox_xywh": [0, 0, 72, 64], "category_id": 4, "iscrowd": 1})
+            crop = np.ascontiguousarray(picture[9 * i : 9 * i + 64, 9 * i : 9 * i + 72])
+            sample = {"__key__": f"{i:04}", "jpg": crop, "cls": i % 2, "json": json.dumps({"objects": objects})}
+            writer.write(sample)
+
+
+@pytest.mark.slow
+def test_shards(service: str, tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / f"train-{number:06}.tar")
+    pattern = f"{tmp_path}/train-{{000000..000001}}.tar"
+    flags = ("--url", service, "--data", pattern, "--batch-size", 4, "--steps", 3)
+    done = run("classification.py", *flags, "--classes", 2, "--model", "resnet18", "--workers", 1, "--amp")
+    assert losses(done)[2] == 3
+    assert losses(run("detection.py", *flags, "--classes", 5, "--preset", "paper", "--depth", 0))[2] == 3
+    readable(run("detection.py", *flags, "--classes", 3), "train-00000", "sample 000", "category_id")
+    readable(run("simclr.py", "--url", service, "--data", pattern.replace("1}", "2}")), "train-000002.tar")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data", "/nowhere/at/all"), "/nowhere/at/all"),
+        pytest.param(("--timeout-s", "2"), "127.0.0.1:9", marks=pytest.mark.slow),
+        pytest.param(("--url", "127.0.0.1:9"), "url", marks=pytest.mark.slow),
+        pytest.param(("--batch-size", "4000"), "--batch-size", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_wrong_is_said(flags: tuple[str, ...], words: str) -> None:
+    readable(run("classification.py", "--model", "resnet18", "--url", "http://127.0.0.1:9", *flags), words)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(service: str, tmp_path: Path) -> None:
+    out = tmp_path / "two.pt"
+    flags = ["--url", service, "--model", "resnet18", "--steps", "4", "--batch-size", "4", "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "examples/classification.py", *flags],
+        cwd=ROOT, env=os.environ | SHARING, capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+    assert losses(done)[2] == 4
+    assert saved_step(out) == 4
