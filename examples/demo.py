@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--codec", default="tiny-f8")
     parser.add_argument("--local", action="store_true", help="start the service without Ray")
     parser.add_argument("--rounds", type=int, default=3, help="times the batch is sent (default 3)")
-    parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+    parser.add_argument("--steps", type=int, default=32, help="training steps (default 32)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo.png"), help="the picture (default runs/demo.png)"
     )

@@ -41,9 +41,8 @@ class Progress:
         changed = "" if tokens_changed is None else f", tokens changed {tokens_changed:.1%}"
         left = elapsed / (self.step - self.start) * (self.steps - self.step)
         self._print(
-            f"step {self.step}/{self.steps}: loss {loss:.3f}, {beside}{changed}, "
-            f"{self.images / elapsed:.1f} images/s, waited for the codec {self.waited_s / elapsed:.0%}, "
-            f"{clock(left)} left"
+            f"step {self.step}/{self.steps}, {clock(left)} left: loss {loss:.3f}, {beside}{changed}, "
+            f"{self.images / elapsed:.1f} images/s, waited for the codec {self.waited_s / elapsed:.0%}"
         )
 
     @property

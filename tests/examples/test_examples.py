@@ -157,7 +157,7 @@ def test_interrupt_saves_and_resume_goes_on(service: str, tmp_path: Path) -> Non
     reached = saved_step(out)
     done = run("simsiam.py", *flags[:4], "--steps", reached + 2, "--out", out, "--resume")
     assert losses(done)[2] == reached + 2 == saved_step(out)
-    assert done.stdout.startswith(f"step {reached + 1}/{reached + 2}:")
+    assert done.stdout.startswith(f"step {reached + 1}/{reached + 2}, ")
     readable(run("simclr.py", "--url", service, "--out", out, "--resume"), str(out), "simsiam")
     assert run("simsiam.py", "--url", service, "--out", out).returncode == 2  # would overwrite it
 
