@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import Tensor
 
     from dat_workers.survey import Row
@@ -57,6 +55,8 @@ def verify(
                 for value in given or ():
                     if value not in known:
                         raise InvalidInput(what, repr(value), f"one of {', '.join(known)}")
+            if json_file is not None and not json_file.absolute().parent.is_dir():
+                raise InvalidInput("--json", json_file, "a file in a folder that is there")
             file = CodecStore().load(name)
             if crop % file.spec.factor:
                 raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
@@ -75,7 +75,7 @@ def verify(
             raise error if isinstance(error, CodecError) else CodecError(str(error)) from error
         source = STAND_IN if gradients is None else gradients.name
         best = fastest(rows)
-        deciding = judged(rows, asked=bool(engine or dtype))
+        deciding = judged(rows, engines=bool(engine), dtypes=bool(dtype))
         short = [row for row in deciding if row.shortfall]
         facts: dict[str, Any] = {
             "codec": name,
@@ -107,8 +107,14 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     from dat_workers.discretizer import check_gradients
+    from dat_workers.errors import InvalidInput
 
-    array: npt.NDArray[np.generic] = np.load(path, allow_pickle=False)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except EOFError as error:
+        raise InvalidInput("--gradients", path, "a .npy file; it is empty") from error
+    if not isinstance(array, np.ndarray):
+        raise InvalidInput("--gradients", path, "a .npy file of one array")
     check_gradients(array, None, shape)
     return torch.from_numpy(array).float()
 

@@ -131,8 +131,11 @@ def test_the_fastest_that_passes_is_chosen() -> None:
     assert best is not None
     assert best.name == "torch bf16"
     assert fastest(rows[1:2] + rows[3:]) is None
-    assert judged(rows, asked=False) == rows[:1]
-    assert judged(rows, asked=True) == rows
+    assert judged(rows, engines=False, dtypes=False) == rows[:1]
+    assert judged(rows, engines=True, dtypes=True) == rows
+    missing = [Row("onnx", "fp32", False, error="RuntimeError: needs: pip install 'dat-service[onnx]'")]
+    assert judged(rows + missing, engines=False, dtypes=True) == rows
+    assert judged(rows + missing, engines=True, dtypes=True) == rows + missing
     assert rows[3].shortfall == "not installed"
 
 
@@ -156,6 +159,19 @@ def test_command_passes_and_writes_json(tmp_path: Path) -> None:
     assert (row["engine"], row["dtype"], row["default"], row["shortfall"]) == ("cpu", "fp32", True, "")
     assert row["agreement"]["token_agreement"] == 1
     assert row["images_per_s"] > 0
+
+
+def test_what_cannot_be_here_does_not_fail_what_can() -> None:
+    assert "torch mixed: PASS" in run("--dtype", "mixed").stdout
+    assert "cpu fp32: PASS" in run("--engine", "cpu").stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18])
+def test_files_that_hold_no_gradients_are_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "g.npy"
+    file.write_bytes(content)
+    said = run("--gradients", str(file), status=1)
+    assert "--gradients" in said.output
 
 
 def test_command_fails_for_what_was_asked_and_falls_short() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.engines import Engine, create
+from dat_workers.engines import Engine, create, rows_at_once
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
 from dat_workers.transfer import Array, Compute, through
@@ -243,9 +243,8 @@ class Discretizer:
                 )
 
     def _batch(self, pixels: int) -> int:
-        """Images of so many pixels to hand to the engine at once: its memory goes with the pixels."""
-        most = self.engine.batch if self.engine else 64
-        return max(1, min(most, most * 224 * 224 // pixels))
+        """Images of so many pixels to hand to the engine at once."""
+        return rows_at_once(self.engine, pixels) if self.engine else max(1, 64 * 224 * 224 // pixels)
 
     def _encode(self, x: Tensor, finite: Finite) -> Tensor | None:
         """Tokens of fp32 [n,3,H,W]; None for `identity`."""

@@ -227,6 +227,7 @@ def write_export(model: VQGAN, codec: str, fingerprint: str, folder: Path, force
     Raises CodecError for a folder that holds another codec, or other things, unless `force`; for a graph that does
     not compute what `model` does; and for what the disk refuses. RuntimeError where a package is missing.
     """
+    folder = folder.absolute()
     check_folder(folder, codec, fingerprint, force)
     require("onnx", "onnxscript", "onnxruntime")
     graphs = export_graphs(model)

@@ -68,27 +68,34 @@ def survey(
     names = [name if name != "auto" else default.name for name in engines]
     named = [dtype if dtype != "auto" else default.dtype for dtype in dtypes]
     cuda = default.device.type == "cuda"
-    there = offered(cuda) + ([] if cuda else [("torch", "tf32")])
-    for name in names or dict.fromkeys(name for name, _ in there):
-        for dtype in named or [dtype for engine, dtype in there if engine == name]:
-            row = Row(name, dtype, (name, dtype) == (default.name, default.dtype))
-            if dtype == "tf32" and not cuda:
-                rows[row.name] = replace(row, error="not measured: TF32 needs CUDA")
-                continue
-            say(f"judging {row.name}")
-            try:
-                engine = create(name, copy.deepcopy(model), device=device, dtype=dtype)
-                engine.warm_up(yardstick.images.shape[2])
-                agreement = judge(engine, yardstick)
-            except Exception as error:
-                rows[row.name] = replace(row, error=one_line(error))
-                continue
+    if cuda:
+        torch.cuda.set_device(default.device)  # events and graphs are of the current device
+    there = [*offered(cuda), ("reference", "fp32")]
+    if names and named:
+        pairs = [(name, dtype) for name in names for dtype in named]
+    elif names or named:
+        pairs = [pair for pair in there if pair[0] in names or pair[1] in named]
+    else:
+        pairs = there[:-1] + ([] if cuda else [("torch", "tf32")])
+    for name, dtype in pairs:
+        row = Row(name, dtype, (name, dtype) == (default.name, default.dtype))
+        if dtype == "tf32" and not cuda:
+            rows[row.name] = replace(row, error="not measured: TF32 needs CUDA")
+            continue
+        say(f"judging {row.name}")
+        try:
+            engine = create(name, copy.deepcopy(model), device=device, dtype=dtype)
+            engine.warm_up(yardstick.images.shape[2])
+            agreement = judge(engine, yardstick)
             overflow = None
             if agreement.non_finite:
                 found = find_overflow(model, yardstick.images, yardstick.tokens, device=device, dtype=dtype)
                 overflow = str(found) if found else "no layer, when run one by one"
-            made[row.name] = engine
-            rows[row.name] = replace(row, agreement=agreement, overflow=overflow)
+        except Exception as error:
+            rows[row.name] = replace(row, error=one_line(error))
+            continue
+        made[row.name] = engine
+        rows[row.name] = replace(row, agreement=agreement, overflow=overflow)
     speeds = _speeds(made, yardstick.images[: TIMED["cuda" if cuda else "cpu"]], rounds, say)
     return [replace(row, images_per_s=speeds.get(row.name)) for row in rows.values()]
 
@@ -120,6 +127,10 @@ def fastest(rows: Sequence[Row]) -> Row | None:
     return max(good, key=lambda row: row.images_per_s or 0, default=None)
 
 
-def judged(rows: Sequence[Row], asked: bool) -> list[Row]:
-    """The rows that decide: all that were asked for by name, else the default alone."""
-    return [row for row in rows if asked or row.default]
+def judged(rows: Sequence[Row], *, engines: bool, dtypes: bool) -> list[Row]:
+    """The rows that decide: all that were asked for by name, else the default alone.
+
+    An engine whose package is not installed decides only where both it and the dtype were named.
+    """
+    asked = [row for row in rows if engines or dtypes or row.default]
+    return [row for row in asked if (engines and dtypes) or "pip install" not in (row.error or "")]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dat_workers.engines import Engine
+from dat_workers.engines import Engine, rows_at_once
 from dat_workers.perturbation import PRESETS, perturb
 
 LEAST_AGREEMENT = 0.9999  # of fp32 engines: kernels that add in another order flip a near-tie now and then
@@ -150,7 +150,7 @@ def jaccard(ours: Tensor, theirs: Tensor) -> float:
 
 def encode(engine: Engine, images: Tensor) -> Tensor:
     """Tokens int64 [N,h,w] on the CPU; NO_TOKEN throughout an image whose latents are not finite."""
-    parts = torch.split(images, engine.batch)
+    parts = torch.split(images, rows_at_once(engine, images.shape[2] * images.shape[3]))
     return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts])
 
 

@@ -8,10 +8,10 @@ import torch
 
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
-from dat_workers.codecs.vqgan import VQGAN, Upsample
+from dat_workers.codecs.vqgan import VQGAN, Norm, Upsample
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines import create
-from dat_workers.engines.cpu_engine import CpuEngine, FastDecoder, FoldedUpsample
+from dat_workers.engines.cpu_engine import CpuEngine, FastDecoder, FoldedUpsample, normed
 from dat_workers.errors import EngineError
 from dat_workers.verify import compare
 
@@ -70,6 +70,15 @@ def test_the_model_handed_in_stays_as_it_was(engine: CpuEngine) -> None:
     weights = fresh.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in engine.model.state_dict().items())
     assert engine.model.decoder.conv_in.weight.is_contiguous()
+
+
+def test_norm_of_a_large_mean_does_not_cancel() -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(1, 128, 12, 12) + 300).contiguous(memory_format=torch.channels_last)
+    norm = torch.nn.GroupNorm(32, 128, eps=1e-6)
+    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, eps=1e-6))
+    assert (normed(x, norm) - expected).abs().max() < 1e-3
+    assert (Norm(128)(x) - torch.nn.functional.group_norm(x.double(), 32, eps=1e-6)).abs().max() < 1e-3
 
 
 def test_overflow_is_an_error_and_never_a_picture() -> None:

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, help="CPU threads [all cores]")
     parser.add_argument("--steps", action="store_true", help="each trick of the torch engine: predicted, measured")
-    parser.add_argument("--steps-dtype", default="fp16", help="of those [fp16]")
+    parser.add_argument("--steps-dtype", default="fp16", choices=("fp16", "bf16"), help="of those [fp16]")
     parser.add_argument("--out", type=Path, help="write FILE.json, and beside it the plot FILE.png")
     return parser
 
@@ -91,6 +91,10 @@ def run(a: argparse.Namespace, command: str) -> int:
     if a.threads:
         torch.set_num_threads(a.threads)
     device = pick_device(a.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are of the current device
+    if a.out and (a.out.suffix == ".png" or not a.out.absolute().parent.is_dir()):
+        raise ValueError(f"out is {str(a.out)!r}, must be a FILE.json in a folder that is there")
     true_fp32()
     defaults = DEFAULTS[device.type]
     batches, sizes = a.batch or defaults["batch"], a.size or defaults["size"]

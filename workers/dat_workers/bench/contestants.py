@@ -18,7 +18,7 @@ from torch import Tensor
 from dat_workers.bench import machine
 from dat_workers.bench.diffusers_model import as_vqmodel
 from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import Engine, create, offered
+from dat_workers.engines import Engine, create, offered, rows_at_once
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,16 +68,13 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
         made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, tricks=tricks)
         made.warm_up(shape[2])
 
-        def rows(pixels: int) -> int:
-            return max(1, min(made.batch, made.batch * 224 * 224 // pixels))
-
         def encode(images: Tensor) -> Tensor:
-            parts = torch.split(images.to(made.device), rows(images.shape[2] * images.shape[3]))
+            parts = torch.split(images.to(made.device), rows_at_once(made, images.shape[2] * images.shape[3]))
             return torch.cat([made.encode(part) for part in parts])
 
         def decode(indices: Tensor) -> Tensor:
             pixels = indices.shape[1] * indices.shape[2] * model.spec.factor**2
-            parts = torch.split(indices.to(made.device), rows(pixels))
+            parts = torch.split(indices.to(made.device), rows_at_once(made, pixels))
             return torch.cat([made.decode(part) for part in parts])
 
         return Codec(encode, decode, made)

@@ -45,6 +45,12 @@ class Engine(Protocol):
         ...
 
 
+def rows_at_once(engine: Engine, pixels: int) -> int:
+    """Images of so many pixels to hand over at once: memory goes with the pixels, and graphs with powers of two."""
+    rows = max(1, min(engine.batch, engine.batch * 224 * 224 // pixels))
+    return 1 << (rows.bit_length() - 1)
+
+
 def pick_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises ValueError for a device that is not there."""
     if device == "auto":
@@ -52,6 +58,8 @@ def pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
+        if picked.type not in ("cpu", "cuda"):
+            raise RuntimeError("must be auto, cpu, cuda or cuda:N")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from error
     return picked
@@ -84,7 +92,7 @@ def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto"
         raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
     true_fp32()
     if name == "auto":
-        plain = pick_device(device).type == "cpu" and dtype in ("auto", "fp32") and tricks == "auto"
+        plain = pick_device(device).type == "cpu" and dtype in ("auto", "fp32") and tricks in ("auto", "none")
         name = "cpu" if plain else "torch"
     if name in ("cpu", "onnx", "reference") and tricks not in ("auto", "none"):
         raise ValueError(f"tricks is {tricks!r}: the engine {name!r} knows none")

@@ -50,7 +50,9 @@ class GroupSearch:
     def suits(codebook: Codebook) -> bool:
         """Whether such a codebook is searched faster so."""
         size, dim = codebook.embedding.weight.shape
-        return bool(size >= LEAST_ENTRIES and size % GROUP == 0 and dim <= MOST_DIMENSIONS)
+        balls = size // GROUP
+        whole = size % GROUP == 0 and balls & (balls - 1) == 0  # halved again and again, see `grouped`
+        return bool(size >= LEAST_ENTRIES and whole and dim <= MOST_DIMENSIONS)
 
     def nearest(self, z: Tensor) -> Tensor:
         """As `Codebook.nearest`: finite z fp32 [N,d,h,w] to int64 [N,h,w]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import mark_non_finite
+from dat_workers.engines import mark_non_finite, rows_at_once
 from dat_workers.engines.fast import network
 from dat_workers.engines.fast.graphs import SIZES, Graphed
 from dat_workers.engines.tricks import Tricks
@@ -56,6 +56,8 @@ class TorchEngine:
             return
         with self._current():
             for size in reversed(SIZES):  # the largest first: the others fit into its memory
+                if size > rows_at_once(self, side * side):
+                    continue
                 self._run_encode.capture(torch.full((size, 3, side, side), 0.5, device=self.device))
                 tokens = (size, side // factor, side // factor)
                 self._run_decode.capture(torch.zeros(tokens, dtype=torch.int64, device=self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,21 +34,25 @@ class Graphed:
         self.function = function
         self.pool = pool
         self._captured: dict[torch.Size, Captured] = {}
+        self._stream: Any = None
 
     @torch.inference_mode()
     def capture(self, example: Tensor) -> None:
         """Captures the call for inputs of `example`'s shape and dtype; again is nothing. Largest batch first."""
         if example.shape in self._captured:
             return
+        gc.collect()  # a graph of another engine that is freed during a capture would spoil it
         given = example.clone()
-        stream = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+        if self._stream is None:  # of this device: torch.cuda.graph's own belongs to the first that captured
+            self._stream = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(given.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled and cuDNN's plans made outside of the capture
                 self.function(given)
         torch.cuda.current_stream(given.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             result = self.function(given)
         self._captured[example.shape] = Captured(graph, given, result)
 

@@ -72,7 +72,7 @@ def _merge(
     means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     m2 = tl.load(m2_ptr + offsets, mask=mask, other=0.0)
     n = tl.minimum(tl.maximum(pixels - part * rows, 0), rows).to(tl.float32)[:, None]
-    total = (pixels * GROUP_SIZE).to(tl.float32)
+    total = pixels * GROUP_SIZE * 1.0  # not .to(): of one pixel Triton makes a Python int
     origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # near all of them
     shifted = tl.where(mask, means - origin, 0.0)
     shift = tl.sum(tl.sum(n * shifted, 1), 0) / total

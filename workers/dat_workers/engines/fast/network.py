@@ -155,7 +155,7 @@ class FastNorm(nn.Module):
             from dat_workers.engines.fast import kernels  # not above: it needs Triton, and a CPU does without
 
             return kernels.norm_swish(x, self.weight, self.bias, eps=self.eps, swish=self.swish, dtype=self.dtype)
-        h = F.group_norm(x.float(), 32, self.weight, self.bias, self.eps)
+        h = F.group_norm(x.float().contiguous(), 32, self.weight, self.bias, self.eps)
         return (swish(h) if self.swish else h).to(self.dtype)
 
 
