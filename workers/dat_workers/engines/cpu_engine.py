@@ -146,7 +146,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep up to 62 MB that were freed, for the life of the process.
 
     By itself it returns what is free above 12.8 MB or so, and every activation of 6.4 MB is then mapped and zeroed
-    anew: 18,700 page faults for one encoder pass of `tiny-f8` at 224², a quarter of its time. Its threshold follows
+    anew: 7,800 page faults for one encoder pass of `tiny-f8` at 224², a sixth of its time. Its threshold follows
     the largest mapped block that was freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). This one is never touched.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
