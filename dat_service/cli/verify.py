@@ -109,10 +109,11 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     from dat_workers.discretizer import check_gradients
     from dat_workers.errors import InvalidInput
 
-    try:
-        array = np.load(path, allow_pickle=False)
-    except EOFError as error:
-        raise InvalidInput("--gradients", path, "a .npy file; it is empty") from error
+    with path.open("rb") as file:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except EOFError as error:
+            raise InvalidInput("--gradients", path, "a .npy file; it is empty") from error
     if not isinstance(array, np.ndarray):
         raise InvalidInput("--gradients", path, "a .npy file of one array")
     check_gradients(array, None, shape)

@@ -162,7 +162,9 @@ class Discretizer:
         size = x.shape[2:]
         indices = self._encode(x, finite)
         from_q = adversarial and gradients is not None and step.base == "reconstruction"
-        q = self._decode(indices, x, size, finite) if from_q or "reconstruction" in outputs else x
+        q = x
+        if from_q or "reconstruction" in outputs:
+            q = self._decode(indices, x, size, finite, exact=from_q)
         if adversarial:
             attacked, moved = indices, x
             if gradients is not None:
@@ -256,11 +258,13 @@ class Discretizer:
         note(finite, "finite_latents", indices.ge(0))
         return indices
 
-    def _decode(self, indices: Tensor | None, x: Tensor, size: torch.Size, finite: Finite) -> Tensor:
-        """The pictures of tokens, cropped to `size`; `x` itself for `identity`."""
+    def _decode(
+        self, indices: Tensor | None, x: Tensor, size: torch.Size, finite: Finite, exact: bool = False
+    ) -> Tensor:
+        """The pictures of tokens, cropped to `size`; `x` itself for `identity`. `exact` as for Engine.decode."""
         if self.engine is None or indices is None:
             return x
-        picture = self.engine.decode(indices)[:, :, : size[0], : size[1]]
+        picture = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
         # before clipping, which would turn infinity into white
         note(finite, "finite_pictures", picture.isfinite())
         return picture.clamp(0, 1)

@@ -72,6 +72,16 @@ def test_the_model_handed_in_stays_as_it_was(engine: CpuEngine) -> None:
     assert engine.model.decoder.conv_in.weight.is_contiguous()
 
 
+def test_the_base_of_a_step_is_decoded_as_published() -> None:
+    model = load_model("tiny-f8")
+    tokens = torch.randint(0, 16384, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    ours, reference = (create(name, model, device="cpu") for name in ("cpu", "reference"))
+    each = torch.cat([reference.decode(one) for one in torch.split(tokens, 1)])
+    assert torch.equal(ours.decode(tokens, exact=True), each)
+    assert not torch.equal(ours.decode(tokens), each)
+    assert torch.allclose(ours.decode(tokens), each, atol=1e-4)
+
+
 def test_norm_of_a_large_mean_does_not_cancel() -> None:
     torch.manual_seed(0)
     x = (torch.randn(1, 128, 12, 12) + 300).contiguous(memory_format=torch.channels_last)

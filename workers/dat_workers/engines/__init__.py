@@ -40,8 +40,11 @@ class Engine(Protocol):
         """
         ...
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """Pictures fp32 [N,3,H,W] of indices [N,h,w], about 0..1: not clipped, so that an overflow can be seen."""
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
+        """Pictures fp32 [N,3,H,W] of indices [N,h,w], about 0..1: not clipped, so that an overflow can be seen.
+
+        `exact`: of which tokens are to be made again, so with as little rounding of its own as the engine can do.
+        """
         ...
 
 

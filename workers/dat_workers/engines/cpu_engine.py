@@ -2,10 +2,13 @@
 
 Tokens are decided by the last bits of the latent vectors, so the encoder runs the published operations in their
 order (codecs/vqgan.py). Pictures are not: a decoder that rounds otherwise is 100 dB from the published one, and may
-use other layouts and fewer multiplications.
+use other layouts and fewer multiplications. Only a picture that is encoded again, the base of `easyrobust`'s step, is
+decoded in the published order too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +57,12 @@ class CpuEngine:
         return mark_non_finite(self.search.nearest(z.nan_to_num()), z)
 
     @torch.inference_mode()
-    def decode(self, indices: Tensor) -> Tensor:
-        return torch.cat([self._decode(tokens) for tokens in torch.split(indices, 1)])
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
+        decoder = self.model.pictures if exact else self.decoder
+        return torch.cat([self._decode(tokens, decoder) for tokens in torch.split(indices, 1)])
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        picture: Tensor = self.decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
+    def _decode(self, tokens: Tensor, decoder: Callable[[Tensor], Tensor]) -> Tensor:
+        picture = decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
         return picture.add_(1).div_(2).contiguous()
 
 

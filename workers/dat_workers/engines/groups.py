@@ -25,6 +25,7 @@ GROUP = 32  # entries in a ball
 LEAST_ENTRIES = 2048  # below, comparing with all is as fast
 MOST_DIMENSIONS = 4  # above, a ball has too many neighbours
 MOST_BALLS = 64  # looked into for a vector, on average; above, comparing with all is as fast
+LEAST_ROWS = 32  # in a product, see `_by_formula`
 ROWS = 1024  # vectors at a time: what is compared stays in a CPU's cache
 
 
@@ -58,9 +59,10 @@ class GroupSearch:
         """As `Codebook.nearest`: finite z fp32 [N,d,h,w] to int64 [N,h,w]."""
         n, d, height, width = z.shape
         flat = z.permute(0, 2, 3, 1).reshape(-1, d)
-        return torch.cat([self._nearest(rows) for rows in torch.split(flat, ROWS)]).view(n, height, width)
+        indices = torch.cat([self._nearest(rows, len(flat)) for rows in torch.split(flat, ROWS)])
+        return indices.view(n, height, width)
 
-    def _nearest(self, rows: Tensor) -> Tensor:
+    def _nearest(self, rows: Tensor, whole: int) -> Tensor:
         c, count = self.error, len(rows)
         norms = rows.square().sum(1)
         to_centres = torch.addmm(norms[:, None] + self.centre_norms, rows, self.centres.t(), alpha=-2.0)
@@ -70,7 +72,7 @@ class GroupSearch:
         limit = (reach + self.radii).square_().mul_(1 + 8 * c).add_(9 * c * norms[:, None])
         row, ball = (to_centres <= limit).nonzero().unbind(1)
         if not count <= len(row) <= MOST_BALLS * count:  # below: numbers that overflow
-            return self._by_formula(rows)
+            return self._by_formula(rows, whole)
         distances = self.entries[ball].sub_(rows[row][:, None]).square_().sum(2)
         best, place = distances.topk(2, largest=False)
         first = lowest(best[:, 0], row, count)
@@ -83,15 +85,19 @@ class GroupSearch:
         indices = self.members[ball[winner], place[winner, 0]]
         unsure = (second - first > self._margin(norms, second)).logical_not().nonzero()[:, 0]
         if len(unsure):
-            indices[unsure] = self._by_formula(rows[unsure])
+            indices[unsure] = self._by_formula(rows[unsure], whole)
         return indices
 
     def _margin(self, norms: Tensor, distances: Tensor) -> Tensor:
         """By how much an entry must be nearer than one at `distances` (squared) to be nearer by the formula too."""
         return 2.02 * self.error * ((2 * norms.sqrt() + distances.sqrt()).square_() + distances)
 
-    def _by_formula(self, rows: Tensor) -> Tensor:
-        return self.codebook.nearest(rows.t()[None, :, None])[0, 0]
+    def _by_formula(self, rows: Tensor, whole: int) -> Tensor:
+        """Rows of a picture of `whole` vectors. Never a product of fewer than LEAST_ROWS, unless the picture has no
+        more: MKL rounds those otherwise, and the published quantizer takes the picture's vectors together."""
+        missing = max(0, min(LEAST_ROWS, whole) - len(rows))
+        padded = torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
+        return self.codebook.nearest(padded.t()[None, :, None])[0, 0, : len(rows)]
 
 
 def lowest(values: Tensor, row: Tensor, rows: int) -> Tensor:

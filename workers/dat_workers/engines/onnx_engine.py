@@ -80,7 +80,7 @@ class OnnxEngine:
         return mark_non_finite(run(self._codebook, finite) if self._codebook else self._search.nearest(finite), z)
 
     @torch.inference_mode()
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
         check_size(indices[0].numel(), self.model.spec.factor)
         return torch.cat([run(self._decoder, part) for part in torch.split(indices.clamp(min=0), self.batch)])
 

@@ -66,7 +66,7 @@ class ReferenceEngine:
         return mark_non_finite(indices, z)
 
     @torch.inference_mode()
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
         z = self.quantize.embedding(indices.to(self.device).clamp(min=0)).permute(0, 3, 1, 2).contiguous()
         pictures: Tensor = self.decoder(self.post_quant_conv(z))
         return (pictures + 1) / 2

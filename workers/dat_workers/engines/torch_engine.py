@@ -68,7 +68,7 @@ class TorchEngine:
             return self._run_encode(images.to(self.device))
 
     @torch.inference_mode()
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
         with self._current():
             return self._run_decode(indices.to(self.device, torch.int64))
 
