@@ -140,6 +140,7 @@ def killable_service() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         service.communicate()
 
 
+@pytest.mark.slow
 def test_interrupt_saves_and_resume_goes_on(service: str, tmp_path: Path) -> None:
     out = tmp_path / "simsiam.pt"
     flags = ("--url", service, "--batch-size", 4, "--steps", 300, "--save-every", 3, "--out", out)
@@ -180,6 +181,7 @@ def write_folder(folder: Path, *, size: tuple[int, int] = (72, 64)) -> None:
             picture.crop((left, top, left + size[0], top + size[1])).save(folder / name / f"{i}.jpg")
 
 
+@pytest.mark.slow
 def test_folder_with_reconstructions(service: str, tmp_path: Path) -> None:
     data, q = tmp_path / "data", tmp_path / "q"
     write_folder(data)

@@ -2,8 +2,8 @@
 
 Tokens are decided by the last bits of the latent vectors, so the encoder runs the published operations in their
 order (codecs/vqgan.py). Pictures are not: a decoder that rounds otherwise is 100 dB from the published one, and may
-use other layouts and fewer multiplications. Only a picture that is encoded again, the base of `easyrobust`'s step, is
-decoded in the published order too.
+use other layouts and fewer multiplications. Only a picture that is encoded again, the base of `easyrobust`'s step,
+is decoded in the published order too.
 """
 
 from __future__ import annotations
