@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_workers.bench import machine
 from dat_workers.bench.diffusers_model import as_vqmodel
 from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.engines import Engine, create, offered, rows_at_once
+from dat_workers.engines.fast.network import tf32
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -94,7 +94,7 @@ def taming_candidate(precision: str, device: torch.device) -> Candidate:
         def mode() -> AbstractContextManager[Any]:
             if precision in HALF:
                 return torch.autocast(device.type, HALF[precision])
-            return machine.tf32(True) if precision == "tf32" else nullcontext()
+            return tf32(True) if precision == "tf32" else nullcontext()
 
         @torch.inference_mode()
         def encode(images: Tensor) -> Tensor:

@@ -163,19 +163,12 @@ class Encoder(nn.Module):
         self.norm_out = NormSwish(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], spec.z_channels, 3, padding=1)
 
-    def body(self, h: Tensor) -> Tensor:
-        """All between the first and the last convolution; engines may run it in half precision."""
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        out: Tensor = self.mid(h)
+        out: Tensor = self.conv_out(self.norm_out(self.mid(h)))
         return out
-
-    def head(self, h: Tensor) -> Tensor:
-        out: Tensor = self.conv_out(self.norm_out(h))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.conv_in(x)))
 
 
 class Decoder(nn.Module):
