@@ -92,7 +92,11 @@ def begun(example: str, *flags: object) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+# The three self-supervised ones are of a kind: one of them tells on every change, `make test-examples` all.
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("simclr", "moco_v3"))) for name in EXAMPLES],
+)
 def test_loss_falls(service: str, example: str) -> None:
     first, last, _ = losses(run(*EXAMPLES[example], "--url", service))
     assert last < first - 0.2
