@@ -40,8 +40,31 @@ class Settings(BaseSettings):
     max_images: int = Field(1024, ge=1, description="Most images in a request.")
     max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
     max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
-    max_requests: int = Field(64, ge=1, description="Requests held at once; more get 503 with Retry-After.")
+    max_requests: int = Field(256, ge=1, description="Requests held at once; more get 503 with Retry-After.")
+    max_held_bytes: int = Field(4096 * MIB, ge=1024, description="Bytes of all requests and answers held at once.")
+    max_queue_s: float = Field(10.0, gt=0, description="Longest expected wait for the codec; more gets 503.")
+    max_wait_ms: float | None = Field(
+        None, ge=0, le=1000, description="How long a batch waits to be filled; none: 2 on CUDA, 0 on a CPU."
+    )
+    watchdog_s: float = Field(
+        120.0, gt=0, description="A batch that takes longer has hung: the replica is replaced."
+    )
     body_timeout_s: float = Field(15.0, gt=0, description="Longest silence within a body, or of a reader.")
+    replicas: int = Field(1, ge=1, le=1024, description="Replicas of the codec, each with a copy of it.")
+    autoscale: str | None = Field(
+        None,
+        pattern=r"^[0-9]+:[0-9]+$",
+        description="MIN:MAX replicas, by images that wait; none: always `replicas`.",
+    )
+    gpus: float | None = Field(
+        None, ge=0, le=64, description="GPUs of a replica, 0.5 for two on one; none: 1 where there is one."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Log lines for people, or one JSON object each."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged."
+    )
 
     def engine_threads(self) -> int:
         """CPU threads the engine takes."""
