@@ -36,7 +36,9 @@ TAIL_CALLS, TAIL_BLOCK = 300, 25
 WITHIN_S = 60.0
 
 
-def run(rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls: int = TAIL_CALLS) -> dict[str, Any]:
+def run(
+    rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls: int = TAIL_CALLS
+) -> dict[str, Any]:
     """Times every contestant, and the tail of `dat serve` and of FastAPI. Raises where ours does not run."""
     batch = np.random.default_rng(0).integers(0, 256, (images, 3, side, side), np.uint8)
     out: dict[str, Any] = {"part": "bytes", "bytes": batch.nbytes, "images": images, "side": side, "left_out": {}}

@@ -18,7 +18,7 @@ from dat_service.bench.pictures import pictures
 from dat_service.settings import Settings
 from dat_workers.discretizer import Discretizer
 
-BATCHES = (1, 4, 16, 64)
+BATCHES = (1, 4, 16)
 CUDA_BATCHES = (8, 16, 32, 64, 128, 256)
 TRIAL_S = 3.0
 

@@ -9,7 +9,6 @@ from fastapi import FastAPI, Request, Response
 
 from dat_service.bench.peers import ready_once_open
 
-
 app = FastAPI()
 
 
