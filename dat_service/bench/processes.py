@@ -132,14 +132,15 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def role(process: psutil.Process) -> str:
-    """What a process of `dat serve` is: service, replica, proxy, haproxy, raylet, gcs_server, ray (else); "" if gone.
+    """What a process of `dat serve` is: service, replica, proxy, haproxy, raylet, ..., ray (else); "" if gone.
 
     Ray writes an actor's class into its process's title, as in `ray::ServeReplica:tiny-f8:codec`.
     """
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return ""
-        name, command = process.name(), process.cmdline()
+        name: str = process.name()
+        command: list[str] = process.cmdline()
     except psutil.Error:
         return ""
     title = command[0] if command else name

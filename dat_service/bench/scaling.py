@@ -75,7 +75,7 @@ def run(
     sleep_ms: float = SLEEP_MS,
     seconds: float = 5.0,
 ) -> dict[str, Any]:
-    """A row for each number of replicas, then rows of shorter sleeps until the cores are full, and where that was."""
+    """A row for each number of replicas, then shorter sleeps until the cores are full, and where that was."""
     rows: list[dict[str, Any]] = []
     base: float | None = None  # images/s of one replica, times its sleep in ms
 
@@ -103,7 +103,6 @@ def run(
     full = next((r for r in rows if is_full(r)), None)
     return {
         "part": "scaling",
-        "stand_in": "sleeping",
         "batch": BATCH,
         "side": SIDE,
         "results": rows,

@@ -3,8 +3,8 @@
     dat bench service --json service.json --markdown service.md
     dat bench service --parts bytes --rounds 9
 
-bytes    `identity`, 128 images of 224 x 224 there and back: dat serve, FastAPI + uvicorn, Ray Serve with its default
-         proxy, LitServe, tritonclient, and a raw socket echo as the ceiling
+bytes    `identity`, 128 images of 224 x 224 there and back: dat serve, FastAPI + uvicorn, Ray Serve with its
+         default proxy, LitServe, tritonclient, and a raw socket echo as the ceiling
 codec    `tiny-f8`, 4 clients with batches of 1, 7, 16 and 40, beside the engine without a service
 small    the same with 16 clients and batches of 1
 scaling  1, 2, 4, 8 replicas of a stand-in codec that only sleeps, and where the cores are full
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 1 where a part did not run (the reason on stderr), 130 where it was interrupted."""
+    """The command; its exit status: 1 where a part did not run (why: stderr), 130 where it was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run(parser().parse_args(given), shlex.join(["dat", "bench", "service", *given]))

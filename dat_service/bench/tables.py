@@ -34,8 +34,8 @@ def as_markdown(results: dict[str, Any]) -> str:
     m = results["machine"]
     chip = f"{m['gpu']}, " if "gpu" in m else ""
     lines = [
-        f"`{results['command']}`, {results['date']}, dat-service {results['version']}: {chip}{m['cpu']}, {m['cores']} "
-        f"cores, Python {m['python']}, torch {m['torch']}. Medians of the rounds, lowest to highest in brackets."
+        f"`{results['command']}`, {results['date']}, dat-service {results['version']}: {chip}{m['cpu']}, "
+        f"{m['cores']} cores, Python {m['python']}, torch {m['torch']}. Medians of the rounds, lowest to highest in brackets."
     ]
     for t in map(table, results["parts"]):
         heading, *rows = t.rows
@@ -76,8 +76,8 @@ def _bytes(part: dict[str, Any]) -> Table:
             tail = verdict(r["tail"]["p99_over_median"], echo.TAIL_BAR, at_most=True)
             notes.append(f"{echo.SERVE}, p99 over the median of {r['tail']['calls']} calls: {tail}")
     notes += [f"left out: {name} ({why})" for name, why in part["left_out"].items()]
-    title = f"bytes: {part['images']} images of {part['side']} x {part['side']} uint8, {part['bytes'] / 1e6:.1f} MB each way"
-    return Table(title, rows, notes)
+    size = f"{part['images']} images of {part['side']} x {part['side']} uint8"
+    return Table(f"bytes: {size}, {part['bytes'] / 1e6:.1f} MB each way", rows, notes)
 
 
 def _codec(part: dict[str, Any]) -> Table:
@@ -104,9 +104,10 @@ def _rate(speeds: Sequence[float]) -> str:
 def _scaling(part: dict[str, Any]) -> Table:
     rows = [["replicas", "sleep", "clients", "images/s", "of linear", "of no overhead", "requests/s", "cores full"]]
     for r in part["results"]:
+        ideal = r["images_per_s"] / r["linear_images_per_s"]
         rows.append([
-            str(r["replicas"]), f"{r['sleep_ms']:g} ms", str(r["clients"]), _rate(r["rounds"]), f"{r['of_linear']:.1%}",
-            f"{r['images_per_s'] / r['linear_images_per_s']:.1%}", f"{r['requests_per_s']:.0f}", f"{r['cpu_share']:.0%}",
+            str(r["replicas"]), f"{r['sleep_ms']:g} ms", str(r["clients"]), _rate(r["rounds"]),
+            f"{r['of_linear']:.1%}", f"{ideal:.1%}", f"{r['requests_per_s']:.0f}", f"{r['cpu_share']:.0%}",
         ])  # fmt: skip
     before = [r["of_linear"] for r in part["results"] if not scaling.is_full(r)]
     notes = (

@@ -25,6 +25,10 @@ def codec(context: typer.Context) -> None:
 @app.command("service", context_settings=THROUGH, add_help_option=False)
 def service(context: typer.Context) -> None:
     """How fast the service is here, beside FastAPI, Ray Serve, LitServe and the engine without a service."""
-    from dat_service.bench.service import main
+    try:
+        from dat_service.bench.service import main
+    except ModuleNotFoundError as error:
+        typer.echo(f"dat bench service: {error}; pip install 'dat-service[bench]'", err=True)
+        raise typer.Exit(1) from None
 
     raise typer.Exit(main(context.args))

@@ -1,4 +1,4 @@
-"""FastAPI under uvicorn, as a user of FastAPI writes it; uvloop and httptools as `uvicorn[standard]` brings them."""
+"""FastAPI under uvicorn, as a user of FastAPI writes it; uvloop and httptools as in uvicorn[standard]."""
 
 from __future__ import annotations
 
