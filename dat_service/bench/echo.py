@@ -155,10 +155,9 @@ def ours(url: str, batch: Images) -> Iterator[Call]:
     with Client(url, "identity") as client:
 
         def call() -> memoryview:
-            answer = client.discretize(batch).reconstruction
-            view: memoryview = answer.data.cast("B")
-
-        return view
+            answer: Images | None = client.discretize(batch).reconstruction
+            assert answer is not None
+            return answer.data.cast("B")
 
         yield checked(call, batch)
 
@@ -176,9 +175,8 @@ def triton(url: str, batch: Images) -> Iterator[Call]:
 
     def call() -> memoryview:
         tensor.set_data_from_numpy(batch)  # joins and copies: what a user of it pays for each new batch
-        answer = client.infer("identity", [tensor], outputs=[wanted]).as_numpy("reconstruction")
-        view: memoryview = answer.data.cast("B")
-        return view
+        answer: Images = client.infer("identity", [tensor], outputs=[wanted]).as_numpy("reconstruction")
+        return answer.data.cast("B")
 
     try:
         yield checked(call, batch)

@@ -35,7 +35,8 @@ def as_markdown(results: dict[str, Any]) -> str:
     chip = f"{m['gpu']}, " if "gpu" in m else ""
     lines = [
         f"`{results['command']}`, {results['date']}, dat-service {results['version']}: {chip}{m['cpu']}, "
-        f"{m['cores']} cores, Python {m['python']}, torch {m['torch']}. Medians of the rounds, lowest to highest in brackets."
+        f"{m['cores']} cores, Python {m['python']}, torch {m['torch']}. Medians of the rounds, "
+        "lowest to highest in brackets."
     ]
     for t in map(table, results["parts"]):
         heading, *rows = t.rows
