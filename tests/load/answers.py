@@ -83,9 +83,7 @@ def answers(number: int = 96, side: int = 32) -> Answers:
     torch.set_num_threads(1)
     try:
         discretizer = Discretizer.from_store(CODEC, device="cpu")
-        made = discretizer.discretize(
-            images, gradients, outputs=("reconstruction", "adversarial", "indices")
-        )
+        made = discretizer.discretize(images, gradients, outputs=("reconstruction", "adversarial", "indices"))
     finally:
         torch.set_num_threads(threads)
     png = [encode_png(image) for image in images]

@@ -1,6 +1,6 @@
 """A replica killed every 5 s, HAProxy and Serve's proxy once each, under 8 clients who compare every answer.
 
-    python -m tests.load.chaos            # DAT_CHAOS_S=120 seconds
+python -m tests.load.chaos            # DAT_CHAOS_S=120 seconds
 """
 
 from __future__ import annotations
