@@ -17,7 +17,7 @@ import dat_client.wire as wire
 
 @dataclass
 class Replies:
-    """What came back: seconds of the answered requests, statuses (0: no reply at all), and faults of the refusals."""
+    """What came back: seconds of the answered, statuses (0: no reply at all), and what was wrong with any."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)

@@ -16,7 +16,7 @@ from tests.load.answers import CODEC, Answers, kind_of
 
 @dataclass
 class Seen:
-    """What one client has seen: the seconds of its answered calls, the attempts behind them, and what went wrong."""
+    """What one client has seen: seconds of its answered calls, the attempts behind them, and what went wrong."""
 
     seconds: list[float] = field(default_factory=list)
     images: int = 0
