@@ -3,14 +3,15 @@
     python -m tests.load.soak             # DAT_SOAK_S=1800 seconds
 
 Sizes, dtypes, gradients, encoded pictures, tokens, requests that are refused, connections that end within a body or
-before the answer, calls that are cancelled or time out. Answers are compared. Resident memory and open files of every
-process, the clients' own among them, are sampled; medians of two windows are compared: after the warm-up, and at the
-end.
+before the answer, calls that are cancelled or time out. Answers are compared. Resident memory and open files of
+every process, the clients' own among them, are sampled, and the medians of two windows compared: after the warm-up,
+and at the end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -131,7 +132,7 @@ Trouble = Callable[[str, Answers, int], None]
 def trouble(
     one: Trouble, url: str, right: Answers, end: threading.Event, seen: list[str], counts: dict[str, int]
 ) -> None:
-    """Makes one kind of trouble a few times a second; it fails where the service takes it otherwise than it must."""
+    """Makes one kind of trouble a few times a second, and keeps what the service took otherwise than it must."""
     number = 0
     while not end.wait(0.3):
         try:
@@ -143,7 +144,7 @@ def trouble(
 
 
 def refused(url: str, right: Answers, number: int) -> None:
-    """A request that is wrong: NaN, another codec, an output that is not there, or a body that is not what it says."""
+    """A request that is wrong: NaN, another codec, an output that is not there, no picture, no token."""
     images = right.images[:2]
     with Client(url, CODEC) as client, Client(url, "no-such-codec") as stranger:
         wrong: list[Callable[[], object]] = [
@@ -193,10 +194,8 @@ def cancelled(url: str, right: Answers, number: int) -> None:
 def timed_out(url: str, right: Answers, number: int) -> None:
     """A call that has less time than it takes, mostly."""
     with Client(url, CODEC) as client:
-        try:
+        with contextlib.suppress(Unavailable):
             client.discretize(right.images[:16], timeout_s=random.uniform(0.01, 0.2))
-        except Unavailable:
-            pass
 
 
 def table(rows: list[dict[str, Any]]) -> str:
