@@ -12,23 +12,30 @@ from starlette.requests import ClientDisconnect
 
 import dat_client.wire as wire
 from dat_service import __version__, people, protocol
-from dat_service.body import MalformedBody
+from dat_service.body import Direct, MalformedBody
 from dat_service.security import Refused, read_keys
-from dat_service.worker import CodecWorker, Full
-from dat_workers.errors import EngineError, InvalidInput, TooLarge
+from dat_service.worker import CodecWorker
+from dat_workers.errors import (
+    DeadlinePassed,
+    EngineError,
+    Full,
+    InvalidInput,
+    OutOfMemory,
+    TooLarge,
+    Unhealthy,
+)
 
 log = logging.getLogger("dat_service")
 
 
-def create_app(worker: CodecWorker, *, views: bool = True) -> FastAPI:
+def create_app(worker: CodecWorker) -> FastAPI:
     """The application over a worker, which it stops when it ends.
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
     >>> app = create_app(worker)
 
-    `views`: answers leave as views of the tensors, which uvicorn takes and Ray Serve's own proxy does not. Raises
-    ValueError for an API key file that is not usable.
+    Raises ValueError for an API key file that is not usable.
     """
     settings = worker.settings
 
@@ -45,16 +52,16 @@ def create_app(worker: CodecWorker, *, views: bool = True) -> FastAPI:
         redirect_slashes=False,  # a redirect would go to whatever Host the client named
     )
     app.state.worker = worker
-    app.state.views = views
     app.state.keys = read_keys(settings.api_key_file)
     app.include_router(protocol.router)
     app.include_router(people.router)
     app.add_exception_handler(Exception, on_error)
     for kind in (
-        wire.WireError, InvalidInput, MalformedBody, protocol.UnknownCodec, Refused, Full, EngineError,
-        HTTPException, ClientDisconnect,
+        wire.WireError, InvalidInput, MalformedBody, protocol.UnknownCodec, Refused, Full, DeadlinePassed,
+        EngineError, HTTPException, ClientDisconnect,
     ):  # fmt: skip
         app.add_exception_handler(kind, on_error)
+    app.add_middleware(Direct)  # the last one added is the first to see a request
     return app
 
 
@@ -73,8 +80,10 @@ def status_of(error: Exception) -> int:
             return 404
         case Refused():
             return 401
-        case Full():
+        case Full() | Unhealthy() | OutOfMemory():
             return 503
+        case DeadlinePassed():
+            return 504
         case HTTPException():
             return error.status_code
         case ClientDisconnect():
@@ -88,9 +97,9 @@ async def on_error(request: Request, error: Exception) -> Response:
     status = status_of(error)
     headers = {}
     message = str(error)
+    if status == 503:
+        headers["Retry-After"] = str(getattr(error, "retry_after_s", 1))
     match error:
-        case Full():
-            headers["Retry-After"] = str(error.retry_after_s)
         case Refused():
             headers["WWW-Authenticate"] = "Bearer"
         case MalformedBody():
@@ -98,6 +107,8 @@ async def on_error(request: Request, error: Exception) -> Response:
         case HTTPException():
             message = f"{request.method} {request.url.path[:200]}: {error.detail}"
             headers = dict(error.headers or {})
+        case Unhealthy():
+            pass  # said once, where it was found
         case EngineError():
             log.error("%s", error)
         case _ if status == 500:

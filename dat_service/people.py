@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 
-from dat_service.body import read_body
+from dat_service.body import announced_length, read_body, while_connected
+from dat_service.inference import Caller, compute
+from dat_service.protocol import caller_of
 from dat_service.security import require_key
-from dat_service.worker import CodecWorker
+from dat_service.worker import CodecWorker, Place
 from dat_workers.pictures import decode_picture, encode_png
+from dat_workers.work import Work
 
 router = APIRouter(tags=["For people"])
 
@@ -39,14 +43,25 @@ async def reconstruct(request: Request) -> Response:
     """The body is one JPEG, PNG or WebP file: `curl --data-binary @cat.jpg URL/v1/reconstruct -o q.png`."""
     worker: CodecWorker = request.app.state.worker
     settings = worker.settings
-    with worker.admit():
-        body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-        png = await worker.run(lambda: reconstruct_png(worker, bytes(body)))
+    length = announced_length(request, settings.max_body_bytes)
+    caller = caller_of(request, time.monotonic())
+    with worker.admit(caller.flow, length or 0) as place:
+        body = await read_body(
+            request, length, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s, grow=place.grow
+        )
+        png = await while_connected(request, reconstruct_png(worker, bytes(body), caller, place))
     return Response(png, media_type="image/png", headers={"x-codec": settings.codec})
 
 
-def reconstruct_png(worker: CodecWorker, encoded: bytes) -> bytes:
+async def reconstruct_png(worker: CodecWorker, encoded: bytes, caller: Caller, place: Place) -> bytes:
     """PNG of Q(x) for one encoded picture."""
-    assert worker.discretizer is not None
-    picture = decode_picture(encoded, max_pixels=worker.settings.max_image_pixels, field="body", upright=True)
-    return encode_png(worker.discretizer.discretize(picture[None])["reconstruction"][0])
+    discretizer = worker.discretizer
+    assert discretizer is not None
+
+    def prepare() -> Work:
+        picture = decode_picture(encoded, max_pixels=worker.settings.max_image_pixels, field="body", upright=True)
+        place.grow(3 * picture.nbytes)  # the picture, Q(x) and its PNG
+        return discretizer.work(picture[None])
+
+    result = await compute(worker, await worker.aside(prepare), caller)
+    return await worker.aside(lambda: encode_png(result.outputs["reconstruction"][0]))

@@ -28,9 +28,7 @@ class CodecReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from dat_service.app import create_app
 
-        # HAProxy falls back to Serve's own proxy while it does not yet, or no longer, see a replica; that one
-        # pickles what it sends, and views cannot be pickled
-        return create_app(self.worker, views=False)
+        return create_app(self.worker)
 
 
 class ServeFailed(RuntimeError):

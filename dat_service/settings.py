@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -65,6 +65,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged."
     )
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> Self:
+        if self.max_held_bytes < 2 * self.max_body_bytes:
+            raise ValueError(
+                f"max_held_bytes is {self.max_held_bytes}, must be at least twice max_body_bytes "
+                f"({self.max_body_bytes}): a request and its answer"
+            )
+        return self
 
     def engine_threads(self) -> int:
         """CPU threads the engine takes."""

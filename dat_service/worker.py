@@ -1,46 +1,60 @@
-"""The codec's thread: requests wait here in order, and only so many of them."""
+"""The codec in this process: its batcher, the places and bytes that requests hold, threads for what is aside."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
 
 import torch
 
 from dat_service.settings import Settings
+from dat_service.shares import Shares
+from dat_workers.batching import Batcher
 from dat_workers.discretizer import Discretizer
+from dat_workers.errors import Full, TooLarge, Unhealthy
+from dat_workers.pieces import Result
+from dat_workers.work import Work
 
 T = TypeVar("T")
 
-
-class Full(Exception):
-    """As many requests are held as may be; come again in `retry_after_s`."""
-
-    def __init__(self, limit: int, retry_after_s: int) -> None:
-        self.limit, self.retry_after_s = limit, retry_after_s
-        super().__init__(f"busy with {limit} requests, which is the limit; try again in {retry_after_s} s")
+ASIDE_THREADS = 4  # pictures are decoded and floats are checked beside the codec
 
 
 class CodecWorker:
-    """Holds the discretizer and the one thread that runs it.
+    """Holds the discretizer and whoever waits for it.
 
-    One thread, because the engine uses all cores or the whole GPU for a single call.
+    >>> worker = CodecWorker(Settings(codec="identity"))
+    >>> worker.load()
+    >>> with worker.admit("a client", 100) as place: ...
+
+    `replica` names this process among others that serve the same codec.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, replica: str = "local") -> None:
         self.settings = settings
+        self.replica = replica
         self.discretizer: Discretizer | None = None
-        self.held = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="codec")
+        self.places = Shares(settings.max_requests)
+        self.bytes = Shares(settings.max_held_bytes)
+        self.lock = threading.Lock()
+        wait_ms = settings.max_wait_ms
+        self.batcher = Batcher(
+            max_wait_s=None if wait_ms is None else wait_ms / 1000,
+            max_queue_s=settings.max_queue_s,
+            watchdog_s=settings.watchdog_s,
+        )
+        self._aside = ThreadPoolExecutor(ASIDE_THREADS, thread_name_prefix="aside")
 
     def load(self) -> None:
         """Loads and warms the codec; raises what that raises, so that a replica without a codec never serves."""
-        self.discretizer = self._thread.submit(self._load).result()
+        self.discretizer = self.batcher.start(self.make)
 
-    def _load(self) -> Discretizer:
+    def make(self) -> Discretizer:
+        """The discretizer, in the thread that will run it."""
         s = self.settings
         torch.set_num_threads(s.engine_threads())
         discretizer = Discretizer.from_store(
@@ -50,26 +64,95 @@ class CodecWorker:
         return discretizer
 
     @property
+    def why_unhealthy(self) -> str:
+        """Why nothing is computed here any more; empty while all is well."""
+        return self.batcher.why_unhealthy
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the codec can still compute."""
+        return not self.why_unhealthy
+
+    @property
     def ready(self) -> bool:
         """Whether a request would be answered now."""
-        return self.discretizer is not None
+        return self.discretizer is not None and self.healthy
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds one of the `max_requests` places; raises Full where there is none."""
-        if self.held >= self.settings.max_requests:
-            raise Full(self.settings.max_requests, retry_after_s=1)
-        self.held += 1
+    @property
+    def queued_images(self) -> int:
+        """Images that wait for the codec."""
+        return self.batcher.queued
+
+    @property
+    def held(self) -> int:
+        """Requests that are held: being read, waiting, computed or sent."""
+        return self.places.held
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of requests and answers that are held."""
+        return self.bytes.held
+
+    def admit(self, flow: str, nbytes: int) -> Place:
+        """A place and so many bytes for a request of a flow. Raises Full, or Unhealthy where nothing is served."""
+        if not self.ready:
+            raise Unhealthy(self.why_unhealthy or "the codec is not loaded")
+        with self.lock:
+            if not self.places.take(flow, 1):
+                raise Full(f"{self.held} requests are held", f"at most {self.places.capacity}, in fair shares", 1)
+        place = Place(self, flow)
         try:
-            yield
-        finally:
-            self.held -= 1
+            place.grow(nbytes)
+        except BaseException:
+            place.close()
+            raise
+        return place
 
-    async def run(self, task: Callable[[], T]) -> T:
-        """`task()` on the codec's thread, after all that came before it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, task)
+    def submit(self, work: Work, flow: str, deadline: float | None) -> Future[Result]:
+        """The result of a work to come, as `Batcher.submit`."""
+        return self.batcher.submit(work, flow, deadline)
+
+    async def aside(self, task: Callable[[], T]) -> T:
+        """`task()` on a thread beside the codec's."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, task)
 
     def stop(self) -> None:
-        """Ends the thread once its present task is done; queued ones are dropped."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads once their present task is done; what waits is refused."""
+        self.batcher.stop()
+        self._aside.shutdown(wait=False, cancel_futures=True)
         self.discretizer = None
+
+
+class Place:
+    """What one request holds, until it is closed; closing twice is once."""
+
+    def __init__(self, worker: CodecWorker, flow: str) -> None:
+        self.worker, self.flow = worker, flow
+        self.nbytes = 0
+        self.open = True
+
+    def grow(self, nbytes: int) -> None:
+        """Holds so many bytes more. Raises Full, and TooLarge where the whole capacity would not do."""
+        with self.worker.lock:
+            shares = self.worker.bytes
+            if self.nbytes + nbytes > shares.capacity:
+                raise TooLarge("request", f"{self.nbytes + nbytes} bytes", f"at most {shares.capacity} bytes held")
+            if not shares.take(self.flow, nbytes):
+                held = f"{shares.held} bytes are held and {nbytes} more wanted"
+                raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
+            self.nbytes += nbytes
+
+    def close(self) -> None:
+        with self.worker.lock:
+            if self.open:
+                self.open = False
+                self.worker.bytes.give(self.flow, self.nbytes)
+                self.worker.places.give(self.flow, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

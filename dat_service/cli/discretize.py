@@ -29,6 +29,7 @@ def discretize(
     from dat_workers.errors import EngineError, InvalidInput
     from dat_workers.files import write_atomically
     from dat_workers.pictures import decode_picture, encode_png
+    from dat_workers.work import check_outputs
 
     stems = [p.stem for p in pictures]
     twice = sorted({s for s in stems if stems.count(s) > 1})
@@ -44,7 +45,7 @@ def discretize(
     try:
         discretizer = Discretizer.from_store(codec, engine=engine, device=device, dtype=dtype, tricks=tricks)
         names = ("reconstruction", "indices") if indices else ("reconstruction",)
-        discretizer.check_outputs(names)
+        check_outputs(names, discretizer.outputs)
         out.mkdir(parents=True, exist_ok=True)
         limit = make_settings().max_image_pixels
         for path in pictures:

@@ -106,8 +106,8 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     import numpy as np
     import torch
 
-    from dat_workers.discretizer import check_gradients
     from dat_workers.errors import InvalidInput
+    from dat_workers.work import check_gradients
 
     with path.open("rb") as file:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,19 @@ from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines import Engine, create, rows_at_once
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
-from dat_workers.transfer import Array, Compute, through
+from dat_workers.transfer import Array, Compute, Job, through
+from dat_workers.work import (
+    OUTPUTS,
+    Task,
+    Work,
+    check_gradients,
+    check_images,
+    check_indices,
+    check_outputs,
+    default_outputs,
+    pick_output_dtype,
+)
 
-OUTPUT_DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
-OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
 # Which images of a batch came out finite, bool [n]: kept on the device and looked at with the results, since each
 # look waits for the GPU.
 FINITE = {"finite_latents": "latent vectors", "finite_pictures": "pictures"}
@@ -69,26 +78,10 @@ class Discretizer:
             self.engine.warm_up(side)
         self.discretize(np.full((1, 3, side, side), 127, np.uint8))
 
-    def check_outputs(self, outputs: Collection[str]) -> None:
-        """Raises InvalidInput for an output that this codec does not have."""
-        known = OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
-        for name in outputs:
-            if name not in known:
-                raise InvalidInput("outputs", repr(name), f"of {', '.join(known)}")
-
-    def check_images(self, images: Array) -> None:
-        """Raises InvalidInput unless `images` is uint8 or float16/32 in 0..1, [N,3,H,W], N and sides enough."""
-        if images.dtype not in (np.uint8, np.float16, np.float32):
-            raise InvalidInput("images", f"dtype {images.dtype}", "UINT8, FP16 or FP32")
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) < 1:
-            raise InvalidInput("images", f"shape {list(images.shape)}", "[N,3,H,W] with N of 1 or more")
-        least = self.spec.factor
-        if min(images.shape[2:]) < least:
-            raise InvalidInput("images", f"{images.shape[2]}x{images.shape[3]} pixels", f"sides of {least} or more")
-        if images.dtype != np.uint8:
-            low, high = float(images.min()), float(images.max())  # a NaN anywhere makes both NaN
-            if not (low >= 0 and high <= 1):
-                raise InvalidInput("images", f"a value range of {low:.9g}..{high:.9g}", "finite values in 0..1")
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The outputs that this codec has."""
+        return OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
 
     def discretize(
         self,
@@ -116,11 +109,36 @@ class Discretizer:
         `reconstruction`, and `adversarial` where there is something to make it from. Raises InvalidInput, and
         EngineError where the codec overflows.
         """
-        self.check_images(images)
+        work = self.work(
+            images,
+            gradients,
+            gradient_scales=gradient_scales,
+            step=step,
+            replace_fraction=replace_fraction,
+            seed=seed,
+            outputs=outputs,
+            output_dtype=output_dtype,
+        )
+        return self._run(work)
+
+    def work(
+        self,
+        images: Array,
+        gradients: Array | None = None,
+        *,
+        gradient_scales: Array | None = None,
+        step: Step = PRESETS["paper"],
+        replace_fraction: float = 0.0,
+        seed: int = 0,
+        outputs: Collection[str] | None = None,
+        output_dtype: str | None = None,
+    ) -> Work:
+        """What `discretize` computes, with everything about it checked. Raises InvalidInput."""
+        check_images(images, self.spec.factor)
         attacked = gradients is not None or replace_fraction > 0
         if outputs is None:
             outputs = default_outputs(attacked)
-        self.check_outputs(outputs)
+        check_outputs(outputs, self.outputs)
         adversarial = any(name.startswith("adversarial") for name in outputs)
         if adversarial and not attacked:
             raise InvalidInput(
@@ -131,32 +149,24 @@ class Discretizer:
             raise InvalidInput("replace_fraction", replace_fraction, limit)
         check_gradients(gradients, gradient_scales, images.shape)
         dtype = pick_output_dtype(output_dtype, images.dtype)
-        if self.engine is None and not adversarial and images.dtype == dtype:
-            return {"reconstruction": images}
-
-        def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._discretize(given, step, replace_fraction, seed, outputs, dtype)
-
         arrays = {"images": images}
         if gradients is not None and adversarial:
             arrays["gradients"] = gradients
             if gradient_scales is not None:
                 arrays["gradient_scales"] = gradient_scales
-        return self._run(arrays, self._batch(images.shape[2] * images.shape[3]), compute)
+        if not adversarial:  # what changes nothing keeps no rows apart
+            step, replace_fraction, seed = PRESETS["paper"], 0.0, 0
+        given = tuple((name, str(array.dtype)) for name, array in arrays.items())
+        height, width = images.shape[2:]
+        task = Task((height, width), given, tuple(sorted(set(outputs))), dtype, step, replace_fraction, seed)
+        copied = self.engine is None and not adversarial and images.dtype == dtype
+        return Work(task, arrays, {"reconstruction": images} if copied else None)
 
-    def _discretize(
-        self,
-        given: dict[str, Tensor],
-        step: Step,
-        replace_fraction: float,
-        seed: int,
-        outputs: Collection[str],
-        dtype: np.dtype[Any],
-    ) -> dict[str, Tensor]:
+    def _discretize(self, given: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         """The wanted outputs of one batch on its device, as `finish` leaves them, and what is finite."""
+        step, outputs, adversarial = task.step, task.outputs, task.adversarial
         x = as_float(given["images"])
         gradients = given.get("gradients")
-        adversarial = any(name.startswith("adversarial") for name in outputs)
         finite: Finite = {}
         made: dict[str, Tensor] = {}
         size = x.shape[2:]
@@ -170,8 +180,8 @@ class Discretizer:
             if gradients is not None:
                 moved = perturb(x, q, scaled_gradients(gradients, given.get("gradient_scales")), step)
                 attacked = self._encode(moved, finite)
-            if replace_fraction and attacked is not None:
-                attacked = replace_tokens(attacked, x, replace_fraction, seed, self.spec.codebook_size)
+            if task.replace_fraction and attacked is not None:
+                attacked = replace_tokens(attacked, x, task.replace_fraction, task.seed, self.spec.codebook_size)
             if "adversarial" in outputs:
                 made["adversarial"] = self._decode(attacked, moved, size, finite)
             if attacked is not None and indices is not None:
@@ -184,7 +194,7 @@ class Discretizer:
             made["indices"] = indices
         made["reconstruction"] = q
         wanted = {
-            name: finish(name, value, dtype)
+            name: finish(name, value, task.dtype)
             for name, value in made.items()
             if name in outputs or name == "tokens_changed"
         }
@@ -192,50 +202,66 @@ class Discretizer:
 
     def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
         """Pictures [N,3,h*f,w*f] of tokens: unsigned or int32 [N,h,w], each below K. UINT8 by default."""
+        return self._run(self.decode_work(indices, output_dtype=output_dtype))["reconstruction"]
+
+    def decode_work(self, indices: Array, *, output_dtype: str | None = None) -> Work:
+        """What `decode` computes, with everything about it checked. Raises InvalidInput."""
         if not self.spec.has_tokens or self.engine is None:
             raise InvalidInput("indices", f"codec {self.spec.name}", "a codec that has a codebook")
-        if indices.dtype not in (np.uint16, np.int32):
-            raise InvalidInput("indices", f"dtype {indices.dtype}", "UINT16 or INT32")
-        if indices.ndim != 3 or min(indices.shape) < 1:
-            raise InvalidInput("indices", f"shape {list(indices.shape)}", "[N,h,w], none of them 0")
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= self.spec.codebook_size:
-            wrong = low if low < 0 else high
-            raise InvalidInput("indices", wrong, f"0 to {self.spec.codebook_size - 1} (codec {self.spec.name})")
+        check_indices(indices, self.spec.name, self.spec.codebook_size)
         dtype = pick_output_dtype(output_dtype, np.dtype(np.uint8))
         f = self.spec.factor
-        size = torch.Size((indices.shape[1] * f, indices.shape[2] * f))
+        size = (indices.shape[1] * f, indices.shape[2] * f)
+        task = Task(size, (("indices", "int32"),), ("reconstruction",), dtype)
+        return Work(task, {"indices": indices.astype(np.int32, copy=False)})
 
-        def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self, task: Task) -> Compute:
+        """What turns a batch's tensors into its results, all on the engine's device."""
+        if not task.decodes:
+            return lambda given: self._discretize(given, task)
+
+        def decode(given: dict[str, Tensor]) -> dict[str, Tensor]:
             finite: Finite = {}
             tokens = given["indices"].long()
-            return {"picture": finish("picture", self._decode(tokens, tokens, size, finite), dtype), **finite}
+            picture = self._decode(tokens, tokens, torch.Size(task.size), finite)
+            return {"reconstruction": finish("reconstruction", picture, task.dtype), **finite}
 
-        return self._run({"indices": indices.astype(np.int32)}, self._batch(size.numel()), compute)["picture"]
+        return decode
 
-    def _run(self, arrays: dict[str, Array], batch: int, compute: Compute) -> dict[str, Array]:
-        """`compute` on the engine's device, `batch` rows of `arrays` at a time; results by name, rows joined.
+    def rows_at_once(self, task: Task) -> int:
+        """Rows of a task that are worth handing to the engine at once, and that its memory holds."""
+        pixels = task.size[0] * task.size[1]
+        return rows_at_once(self.engine, pixels) if self.engine else max(1, 64 * 224 * 224 // pixels)
 
-        Raises EngineError for the first batch with an image that is not finite.
-        """
-        device, overlap = torch.device("cpu"), False
-        if self.engine is not None:
-            device, overlap = self.engine.device, self.engine.tricks.overlap
-        starts = range(0, len(next(iter(arrays.values()))), batch)
-        jobs = ({name: array[start : start + batch] for name, array in arrays.items()} for start in starts)
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device if self.engine else torch.device("cpu")
+
+    def stream(self, jobs: Iterable[Job | None]) -> Iterator[dict[str, Array]]:
+        """Results of one job after the other, copies beside the computing where the engine does that."""
+        return through(self.device, jobs, overlap=self.engine is not None and self.engine.tricks.overlap)
+
+    def _run(self, work: Work) -> dict[str, Array]:
+        """The results of a request of its own, by name. Raises EngineError for an image that is not finite."""
+        if work.result is not None:
+            return work.result
+        batch, compute = self.rows_at_once(work.task), self.compute(work.task)
+        starts = range(0, work.rows, batch)
+        jobs = (
+            Job({name: [array[start : start + batch]] for name, array in work.arrays.items()}, compute)
+            for start in starts
+        )
         parts: dict[str, list[Array]] = {}
-        for start, made in zip(starts, through(device, jobs, compute, overlap=overlap), strict=True):
-            self._check_finite(made, start)
-            for name, array in made.items():
-                if name not in FINITE:
-                    # tokens travel as int32: few operations of PyTorch know uint16
-                    parts.setdefault(name, []).append(
-                        array.astype(np.uint16) if name.endswith("indices") else array
-                    )
+        for start, made in zip(starts, self.stream(jobs), strict=True):
+            for name, array in self.collect(made, start).items():
+                parts.setdefault(name, []).append(array)
         return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
 
-    def _check_finite(self, made: dict[str, Array], start: int) -> None:
-        """Raises EngineError where one of FINITE is false; `start` is the batch's first image."""
+    def collect(self, made: dict[str, Array], start: int) -> dict[str, Array]:
+        """The outputs among one job's results; `start` is the number of its first image in the request.
+
+        Raises EngineError where an image is not finite.
+        """
         for name, what in FINITE.items():
             bad = [start + i for i, good in enumerate(made.get(name, ())) if not good]
             if bad:
@@ -243,10 +269,12 @@ class Discretizer:
                     f"codec {self.spec.name} on {self.describe()}: {what} of images {bad[:8]} came out with values "
                     "that are not finite; run it with --dtype fp32"
                 )
-
-    def _batch(self, pixels: int) -> int:
-        """Images of so many pixels to hand to the engine at once."""
-        return rows_at_once(self.engine, pixels) if self.engine else max(1, 64 * 224 * 224 // pixels)
+        # tokens travel as int32: few operations of PyTorch know uint16
+        return {
+            name: array.astype(np.uint16) if name.endswith("indices") else array
+            for name, array in made.items()
+            if name not in FINITE
+        }
 
     def _encode(self, x: Tensor, finite: Finite) -> Tensor | None:
         """Tokens of fp32 [n,3,H,W]; None for `identity`."""
@@ -276,37 +304,6 @@ def note(finite: Finite, name: str, good: Tensor) -> None:
     finite[name] = finite[name] & images if name in finite else images
 
 
-def default_outputs(attacked: bool) -> tuple[str, ...]:
-    """What is made where no output is named: `adversarial` too, where there is something to make it from."""
-    return ("reconstruction", "adversarial") if attacked else ("reconstruction",)
-
-
-def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[int, ...]) -> None:
-    """Raises InvalidInput for what is no gradient of images of that shape, with a scale for each or with none."""
-    if gradients is None:
-        if scales is not None:
-            raise InvalidInput("gradient_scales", "given without gradients", "gradients to scale")
-        return
-    if gradients.dtype not in (np.float16, np.float32):
-        raise InvalidInput("gradients", f"dtype {gradients.dtype}", "FP16 or FP32")
-    if gradients.shape != shape:
-        raise InvalidInput("gradients", f"shape {list(gradients.shape)}", f"{list(shape)}, that of the images")
-    flat = gradients.reshape(len(gradients), -1)
-    largest = np.maximum(flat.max(1), -flat.min(1)).astype(np.float64)  # NaN where a sample holds one
-    if not np.isfinite(largest).all():
-        raise InvalidInput("gradients", "NaN or infinity", "finite values")
-    if scales is None:
-        return
-    if scales.dtype != np.float32 or scales.shape != shape[:1]:
-        raise InvalidInput("gradient_scales", f"{scales.dtype} {list(scales.shape)}", f"float32 [{shape[0]}]")
-    if not (np.isfinite(scales).all() and (scales >= 0).all()):
-        raise InvalidInput(
-            "gradient_scales", "a value that is negative or not finite", "finite values of 0 or more"
-        )
-    if (largest * scales).max() > np.finfo(np.float32).max:
-        raise InvalidInput("gradient_scales", f"up to {scales.max():g}", "scales that keep fp32 finite")
-
-
 def scaled_gradients(gradients: Tensor, scales: Tensor | None) -> Tensor:
     """fp32 [n,3,H,W]: scale times value."""
     g = gradients.float()
@@ -318,15 +315,6 @@ def finish(name: str, value: Tensor, dtype: np.dtype[Any]) -> Tensor:
     if name.endswith("indices"):
         return value.int()
     return value if name == "tokens_changed" else as_dtype(value, dtype)
-
-
-def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]:
-    """The numpy dtype that an `output_dtype` parameter names."""
-    if name is None:
-        return default
-    if not isinstance(name, str) or name not in OUTPUT_DTYPES:
-        raise InvalidInput("output_dtype", repr(name), "UINT8, FP16 or FP32")
-    return np.dtype(OUTPUT_DTYPES[name])
 
 
 def as_float(images: Tensor) -> Tensor:

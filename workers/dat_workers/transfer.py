@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,49 +14,62 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Flight = tuple[dict[str, Tensor], torch.cuda.Event]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Arrays by name, each in parts that are joined along their first axis, and what to compute of them."""
+
+    arrays: Mapping[str, Sequence[Array]]
+    compute: Compute
 
 
 def through(
-    device: torch.device, jobs: Iterable[Mapping[str, Array]], compute: Compute, *, overlap: bool = False
+    device: torch.device, jobs: Iterable[Job | None], *, overlap: bool = False
 ) -> Iterator[dict[str, Array]]:
-    """`compute` of each job on `device`: arrays in by name, arrays out by name, in the order of the jobs.
+    """Each job's `compute` on `device`: arrays in by name, arrays out by name, in the order of the jobs.
 
-    >>> double = lambda job: {"y": job["x"] * 2}
-    >>> [out["y"].tolist() for out in through(torch.device("cpu"), [{"x": np.ones(2)}], double)]
+    >>> double = Job({"x": [np.ones(1), np.ones(1)]}, lambda given: {"y": given["x"] * 2})
+    >>> [out["y"].tolist() for out in through(torch.device("cpu"), [double])]
     [[2.0, 2.0]]
 
     With `overlap`, which is CUDA's alone, the next job is handed over before the result of the last one is
-    waited for, and copies run on streams of their own.
+    waited for, and copies run on streams of their own. None for a job: there is none now, give the last result.
     """
     if overlap:
-        yield from _overlapped(device, jobs, compute)
+        yield from _overlapped(device, jobs)
         return
     for job in jobs:
-        # torch.tensor copies: an array may be read-only, or a view of a request that is about to go
-        given = {name: torch.tensor(np.ascontiguousarray(array), device=device) for name, array in job.items()}
-        yield {name: tensor.cpu().numpy() for name, tensor in compute(given).items()}
+        if job is not None:
+            given = {name: joined(parts, device) for name, parts in job.arrays.items()}
+            yield {name: tensor.cpu().numpy() for name, tensor in job.compute(given).items()}
 
 
-def _overlapped(
-    device: torch.device, jobs: Iterable[Mapping[str, Array]], compute: Compute
-) -> Iterator[dict[str, Array]]:
+def _overlapped(device: torch.device, jobs: Iterable[Job | None]) -> Iterator[dict[str, Array]]:
     """`through` with one job in flight while the next is staged.
 
     No buffer is reused early: device tensors that another stream reads are recorded on it, and pinned memory is
     given out again by PyTorch's allocator only when the copies that it saw are over.
     """
     up, down = side_streams(device)
-    flying: tuple[dict[str, Tensor], torch.cuda.Event] | None = None
+    flying: Flight | None = None
+    landing: Flight | None
     computing = torch.cuda.current_stream(device)
     for job in jobs:
+        if job is None:
+            if flying is not None:
+                landing, flying = flying, None
+                yield landed_arrays(*landing)
+            continue
         given = {}
         with torch.cuda.stream(up):
-            for name, array in job.items():
-                given[name] = pinned(array).to(device, non_blocking=True)
+            for name, parts in job.arrays.items():
+                given[name] = pinned(parts).to(device, non_blocking=True)
         computing.wait_stream(up)
         for tensor in given.values():
             tensor.record_stream(computing)
-        made = compute(given)
+        made = job.compute(given)
         down.wait_stream(computing)
         results = {}
         with torch.cuda.stream(down):
@@ -64,9 +78,9 @@ def _overlapped(
                 results[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 results[name].copy_(tensor, non_blocking=True)
             landed = down.record_event()
-        if flying is not None:
-            yield landed_arrays(*flying)
-        flying = results, landed
+        landing, flying = flying, (results, landed)
+        if landing is not None:
+            yield landed_arrays(*landing)
     if flying is not None:
         yield landed_arrays(*flying)
 
@@ -77,10 +91,18 @@ def side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.St
     return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def pinned(array: Array) -> Tensor:
-    """A copy in memory that the GPU reads by itself."""
-    staged = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
-    np.copyto(staged.numpy(), array)
+def joined(parts: Sequence[Array], device: torch.device) -> Tensor:
+    """The parts one after the other, always a copy: they may be read-only, or views of a request about to go."""
+    if len(parts) == 1:
+        return torch.tensor(np.ascontiguousarray(parts[0]), device=device)
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def pinned(parts: Sequence[Array]) -> Tensor:
+    """A copy of the parts, one after the other, in memory that the GPU reads by itself."""
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    staged = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, parts[0].dtype)).dtype, pin_memory=True)
+    np.concatenate(parts, out=staged.numpy())
     return staged
 
 

@@ -29,7 +29,7 @@ from dat_workers.engines.torch_engine import TorchEngine
 from dat_workers.engines.tricks import Tricks
 from dat_workers.errors import EngineError
 from dat_workers.perturbation import Step
-from dat_workers.transfer import through
+from dat_workers.transfer import Job, through
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
@@ -196,7 +196,8 @@ def test_overlap_under_pressure_mixes_nothing_up() -> None:
     def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": 255 - given["x"], "sum": given["x"].sum(dtype=torch.int64)[None]}
 
-    for job, result in zip(jobs, through(torch.device("cuda"), jobs, compute, overlap=True), strict=True):
+    given = [Job({"x": [job["x"]]}, compute) for job in jobs]
+    for job, result in zip(jobs, through(torch.device("cuda"), given, overlap=True), strict=True):
         assert int(result["sum"][0]) == int(job["x"].sum(dtype=np.int64))
         assert np.array_equal(result["y"], 255 - job["x"])
 

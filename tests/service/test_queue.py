@@ -1,0 +1,125 @@
+"""The queue as strangers meet it: deadlines, fairness, who leaves, and what the answers say of time."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from dat_client import Client
+from dat_service.worker import CodecWorker
+from tests.conftest import crop
+from tests.service.http import Reply, infer_images, send, tensor
+
+
+@pytest.fixture(scope="module")
+def tiny(serve_app: Callable[..., str]) -> str:
+    return serve_app(codec="tiny-f8", max_queue_s=3.0)
+
+
+def request_of(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
+    entry, data = tensor("images", images, "UINT8")
+    text = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
+    return text + data, {"Inference-Header-Content-Length": str(len(text))}
+
+
+def infer(url: str, images: np.ndarray, codec: str = "tiny-f8", **headers: str) -> Reply:
+    body, base = request_of(images)
+    return send(
+        url, "POST", f"/v2/models/{codec}/infer", body, base | {k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+def test_answers_say_where_the_time_went(tiny: str) -> None:
+    reply = infer_images(tiny, crop("coffee", 64, 64)[None], "UINT8", codec="tiny-f8")
+    assert reply.status == 200
+    times = {k: float(v) for k, v in re.findall(r"(\w+);dur=([\d.]+)", reply.headers["server-timing"])}
+    assert times.keys() == {"body", "queue", "codec", "total"}
+    assert times["codec"] > 0
+    assert times["body"] + times["queue"] + times["codec"] <= times["total"] + 1
+
+
+def test_a_deadline_is_honoured(tiny: str) -> None:
+    images = np.broadcast_to(crop("coffee", 224, 224), (24, 3, 224, 224))
+    started = time.monotonic()
+    reply = infer(tiny, images, x_dat_timeout_ms="50")
+    assert reply.status == 504
+    assert "deadline" in reply.error["error"]
+    assert time.monotonic() - started < 30
+    assert infer(tiny, images[:1], x_dat_timeout_ms="60000").status == 200
+
+
+@pytest.mark.parametrize("said", ["", "-1", "soon", "1e3", "9" * 12])
+def test_a_deadline_that_is_none_is_refused(tiny: str, said: str) -> None:
+    reply = infer(tiny, np.zeros((1, 3, 8, 8), np.uint8), x_dat_timeout_ms=said)
+    assert reply.status == 422
+    assert reply.error["field"] == "X-Dat-Timeout-Ms"
+
+
+def test_a_flood_is_refused_and_others_are_not(tiny: str) -> None:
+    """30 pictures a request, six requests at once: at least ten seconds of work against a limit of three."""
+    flood = np.broadcast_to(crop("coffee", 224, 224), (30, 3, 224, 224))
+    assert infer(tiny, flood[:4]).status == 200  # the codec's speed is known
+    replies: list[Reply] = []
+    threads = [
+        threading.Thread(target=lambda: replies.append(infer(tiny, flood, x_dat_client="flood"))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    small = [infer(tiny, flood[:1], x_dat_client="small").status for _ in range(3)]
+    for thread in threads:
+        thread.join(120)
+    assert small == [200] * 3
+    statuses = [reply.status for reply in replies]
+    assert set(statuses) == {200, 503}
+    for reply in replies:
+        if reply.status == 503:
+            assert int(reply.headers["retry-after"]) >= 1
+            assert "wait" in reply.error["error"]
+
+
+def test_who_leaves_is_not_computed(monkeypatch: pytest.MonkeyPatch, serve_app: Callable[..., str]) -> None:
+    workers: list[CodecWorker] = []
+    load = CodecWorker.load
+
+    def keep(self: CodecWorker) -> None:
+        workers.append(self)
+        load(self)
+
+    monkeypatch.setattr(CodecWorker, "load", keep)
+    url = serve_app(codec="tiny-f8")
+    (worker,) = workers
+    body, headers = request_of(np.broadcast_to(crop("coffee", 224, 224), (24, 3, 224, 224)))
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname or "", parts.port or 0)) as s:
+        lines = [f"{name}: {value}" for name, value in (headers | {"Content-Length": str(len(body))}).items()]
+        s.sendall("\r\n".join(["POST /v2/models/tiny-f8/infer HTTP/1.1", "Host: x", *lines, "", ""]).encode())
+        s.sendall(body)
+        wait_until(lambda: worker.queued_images > 0)
+    wait_until(lambda: worker.queued_images == 0 and worker.held == 0 and worker.held_bytes == 0)
+    with Client(url, "tiny-f8") as client:
+        assert client.discretize(crop("coffee", 64, 64)[None]).reconstruction is not None
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_nothing_stays_held_after_refusals(monkeypatch: pytest.MonkeyPatch, serve_app: Callable[..., str]) -> None:
+    workers: list[CodecWorker] = []
+    load = CodecWorker.load
+    monkeypatch.setattr(CodecWorker, "load", lambda self: (workers.append(self), load(self))[1])
+    url = serve_app(codec="identity", max_images=2)
+    for body, headers in [(b"{", {}), (b"\x80\x04K\x01.", {}), request_of(np.zeros((3, 3, 8, 8), np.uint8))]:
+        assert send(url, "POST", "/v2/models/identity/infer", body, headers).status in (400, 413)
+    wait_until(lambda: workers[0].held == 0 and workers[0].held_bytes == 0)

@@ -1,0 +1,64 @@
+"""Places and bytes in fair shares."""
+
+from __future__ import annotations
+
+import pytest
+
+from dat_service.settings import Settings, SettingsError, make_settings
+from dat_service.shares import Shares
+from dat_service.worker import CodecWorker
+from dat_workers.errors import Full, TooLarge, Unhealthy
+
+
+def test_somebody_new_finds_room_beside_floods() -> None:
+    places = Shares(16)
+    held = dict.fromkeys("abc", 0)
+    for flow in held:
+        while places.take(flow, 1):
+            held[flow] += 1
+    assert held["a"] == 8
+    assert all(count >= 1 for count in held.values())
+    assert places.take("new", 1)
+    for _ in range(held["a"]):
+        places.give("a", 1)
+    assert places.take("b", 1)
+
+
+def test_nothing_is_held_in_the_end() -> None:
+    shares = Shares(100)
+    assert shares.take("a", 30)
+    assert shares.take("b", 70)
+    assert not shares.take("c", 1)
+    shares.give("a", 30)
+    shares.give("b", 70)
+    assert shares.held == 0
+    assert shares.take("c", 100)
+
+
+def test_places_and_bytes_of_a_worker() -> None:
+    mib = 1 << 20
+    worker = CodecWorker(Settings(codec="identity", max_body_bytes=mib, max_held_bytes=4 * mib, max_requests=3))
+    with pytest.raises(Unhealthy, match="not loaded"):
+        worker.admit("a", 0)
+    worker.load()
+    try:
+        with worker.admit("a", mib) as place:
+            place.grow(mib)
+            assert (worker.held, worker.held_bytes) == (1, 2 * mib)
+            with pytest.raises(Full, match="bytes are held"):
+                place.grow(mib + 1)
+            with pytest.raises(TooLarge, match="at most 4194304 bytes"):
+                place.grow(3 * mib)
+            with pytest.raises(Full):
+                worker.admit("b", 2 * mib + 1)
+            with worker.admit("b", mib):
+                assert worker.held == 2
+            place.close()
+        assert (worker.held, worker.held_bytes) == (0, 0)
+    finally:
+        worker.stop()
+
+
+def test_a_request_and_its_answer_must_fit() -> None:
+    with pytest.raises(SettingsError, match="max_held_bytes is 1000000"):
+        make_settings(max_held_bytes=1_000_000)
