@@ -193,9 +193,8 @@ def cancelled(url: str, right: Answers, number: int) -> None:
 
 def timed_out(url: str, right: Answers, number: int) -> None:
     """A call that has less time than it takes, mostly."""
-    with Client(url, CODEC) as client:
-        with contextlib.suppress(Unavailable):
-            client.discretize(right.images[:16], timeout_s=random.uniform(0.01, 0.2))
+    with Client(url, CODEC) as client, contextlib.suppress(Unavailable):
+        client.discretize(right.images[:16], timeout_s=random.uniform(0.01, 0.2))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
