@@ -8,6 +8,7 @@ answered by closing the connection.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -85,10 +86,8 @@ def send(url: str, message: Message) -> bytes:
     parts = urlsplit(url)
     data, reply = message.to_bytes(), b""
     with socket.create_connection((parts.hostname, parts.port), timeout=OWED_S) as s:
-        try:
+        with contextlib.suppress(OSError):  # refused before all was sent; the answer may be there
             s.sendall(data)
-        except OSError:
-            pass  # refused before all was sent; the answer may be there
         s.settimeout(OWED_S if message.whole else NOT_OWED_S)
         deadline = time.monotonic() + OWED_S
         try:
