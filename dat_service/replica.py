@@ -20,17 +20,22 @@ class CodecReplica:
     """One Ray Serve replica: loads the codec, then builds the app, in a process of its own."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        from ray import serve
+
         from dat_service.worker import CodecWorker
 
-        self.worker = CodecWorker(Settings(**settings))
+        context = serve.get_replica_context()
+        self.application = context.app_name
+        self.worker = CodecWorker(Settings(**settings), replica=context.replica_id.unique_id)
         self.worker.load()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from dat_service.app import create_app
+        from dat_service.gather import Gather
 
         # HAProxy falls back to Serve's own proxy while it does not yet, or no longer, see a replica; that one
         # pickles what it sends, and views cannot be pickled
-        return create_app(self.worker, views=False)
+        return create_app(self.worker, views=False, gather=Gather(self.worker.metrics, self.application))
 
 
 class ServeFailed(RuntimeError):

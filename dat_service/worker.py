@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from dat_service.metrics import Metrics
 from dat_service.settings import Settings
 from dat_workers.discretizer import Discretizer
 
@@ -30,8 +31,10 @@ class CodecWorker:
     One thread, because the engine uses all cores or the whole GPU for a single call.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, replica: str = "local") -> None:
         self.settings = settings
+        self.metrics = Metrics(settings.codec, replica)
+        self.metrics.watch(self)
         self.discretizer: Discretizer | None = None
         self.held = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="codec")
