@@ -17,8 +17,7 @@ from dat_client import (
     TooLarge,
     Unauthorized,
     Unavailable,
-    _core,
-    _http,
+    _repeat,
 )
 
 TRANSIENT = [
@@ -174,8 +173,8 @@ def test_nobody_there(images):
 
 
 def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
-    monkeypatch.setattr(_core, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(_core, "LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 1000.0)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     server.every = "status 500"
     client = Client(server.url, timeout_s=2000)
