@@ -25,6 +25,7 @@ def client(server: Server) -> Iterator[Client]:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

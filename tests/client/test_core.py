@@ -215,6 +215,7 @@ class Time:
 @pytest.fixture
 def real_pauses(monkeypatch):
     monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 5.0)
 
 
 @pytest.mark.usefixtures("real_pauses")
