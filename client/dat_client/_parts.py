@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
@@ -77,6 +78,18 @@ def infer(
         sent=sum(exchange.sent for exchange in exchanges),
         received=sum(exchange.received for exchange in exchanges),
     )
+
+
+def wait_for(stop: threading.Event, closed: threading.Event, seconds: float) -> bool:
+    """Waits until one of the two is set (True) or the time is over (False)."""
+    end = time.monotonic() + seconds
+    while not closed.is_set():
+        left_s = end - time.monotonic()
+        if stop.wait(max(0.0, min(0.1, left_s))):
+            return True
+        if left_s <= 0.1:
+            return False
+    return True
 
 
 class _Joined:

@@ -22,6 +22,7 @@ from ._fingerprint import Watch
 from ._http import HttpWay, check_url
 from ._profile import Profile, sample
 from ._repeat import repeat
+from ._serve import SCHEME, ServeWay, check_application
 from ._version import __version__
 from .errors import DatError, InvalidRequest, ProtocolError, Unauthorized, Unavailable, UnknownCodec, shown
 
@@ -44,7 +45,9 @@ class Client:
     own. A submitted call runs in a thread of this process.
 
     Args:
-        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one.
+        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one; or
+            `serve://APP` where the trainer lives in the Ray cluster of the service: arrays then go through the
+            object store, and numpy answers are read-only. Needs Ray: pip install 'dat-client[serve]'.
         codec: name of the codec, as in `GET /v2/models/{codec}`.
         timeout_s: total time of a call with all its repetitions, in seconds.
         connect_timeout_s: time for making one connection, and for `live()` and `ready()`.
@@ -70,7 +73,10 @@ class Client:
         max_in_flight: int = 1,
         api_key: str | None = None,
     ) -> None:
-        self.url = check_url(url)
+        in_cluster = isinstance(url, str) and url.startswith(SCHEME)
+        if in_cluster:
+            check_application(url)
+        self.url = url if in_cluster else check_url(url)
         self.codec = codec
         self.timeout_s = positive("timeout_s", timeout_s)
         self.connect_timeout_s = positive("connect_timeout_s", connect_timeout_s)
@@ -82,14 +88,15 @@ class Client:
             raise InvalidRequest(f"codec: not a name, got {shown(codec)}", field="codec", value=codec)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise InvalidRequest("api_key: must be printable ASCII", field="api_key")
+        if api_key is not None and in_cluster:
+            raise InvalidRequest(
+                "api_key: serve:// asks for none, who is in the cluster is let in", field="api_key"
+            )
         self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
         self._watch = Watch()
         self._open()
 
     def _open(self, closed: bool = False) -> None:
-        headers = {"User-Agent": f"dat-client/{__version__}", "X-Dat-Client": self._id}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if closed:
@@ -97,14 +104,22 @@ class Client:
         self._executor: ThreadPoolExecutor | None = None
         self._parts_executor: ThreadPoolExecutor | None = None
         self._profiles: list[Profile] = []
-        self._way = HttpWay(
+        self._way: HttpWay | ServeWay = self._make_way()
+        _clients.add(self)
+
+    def _make_way(self) -> HttpWay | ServeWay:
+        if self.url.startswith(SCHEME):
+            return ServeWay(self.url, self.codec, self._id)
+        headers = {"User-Agent": f"dat-client/{__version__}", "X-Dat-Client": self._id}
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return HttpWay(
             self.url,
             self.codec,
             connect_timeout_s=self.connect_timeout_s,
             max_connections=self.max_connections,
             headers=headers,
         )
-        _clients.add(self)
 
     def discretize(
         self,
@@ -328,7 +343,7 @@ class Client:
             return patiently(attempt, wait=closed.wait), sent_s
 
         def one(part: Call, stop: threading.Event) -> Exchange:
-            answered: Exchange = patiently(way.sending(part), wait=lambda seconds: _wait(seconds, stop, closed))
+            answered: Exchange = patiently(way.sending(part), wait=functools.partial(_parts.wait_for, stop, closed))
             return answered
 
         def attempt_parts(deadline: float, number: int) -> Exchange | DatError:
@@ -377,18 +392,6 @@ class Client:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise RuntimeError(f"{self!r} was closed")
-
-
-def _wait(seconds: float, stop: threading.Event, closed: threading.Event) -> bool:
-    """Waits until one of them is set (True) or the time is over (False)."""
-    end = time.monotonic() + seconds
-    while not closed.is_set():
-        left_s = end - time.monotonic()
-        if stop.wait(max(0.0, min(0.1, left_s))):
-            return True
-        if left_s <= 0.1:
-            return False
-    return True
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
