@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,9 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import dat_client.wire as wire
-from dat_service import __version__, people, protocol
+from dat_service import __version__, logs, operators, people, protocol, tracing
 from dat_service.body import Direct, MalformedBody
-from dat_service.security import Refused, read_keys
+from dat_service.gather import Gather
+from dat_service.observe import Observe
+from dat_service.security import Forbidden, KeyRing, Refused
 from dat_service.worker import CodecWorker
 from dat_workers.errors import (
     DeadlinePassed,
@@ -28,21 +31,28 @@ from dat_workers.errors import (
 log = logging.getLogger("dat_service")
 
 
-def create_app(worker: CodecWorker) -> FastAPI:
+def create_app(worker: CodecWorker, *, gather: Gather | None = None) -> FastAPI:
     """The application over a worker, which it stops when it ends.
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
     >>> app = create_app(worker)
 
-    Raises ValueError for an API key file that is not usable.
+    `gather`: on Ray Serve, the metrics of the other replicas. Raises ValueError for an API key file that is not
+    usable, and where a collector of spans is named and OpenTelemetry is missing.
     """
     settings = worker.settings
+    logs.configure(settings.log_format, settings.log_level)
+    spans = tracing.start(settings.codec, worker.metrics.labels["replica"])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         worker.stop()
+        if gather is not None:
+            gather.stop()
+        if spans is not None:
+            spans.stop()
 
     app = FastAPI(
         title="Discrete augmentation data service",
@@ -52,16 +62,25 @@ def create_app(worker: CodecWorker) -> FastAPI:
         redirect_slashes=False,  # a redirect would go to whatever Host the client named
     )
     app.state.worker = worker
-    app.state.keys = read_keys(settings.api_key_file)
+    app.state.keys = KeyRing(settings.api_key_file)
+    app.state.gather = gather
+    app.state.started = time.monotonic()
     app.include_router(protocol.router)
+    app.include_router(operators.router)
     app.include_router(people.router)
     app.add_exception_handler(Exception, on_error)
     for kind in (
-        wire.WireError, InvalidInput, MalformedBody, protocol.UnknownCodec, Refused, Full, DeadlinePassed,
-        EngineError, HTTPException, ClientDisconnect,
+        wire.WireError, InvalidInput, MalformedBody, protocol.UnknownCodec, Refused, Forbidden, Full,
+        DeadlinePassed, EngineError, HTTPException, ClientDisconnect,
     ):  # fmt: skip
         app.add_exception_handler(kind, on_error)
-    app.add_middleware(Direct)  # the last one added is the first to see a request
+    # around the whole stack, not in it: Starlette keeps the page for status 500 outside of what add_middleware adds
+    app.middleware_stack = Observe(
+        Direct(app.build_middleware_stack()),
+        worker.metrics,
+        echo=gather is None,  # Ray Serve adds X-Request-Id itself
+        trace=None if spans is None else spans.record,
+    )
     return app
 
 
@@ -80,6 +99,8 @@ def status_of(error: Exception) -> int:
             return 404
         case Refused():
             return 401
+        case Forbidden():
+            return 403
         case Full() | Unhealthy() | OutOfMemory():
             return 503
         case DeadlinePassed():
@@ -114,6 +135,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         case _ if status == 500:
             log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
             message = f"internal error: {type(error).__name__}"
+    request.state.refusal = message  # for the audit; not the error, which holds the body by its traceback
     field, value, limit = (getattr(error, name, None) for name in ("field", "value", "limit"))
     body = wire.encode_error(message, field, value, limit)
     return Response(body, status, headers, media_type="application/json")

@@ -60,8 +60,11 @@ async def infer(worker: CodecWorker, request: wire.Request, caller: Caller, plac
     parameters: dict[str, Any] = {"fingerprint": discretizer.fingerprint}
     outputs = dict(result.outputs)
     changed = outputs.pop("tokens_changed", None)
-    if changed is not None:
-        parameters["tokens_changed"] = float(changed.mean())
+    share = None if changed is None else float(changed.mean())
+    if share is not None:
+        parameters["tokens_changed"] = share
+    kind = "decode" if work.task.decodes else "adversarial" if work.task.adversarial else "plain"
+    worker.metrics.answered(kind, work.rows, result.queue_s, share)
     return Answer(outputs, parameters, result.queue_s, result.codec_s)
 
 

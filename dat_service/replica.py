@@ -20,15 +20,20 @@ class CodecReplica:
     """One Ray Serve replica: loads the codec, then builds the app, in a process of its own."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        from ray import serve
+
         from dat_service.worker import CodecWorker
 
-        self.worker = CodecWorker(Settings(**settings))
+        context = serve.get_replica_context()
+        self.application = context.app_name
+        self.worker = CodecWorker(Settings(**settings), replica=context.replica_id.unique_id)
         self.worker.load()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from dat_service.app import create_app
+        from dat_service.gather import Gather
 
-        return create_app(self.worker)
+        return create_app(self.worker, gather=Gather(self.worker.metrics, self.application))
 
 
 class ServeFailed(RuntimeError):

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from dat_service.metrics import Metrics
 from dat_service.settings import Settings
 from dat_service.shares import Shares
 from dat_workers.batching import Batcher
@@ -36,7 +37,8 @@ class CodecWorker:
 
     def __init__(self, settings: Settings, replica: str = "local") -> None:
         self.settings = settings
-        self.replica = replica
+        self.metrics = Metrics(settings.codec, replica)
+        self.metrics.watch(self)
         self.discretizer: Discretizer | None = None
         self.places = Shares(settings.max_requests)
         self.bytes = Shares(settings.max_held_bytes)
@@ -46,6 +48,7 @@ class CodecWorker:
             max_wait_s=None if wait_ms is None else wait_ms / 1000,
             max_queue_s=settings.max_queue_s,
             watchdog_s=settings.watchdog_s,
+            on_batch=self.metrics.batch,
         )
         self._aside = ThreadPoolExecutor(ASIDE_THREADS, thread_name_prefix="aside")
 

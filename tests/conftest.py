@@ -115,7 +115,7 @@ def app_in_thread(**settings: Any) -> Iterator[str]:
     from dat_service.worker import CodecWorker
 
     port = free_port()
-    worker = CodecWorker(Settings(port=port, **settings))
+    worker = CodecWorker(Settings(port=port, **{"log_level": "error"} | settings))
     worker.load()
     server = uvicorn.Server(uvicorn.Config(create_app(worker), port=port, loop="asyncio", log_level="warning"))
     thread = threading.Thread(target=server.run)

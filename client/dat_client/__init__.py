@@ -6,7 +6,7 @@
     q = client.discretize(images)        # uint8 [N,3,H,W], numpy or torch
     q.reconstruction                     # Q(x), as `images`
 
-Importing this loads numpy and urllib3, neither torch nor ray.
+Importing this loads numpy, neither torch nor ray.
 """
 
 from ._core import Discretized
@@ -14,6 +14,7 @@ from ._version import __version__
 from .aio import AsyncClient
 from .client import Client
 from .errors import (
+    CodecChanged,
     DatError,
     InvalidRequest,
     Overloaded,
@@ -28,6 +29,7 @@ from .errors import (
 __all__ = [
     "AsyncClient",
     "Client",
+    "CodecChanged",
     "DatError",
     "Discretized",
     "InvalidRequest",

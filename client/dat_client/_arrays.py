@@ -152,14 +152,18 @@ def indices_tensor(indices: Any) -> tuple[npt.NDArray[Any], Kind]:
     return array.astype(np.uint16 if high < 2**16 else np.int32, copy=False), kind
 
 
+GRADIENT_DTYPES = ("FP16", "FP32", "INT8")
+
+
 def gradient_tensors(
     gradients: Any, shape: tuple[int, ...] | None, dtype: str = "FP16"
 ) -> dict[str, npt.NDArray[Any]]:
-    """The inputs `gradients` and, for FP16, `gradient_scales` float32 [N]: the gradient is scale times value.
+    """The inputs `gradients` and, for FP16 and INT8, `gradient_scales` float32 [N]: gradient = scale times value.
 
-    Each sample's scale is the power of two that puts its largest value just below 2^15 (as far as fp32 has such a
-    scale), so that what is 2^-38 of the largest still survives fp16. bfloat16 tensors are taken as float32.
-    `shape` is that of the images, None for encoded ones. Raises InvalidRequest.
+    FP16: each sample's scale is the power of two that puts its largest value just below 2^15 (as far as fp32 has
+    such a scale), so that what is 2^-38 of the largest still survives. INT8: it is the largest magnitude over 127,
+    values are rounded to the nearest. bfloat16 tensors are taken as float32. `shape` is that of the images, None
+    for encoded ones. Raises InvalidRequest.
     """
     torch: Any = sys.modules.get("torch")
     on_torch = torch is not None and isinstance(gradients, torch.Tensor)
@@ -178,10 +182,11 @@ def gradient_tensors(
         raise refuse(f"dtype {name}")
     if array.ndim != 4 or array.shape[1] != 3 or 0 in array.shape or (shape and tuple(array.shape) != shape):
         raise refuse(f"shape {list(array.shape)}")
-    if dtype not in ("FP16", "FP32"):
+    if dtype not in GRADIENT_DTYPES:
+        allowed = ", ".join(GRADIENT_DTYPES)
         raise InvalidRequest(
-            f"gradient_dtype: must be FP16 or FP32, got {shown(dtype)}",
-            field="gradient_dtype", value=dtype, limit="FP16 or FP32",
+            f"gradient_dtype: must be one of {allowed}, got {shown(dtype)}",
+            field="gradient_dtype", value=dtype, limit=allowed,
         )  # fmt: skip
     flat = array.reshape(len(array), -1)
     if on_torch:
@@ -193,13 +198,24 @@ def gradient_tensors(
         raise refuse(f"NaN or infinity in sample {int(np.argmin(np.isfinite(largest)))}")
     if dtype == "FP32":
         return {"gradients": array.float().cpu().numpy() if on_torch else array.astype(np.float32, copy=False)}
+    if dtype == "INT8":
+        scales = np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny)  # never 0, to divide by
+        return {"gradients": _divided(array, scales, 127, round_to=np.int8), "gradient_scales": scales}
     exponents = np.maximum(np.frexp(largest)[1] - 15, -126)  # frexp(0) is 0; -126: scales stay normal numbers
     scales = np.ldexp(np.float32(1), exponents).astype(np.float32)
     # the next fp16 after 32752 is 2^15, which times the largest scale is infinity
-    if on_torch:
-        divisor = torch.from_numpy(scales).to(array.device)[:, None, None, None]
-        half = (array.float() / divisor).clamp_(-32752, 32752).half().cpu().numpy()
-    else:
-        values = array.astype(np.float32, copy=False) / scales[:, None, None, None]
-        half = np.clip(values, -32752, 32752, out=values).astype(np.float16)
-    return {"gradients": half, "gradient_scales": scales}
+    return {"gradients": _divided(array, scales, 32752, round_to=np.float16), "gradient_scales": scales}
+
+
+def _divided(array: Any, scales: npt.NDArray[np.float32], limit: int, round_to: type) -> npt.NDArray[Any]:
+    """Each sample over its scale, clipped to ±limit, as numpy of the dtype `round_to` (rounded to the nearest)."""
+    to_integers = round_to is np.int8
+    if not isinstance(array, np.ndarray):
+        torch: Any = sys.modules["torch"]
+        values = array.float() / torch.from_numpy(scales).to(array.device)[:, None, None, None]
+        values = values.clamp_(-limit, limit)
+        rounded = values.round_().to(torch.int8) if to_integers else values.half()
+        return rounded.cpu().numpy()  # type: ignore[no-any-return]
+    quotients = array.astype(np.float32, copy=False) / scales[:, None, None, None]
+    np.clip(quotients, -limit, limit, out=quotients)
+    return (np.rint(quotients, out=quotients) if to_integers else quotients).astype(round_to)

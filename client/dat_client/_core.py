@@ -1,6 +1,6 @@
-"""What Client and AsyncClient share: call to request, reply to answer or exception, and when to repeat.
+"""What every way to the service shares: arguments to call, reply to answer or exception.
 
-Pure functions: no socket is opened and no clock is read here but those that are passed in.
+Pure functions: no socket is opened here.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from . import wire
 from ._arrays import Kind, gradient_tensors, images_tensor, indices_tensor
+from ._jpeg import encoded
 from .errors import (
     DatError,
     InvalidRequest,
@@ -38,11 +39,6 @@ Array: TypeAlias = Any
 
 OUTPUTS = ("reconstruction", "indices", "adversarial", "adversarial_indices")
 OUTPUT_DTYPES = ("UINT8", "FP16", "FP32")
-
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,14 +82,34 @@ class Reply:
 
     status: int
     headers: Mapping[str, str]
-    body: bytearray
+    body: bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One answered inference request, and what it took.
+
+    Attributes:
+        timing: seconds that the server spent, by name (body, queue, codec, total); empty where it does not say.
+        begun_s: time.perf_counter() at the beginning of the attempt that was answered.
+        seconds: from there until the whole answer had arrived.
+        sent, received: bytes of the bodies.
+    """
+
+    response: wire.Response
+    timing: Mapping[str, float]
+    begun_s: float
+    seconds: float
+    sent: int
+    received: int
 
 
 _ids = itertools.count()
 _process = (0, "")
 
 
-def _next_id() -> str:
+def next_id() -> str:
+    """A request id that no other process has."""
     global _process
     if _process[0] != os.getpid():  # a forked worker must not go on with its parent's ids
         _process = (os.getpid(), uuid.uuid4().hex[:12])
@@ -109,7 +125,7 @@ class Call:
     outputs: tuple[str, ...]
     kind: Kind
     image_shape: tuple[int, ...] | None
-    id: str = field(default_factory=_next_id)
+    id: str = field(default_factory=next_id)
 
     @property
     def batch(self) -> int:
@@ -125,6 +141,7 @@ def discretize_call(
     images: Any,
     gradients: Any,
     gradient_dtype: str,
+    jpeg_quality: int | None,
     outputs: Sequence[str] | None,
     output_dtype: str | None,
     parameters: Mapping[str, Any],
@@ -132,7 +149,7 @@ def discretize_call(
     """The request of `Client.discretize`; raises InvalidRequest for what the server would refuse anyway."""
     tensor, kind = images_tensor(images)
     shape = tensor.shape if tensor.ndim == 4 else None
-    inputs = {"images": tensor}
+    inputs = {"images": tensor if jpeg_quality is None else encoded(tensor, jpeg_quality)}
     if gradients is not None:
         inputs |= gradient_tensors(gradients, shape, gradient_dtype)
     return Call(inputs, _parameters(parameters, output_dtype), _outputs(outputs), kind, image_shape=shape)
@@ -184,19 +201,24 @@ def _parameters(parameters: Mapping[str, Any], output_dtype: str | None) -> dict
     return sent
 
 
-def read_discretized(call: Call, reply: Reply) -> Discretized:
-    """The answer to a call as arrays of its kind; raises ProtocolError where it answers something else."""
+def read_response(call: Call, reply: Reply) -> wire.Response:
+    """The answer to a call; raises ProtocolError where it answers something else."""
     try:
         response = wire.decode_response(reply.body, reply.headers.get(wire.HEADER_LENGTH.lower()))
     except WireError as error:
         raise ProtocolError(f"the answer is not an inference response: {error}") from error
+    check_response(call, response)
+    return response
+
+
+def check_response(call: Call, response: wire.Response) -> None:
+    """Raises ProtocolError unless these are the outputs that the call asked for, of the shapes it implies."""
     if response.id != call.id:
         raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
     default = ("reconstruction", "adversarial") if "gradients" in call.inputs else ("reconstruction",)
     missing = set(call.outputs or default) - set(response.outputs)
     if missing:
         raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
-    arrays: dict[str, Array] = {}
     for name, array in response.outputs.items():
         if name not in OUTPUTS:
             continue
@@ -205,22 +227,23 @@ def read_discretized(call: Call, reply: Reply) -> Discretized:
         if array.ndim != axes or len(array) != call.batch or (expected and array.shape != expected):
             asked = shown(list(expected)) if expected else f"{axes} axes, {call.batch} first"
             raise ProtocolError(f"{name}: the answer has shape {list(array.shape)}, expected {asked}")
-        arrays[name] = call.kind.restore(array)
-    fingerprint = response.parameters.get("fingerprint")
-    if not isinstance(fingerprint, str):
-        fingerprint = response.model_version
+
+
+def discretized(call: Call, response: wire.Response) -> Discretized:
+    """A checked answer as arrays of the call's kind."""
     changed = response.parameters.get("tokens_changed")
     return Discretized(
         codec=response.model_name,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_of(response),
         tokens_changed=float(changed) if isinstance(changed, (int, float)) else None,
-        **arrays,
+        **{name: call.kind.restore(array) for name, array in response.outputs.items() if name in OUTPUTS},
     )
 
 
-def read_reconstruction(call: Call, reply: Reply) -> Array:
-    """The answer to a decode call: its `reconstruction` [N,3,H,W]."""
-    return read_discretized(call, reply).reconstruction
+def fingerprint_of(response: wire.Response) -> str | None:
+    """Which weights answered; the model's version where the server has no fingerprints."""
+    fingerprint = response.parameters.get("fingerprint")
+    return fingerprint if isinstance(fingerprint, str) else response.model_version
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:
@@ -241,82 +264,55 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
+def server_timing(value: str | None) -> dict[str, float]:
+    """The seconds in a Server-Timing header (W3C), by name; what is not understood is left out.
+
+    >>> server_timing("body;dur=1.5, queue;dur=20, cache;desc=hit")
+    {'body': 0.0015, 'queue': 0.02}
+    """
+    seconds: dict[str, float] = {}
+    for entry in (value or "").split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        for parameter in parameters:
+            key, _, number = parameter.partition("=")
+            try:
+                if key.strip() == "dur" and math.isfinite(milliseconds := float(number)):
+                    seconds[name] = milliseconds / 1000
+            except ValueError:
+                continue
+    return seconds
+
+
 def error_of(reply: Reply, url: str) -> DatError | None:
     """The exception that an HTTP answer means, None for a 2xx: 4xx is wrong, 429 and 5xx may be repeated."""
     status = reply.status
     if 200 <= status < 300:
         return None
     said = wire.decode_error(reply.body)
-    text = said.error if said else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
-    message = f"{url}: {status}: {text}"
-    after_s = retry_after_s(reply.headers.get("retry-after"), time.time())
-    if status == 429 or (status == 503 and after_s is not None):
-        return Overloaded(message, cause=message, retry_after_s=after_s)
-    if status >= 500:
-        return Unavailable(message, cause=message)
-    if status in (401, 403):
-        return Unauthorized(f"{message} (api_key)", status=status)
-    if status < 400:
+    if 300 <= status < 400:
         location = reply.headers.get("location", "elsewhere")
         return ProtocolError(f"{url}: {status}: redirects to {shown(location)}; use that address")
-    if status == 404 and said is None:
-        return ProtocolError(f"{message}: no inference service at this address")
+    if said is None:
+        text = shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
+        if status == 404:
+            return ProtocolError(f"{url}: {status}: {text}: no inference service at this address")
+    else:
+        text = said.error
+    after_s = retry_after_s(reply.headers.get("retry-after"), time.time())
+    return error_from(status, f"{url}: {status}: {text}", said, after_s)
+
+
+def error_from(status: int, message: str, said: wire.ErrorBody | None, after_s: float | None) -> DatError:
+    """The exception that a status of 400 or more means, with what the service said of it (None: a proxy spoke)."""
+    own = None if said is None else status
+    if status == 429 or (status == 503 and after_s is not None):
+        return Overloaded(message, cause=message, status=own, retry_after_s=after_s)
+    if status >= 500:
+        return Unavailable(message, cause=message, status=own)
+    if status in (401, 403):
+        return Unauthorized(f"{message} (api_key)", status=status)
     kinds: dict[int, type[InvalidRequest]] = {404: UnknownCodec, 413: TooLarge}
     kind = kinds.get(status, InvalidRequest)
     if said is None:
         return kind(message, status=status)
     return kind(message, field=said.field, value=said.value, limit=said.limit, status=status)
-
-
-def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], float]) -> float:
-    """The wait after failed attempt 1, 2, …: exponential with full jitter, never less than Retry-After."""
-    pause = jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30)))
-    after_s = error.retry_after_s if isinstance(error, Overloaded) else None
-    return pause if after_s is None else after_s + pause
-
-
-def repeat(
-    attempt: Callable[[float], T],
-    *,
-    what: str,
-    timeout_s: float,
-    retries: int,
-    clock: Callable[[], float],
-    wait: Callable[[float], bool],
-    jitter: Callable[[float, float], float],
-) -> T:
-    """The result of `attempt(deadline)`, repeated while it raises Unavailable and time is left.
-
-    `wait(seconds)` returns True to stop repeating at once. Raises what attempt raises; Unavailable and
-    Overloaded with the number of attempts and the last cause in their message.
-    """
-    start = clock()
-    deadline = start + timeout_s
-    for number in itertools.count(1):
-        try:
-            return attempt(deadline)
-        except Unavailable as error:
-            last = error
-        pause = pause_s(number, last, jitter)
-        left_s = deadline - clock()
-        if left_s <= 0:
-            why = f"timed out after timeout_s={timeout_s:g}"
-        elif number > retries:
-            why = f"gave up after retries={retries}"
-        elif pause >= left_s:
-            why = f"gave up: the next try, in {pause:.3g} s, lies beyond timeout_s={timeout_s:g}"
-        elif wait(pause):
-            why = "the client was closed"
-        else:
-            continue
-        plural = "attempt" if number == 1 else "attempts"
-        message = f"{what}: {why}, {number} {plural} in {clock() - start:.3g} s; last: {last.cause or last}"
-        raise _final(last, message, number) from (last.__cause__ or last)
-    raise AssertionError("unreachable")
-
-
-def _final(last: Unavailable, message: str, attempts: int) -> Unavailable:
-    cause = last.cause or str(last)
-    if isinstance(last, Overloaded):
-        return Overloaded(message, attempts=attempts, cause=cause, retry_after_s=last.retry_after_s)
-    return Unavailable(message, attempts=attempts, cause=cause)

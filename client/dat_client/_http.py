@@ -1,23 +1,18 @@
-"""HTTP/1.1 with urllib3: one request, one reply, buffers sent as they are, one deadline over all of it."""
+"""The way over HTTP: Open Inference Protocol v2, one request a call."""
 
 from __future__ import annotations
 
-import socket
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, IncompleteRead, SSLError
-from urllib3.response import BaseHTTPResponse
-
-from ._core import Reply
+from . import wire
+from ._connections import Connections
+from ._core import Call, Exchange, Reply, error_of, next_id, read_response, server_timing
 from .errors import InvalidRequest, ProtocolError, Unavailable, shown
-
-MAX_REPLY_BYTES = 4 << 30
-_BLOCK = 1 << 18  # one recv's worth; the deadline is looked at between blocks
 
 
 def check_url(url: str) -> str:
@@ -58,136 +53,85 @@ def codec_path(codec: str) -> str:
     return f"/v2/models/{quote(codec, safe='')}"
 
 
-class _Body:
-    """The buffers of a request, giving each send what is left until the deadline.
-
-    urllib3 sends under the connect timeout, which is far too short for a batch on a slow line.
-    """
-
-    def __init__(self, buffers: list[bytes | memoryview], deadline: float) -> None:
-        self.buffers = buffers
-        self.deadline = deadline
-        self.connection: HTTPConnection | None = None
-
-    def __iter__(self) -> Iterator[bytes | memoryview]:
-        for buffer in self.buffers:
-            left_s = self.deadline - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError("timed out while sending")
-            sock = getattr(self.connection, "sock", None)
-            if sock is not None:
-                sock.settimeout(left_s)
-            yield buffer
-
-
-class _Http(HTTPConnection):
-    def request(self, method: str, url: str, body: Any = None, *args: Any, **kwargs: Any) -> None:
-        if isinstance(body, _Body):
-            body.connection = self
-        super().request(method, url, body, *args, **kwargs)
-
-
-class _Https(_Http, HTTPSConnection):
-    pass
-
-
-class Transport:
-    """A pool of connections to one server; thread-safe, not fork-safe (the child is given a new one)."""
+class HttpWay:
+    """A codec behind a URL; thread-safe, not fork-safe (the child is given a new one)."""
 
     def __init__(
-        self, url: str, *, connect_timeout_s: float, max_connections: int, headers: Mapping[str, str]
+        self, url: str, codec: str, *, connect_timeout_s: float, max_connections: int, headers: Mapping[str, str]
     ) -> None:
         self.url = url
         self._prefix = urlsplit(url).path
-        self._connect_timeout_s = connect_timeout_s
         self._headers = {"Accept-Encoding": "identity", **headers}
-        self._pool = urllib3.connection_from_url(url, maxsize=max_connections, block=True)
-        is_https = isinstance(self._pool, urllib3.HTTPSConnectionPool)
-        self._pool.ConnectionCls = _Https if is_https else _Http
+        self._connections = Connections(url, connect_timeout_s=connect_timeout_s, limit=max_connections)
+        path = codec_path(codec)
+        self._infer = f"{path}/infer"
+        self._paths = {
+            "live": "/v2/health/live",
+            "ready": f"{path}/ready",
+            "metadata": path,
+            "server_metadata": "/v2",
+        }
 
-    def send(
+    def address(self, what: str) -> str:
+        """Where a question, or "infer", goes, for messages."""
+        return self.url + self._paths.get(what, self._infer)
+
+    def sending(self, call: Call) -> Callable[[float, int], Exchange]:
+        """The attempt that `repeat` makes: `call` is encoded here, once, and sent at each attempt."""
+        buffers, header_length = call.encode()
+        headers = {
+            "Content-Type": "application/octet-stream",
+            wire.HEADER_LENGTH: str(header_length),
+            "Content-Length": str(sum(map(len, buffers))),
+            "X-Request-Id": call.id,
+        }
+
+        def attempt(deadline: float, number: int) -> Exchange:
+            begun_s = time.perf_counter()
+            sent = {**headers, "X-Dat-Attempt": str(number)}
+            reply = self._send("POST", self._infer, sent, buffers, deadline)
+            seconds = time.perf_counter() - begun_s
+            timing = server_timing(reply.headers.get("server-timing"))
+            response = read_response(call, reply)
+            return Exchange(response, timing, begun_s, seconds, sum(map(len, buffers)), len(reply.body))
+
+        return attempt
+
+    def ask(self, what: str, deadline: float, number: int = 1) -> dict[str, Any]:
+        """The answer to "live", "ready", "metadata" or "server_metadata"; raises as `Client.metadata`."""
+        headers = {"X-Request-Id": next_id(), "X-Dat-Attempt": str(number)}
+        reply = self._send("GET", self._paths[what], headers, (), deadline)
+        try:
+            answer = json.loads(bytes(reply.body))
+        except (ValueError, RecursionError):
+            answer = None
+        if isinstance(answer, dict):
+            return answer
+        if what in ("live", "ready"):  # in OIP v2 the status says it
+            return {}
+        start = shown(bytes(reply.body[:80]))
+        raise ProtocolError(f"{self.address(what)}: the answer is not a JSON object, begins with {start}")
+
+    def _send(
         self,
         method: str,
         path: str,
-        buffers: list[bytes | memoryview] | None,
         headers: Mapping[str, str],
+        buffers: Sequence[bytes | memoryview],
         deadline: float,
     ) -> Reply:
-        """One request and its whole reply, whatever its status.
-
-        Raises:
-            Unavailable: no connection, no whole reply, or `deadline` (time.monotonic) passed.
-            ProtocolError: the server's certificate is not trusted, or the reply is beyond all size.
-        """
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise Unavailable(f"{self.url}{path}: timed out", cause="timed out before connecting")
-        connect_s = min(self._connect_timeout_s, left_s)
-        sent = {**self._headers, **headers}
-        body: Any = None
-        if buffers is not None:
-            body = _Body(buffers, deadline)
-            sent["Content-Length"] = str(sum(map(len, buffers)))
+        """A 2xx reply. Raises Unavailable, and what another status means."""
         try:
-            response = self._pool.urlopen(
-                method,
-                self._prefix + path,
-                body=body,
-                headers=sent,
-                retries=False,
-                redirect=False,
-                timeout=urllib3.Timeout(connect=connect_s, read=left_s),
-                pool_timeout=left_s,  # type: ignore[arg-type]  # typed int, passed to queue.get(timeout)
-                preload_content=False,
-                decode_content=False,
-            )
-            try:
-                data = _read(response, deadline)
-                # CPython before 3.13 does not notice the end in read1, and the connection would stay busy
-                response.drain_conn()
-            except BaseException:
-                response.close()
-                raise
-            finally:
-                response.release_conn()  # a closed one as well, or the pool's slot is lost
-        except SSLError as error:
-            raise ProtocolError(f"{self.url}: TLS failed: {error}") from error
-        except (HTTPError, OSError) as error:
+            target = self._prefix + path
+            reply = self._connections.request(method, target, {**self._headers, **headers}, buffers, deadline)
+        except (HTTPException, OSError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise Unavailable(f"{self.url}{path}: {cause}", cause=cause) from error
-        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, data)
+        refusal = error_of(reply, self.url + path)
+        if refusal is not None:
+            raise refusal
+        return reply
 
     def close(self) -> None:
         """Close the idle connections; those in use close when their request ends."""
-        self._pool.close()
-
-
-def _read(response: BaseHTTPResponse, deadline: float) -> bytearray:
-    length = response.headers.get("Content-Length")
-    if length is None or not length.isdigit():
-        data = bytearray()
-        while block := _block(response, _BLOCK, deadline, len(data), None):
-            data += block
-        return data
-    total = int(length)
-    if total > MAX_REPLY_BYTES:
-        raise ProtocolError(f"a reply of {shown(total)} bytes, limit {MAX_REPLY_BYTES}")
-    data = bytearray(total)
-    offset = 0
-    while offset < total:
-        block = _block(response, min(_BLOCK, total - offset), deadline, offset, total)
-        if not block:
-            raise IncompleteRead(offset, total - offset)
-        data[offset : offset + len(block)] = block
-        offset += len(block)
-    return data
-
-
-def _block(response: BaseHTTPResponse, size: int, deadline: float, done: int, total: int | None) -> bytes:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError(f"timed out after {done} of {total or 'unknown'} bytes of the reply")
-    sock = getattr(getattr(response, "connection", None), "sock", None)
-    if isinstance(sock, socket.socket):
-        sock.settimeout(left_s)
-    return response.read1(size)
+        self._connections.close()

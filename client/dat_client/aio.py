@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ._core import Array, Discretized
+from ._profile import Profile
 from .client import Client
 
 T = TypeVar("T")
@@ -30,8 +32,9 @@ class AsyncClient:
         *,
         timeout_s: float = 60.0,
         connect_timeout_s: float = 5.0,
-        retries: int = 8,
+        retries: int | None = None,
         max_connections: int = 8,
+        max_in_flight: int = 1,
         api_key: str | None = None,
     ) -> None:
         self._client = Client(
@@ -41,6 +44,7 @@ class AsyncClient:
             connect_timeout_s=connect_timeout_s,
             retries=retries,
             max_connections=max_connections,
+            max_in_flight=max_in_flight,
             api_key=api_key,
         )
 
@@ -50,6 +54,7 @@ class AsyncClient:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
+        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -61,6 +66,7 @@ class AsyncClient:
                 images,
                 gradients,
                 gradient_dtype=gradient_dtype,
+                jpeg_quality=jpeg_quality,
                 outputs=outputs,
                 output_dtype=output_dtype,
                 timeout_s=timeout_s,
@@ -80,6 +86,10 @@ class AsyncClient:
         return await self._run(
             lambda: self._client.decode(indices, output_dtype=output_dtype, timeout_s=timeout_s, **parameters)
         )
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """As `Client.profile`; `with`, not `async with`."""
+        return self._client.profile()
 
     async def metadata(self) -> dict[str, Any]:
         """As `Client.metadata`."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
+import functools
 import os
 import random
 import threading
 import time
+import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from . import _core, wire
-from ._core import Array, Call, Discretized, Reply
-from ._http import Transport, check_url, codec_path
+from . import _core, _parts
+from ._checks import positive, whole
+from ._core import Array, Call, Discretized, Exchange
+from ._fingerprint import Watch
+from ._http import HttpWay, check_url
+from ._profile import Profile, sample
+from ._repeat import repeat
+from ._serve import SCHEME, ServeWay, check_application
 from ._version import __version__
-from .errors import InvalidRequest, ProtocolError, Unauthorized, Unavailable, UnknownCodec, shown
+from .errors import DatError, InvalidRequest, ProtocolError, Unauthorized, Unavailable, UnknownCodec, shown
 
 T = TypeVar("T")
 
@@ -33,18 +39,22 @@ class Client:
 
     Q is a pure function, so a request that was lost (connection refused or reset, short reply, 5xx, 429) is
     repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
-    `timeout_s`.
+    `timeout_s`. Answers from other weights than before give the warning CodecChanged.
 
     Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their
     own. A submitted call runs in a thread of this process.
 
     Args:
-        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one.
+        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one; or
+            `serve://APP` where the trainer lives in the Ray cluster of the service: arrays then go through the
+            object store, and numpy answers are read-only. Needs Ray: pip install 'dat-client[serve]'.
         codec: name of the codec, as in `GET /v2/models/{codec}`.
         timeout_s: total time of a call with all its repetitions, in seconds.
         connect_timeout_s: time for making one connection, and for `live()` and `ready()`.
-        retries: how often a failed request is sent again at most.
+        retries: how often a failed request is sent again at most; None for as long as `timeout_s` lasts, after
+            the service's own status 500 (which may be a bug rather than a bad moment) 8 times.
         max_connections: connections, and threads for `submit`, at most.
+        max_in_flight: into how many requests, sent at the same time, a batch is cut at most.
         api_key: sent as `Authorization: Bearer <api_key>`.
 
     Raises:
@@ -58,39 +68,58 @@ class Client:
         *,
         timeout_s: float = 60.0,
         connect_timeout_s: float = 5.0,
-        retries: int = 8,
+        retries: int | None = None,
         max_connections: int = 8,
+        max_in_flight: int = 1,
         api_key: str | None = None,
     ) -> None:
-        self.url = check_url(url)
+        in_cluster = isinstance(url, str) and url.startswith(SCHEME)
+        if in_cluster:
+            check_application(url)
+        self.url = url if in_cluster else check_url(url)
         self.codec = codec
-        self.timeout_s = _positive("timeout_s", timeout_s)
-        self.connect_timeout_s = _positive("connect_timeout_s", connect_timeout_s)
-        self.retries = _at_least("retries", retries, 0)
-        self.max_connections = _at_least("max_connections", max_connections, 1)
+        self.timeout_s = positive("timeout_s", timeout_s)
+        self.connect_timeout_s = positive("connect_timeout_s", connect_timeout_s)
+        self.retries = None if retries is None else whole("retries", retries, 0)
+        self.max_connections = whole("max_connections", max_connections, 1)
+        self.max_in_flight = whole("max_in_flight", max_in_flight, 1)
         self._api_key = api_key
         if not isinstance(codec, str) or not codec:
             raise InvalidRequest(f"codec: not a name, got {shown(codec)}", field="codec", value=codec)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise InvalidRequest("api_key: must be printable ASCII", field="api_key")
+        if api_key is not None and in_cluster:
+            raise InvalidRequest(
+                "api_key: serve:// asks for none, who is in the cluster is let in", field="api_key"
+            )
+        self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
+        self._watch = Watch()
         self._open()
 
     def _open(self, closed: bool = False) -> None:
-        headers = {"User-Agent": f"dat-client/{__version__}"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if closed:
             self._closed.set()
         self._executor: ThreadPoolExecutor | None = None
-        self._transport = Transport(
+        self._parts_executor: ThreadPoolExecutor | None = None
+        self._profiles: list[Profile] = []
+        self._way: HttpWay | ServeWay = self._make_way()
+        _clients.add(self)
+
+    def _make_way(self) -> HttpWay | ServeWay:
+        if self.url.startswith(SCHEME):
+            return ServeWay(self.url, self.codec, self._id)
+        headers = {"User-Agent": f"dat-client/{__version__}", "X-Dat-Client": self._id}
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return HttpWay(
             self.url,
+            self.codec,
             connect_timeout_s=self.connect_timeout_s,
             max_connections=self.max_connections,
             headers=headers,
         )
-        _clients.add(self)
 
     def discretize(
         self,
@@ -98,6 +127,7 @@ class Client:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
+        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -115,7 +145,10 @@ class Client:
             gradients: of the loss at the image, float16/float32 of the images' shape; per sample, so of a summed
                 loss for `normalize="none"`. Asks for `adversarial`.
             gradient_dtype: how they travel: FP16 with a scale for each sample, so that 1e-9 survives (and what
-                is far below the sample's largest does not: FP32 for normalize="sign").
+                is far below the sample's largest does not: FP32 for normalize="sign"); FP32; or INT8 with a
+                scale for each sample, half the bytes of FP16 (docs/thin-links.md says what it costs in tokens).
+            jpeg_quality: 1 to 100, for thin links: uint8 images travel as JPEG files of this quality, and Q sees
+                what comes out of them. Needs Pillow: pip install 'dat-client[jpeg]'.
             outputs: some of reconstruction, indices, adversarial, adversarial_indices; None for the server's
                 default (reconstruction, with gradients adversarial too).
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
@@ -133,9 +166,11 @@ class Client:
             ProtocolError: what answered does not speak the Open Inference Protocol.
         """
         self._check_open()
-        return self._infer(
-            _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters), timeout_s
+        begun_s = time.perf_counter()
+        call = _core.discretize_call(
+            images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters
         )
+        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
 
     def submit(
         self,
@@ -143,6 +178,7 @@ class Client:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
+        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -158,8 +194,12 @@ class Client:
         leave them unchanged until the future is done. `timeout_s` counts from when a thread takes the call
         up.
         """
-        call = _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
-        return self._spawn(lambda: self._infer(call, timeout_s))
+        begun_s = time.perf_counter()
+        call = _core.discretize_call(
+            images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters
+        )
+        made_s = time.perf_counter() - begun_s
+        return self._spawn(lambda: self._infer(call, timeout_s, made_s))
 
     def decode(
         self,
@@ -176,20 +216,40 @@ class Client:
         `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
         """
         self._check_open()
+        begun_s = time.perf_counter()
         call = _core.decode_call(indices, output_dtype, parameters)
-        return _core.read_reconstruction(call, self._post(call, timeout_s))
+        return self._infer(call, timeout_s, time.perf_counter() - begun_s).reconstruction
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Where the time of the calls inside goes: client, network, queue, codec, the rest of the server.
+
+            with client.profile() as profile:
+                train()
+            print(profile)                               # medians, shares, images/s and MB/s
+
+        Counts the calls of this client in this process, whatever their thread. Where the server sends no
+        Server-Timing its time is counted as the network's.
+        """
+        profile = Profile()
+        self._profiles.append(profile)
+        try:
+            yield profile
+        finally:
+            profile.end()
+            self._profiles = [other for other in self._profiles if other is not profile]
 
     def metadata(self) -> dict[str, Any]:
         """What the server says of the codec: name, inputs, outputs (`GET /v2/models/{codec}`, OIP v2)."""
-        return self._get_json(codec_path(self.codec))
+        return self._ask("metadata")
 
     def server_metadata(self) -> dict[str, Any]:
         """What the server says of itself: name, version, extensions (`GET /v2`, OIP v2)."""
-        return self._get_json("/v2")
+        return self._ask("server_metadata")
 
     def live(self) -> bool:
         """Whether the server is up (`GET /v2/health/live`). One try of `connect_timeout_s`."""
-        return self._is("live", "/v2/health/live") is None
+        return self._why_not("live") is None
 
     def ready(self) -> bool:
         """Whether the codec takes requests now (`GET /v2/models/{codec}/ready`).
@@ -197,30 +257,31 @@ class Client:
         One try of `connect_timeout_s`. Raises UnknownCodec where the server has no such codec, Unauthorized
         where it wants another key.
         """
-        return self._is("ready", f"{codec_path(self.codec)}/ready") is None
+        return self._why_not("ready") is None
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the codec takes requests; raises Unavailable after `timeout_s`, else as `ready`."""
-        deadline = time.monotonic() + _positive("timeout_s", timeout_s)
-        path = f"{codec_path(self.codec)}/ready"
+        deadline = time.monotonic() + positive("timeout_s", timeout_s)
         attempts = 0
         while True:
             attempts += 1
-            error = self._is("ready", path, min(self.connect_timeout_s, max(0.01, deadline - time.monotonic())))
+            error = self._why_not("ready", min(self.connect_timeout_s, max(0.01, deadline - time.monotonic())))
             if error is None:
                 return
             if deadline - time.monotonic() <= _POLL_S or self._closed.wait(_POLL_S):
-                message = f"{self.url}{path}: not ready after {timeout_s:g} s; last: {error}"
+                message = f"{self._way.address('ready')}: not ready after {timeout_s:g} s; last: {error}"
                 raise Unavailable(message, attempts=attempts, cause=str(error)) from error
 
     def close(self) -> None:
         """Let what was submitted finish, repeat nothing any more, close the connections. Idempotent."""
         self._closed.set()
-        with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown(wait=True)
-        self._transport.close()
+        for name in ("_executor", "_parts_executor"):  # in this order: what was submitted may ask for parts
+            with self._lock:
+                executor = getattr(self, name)
+                setattr(self, name, None)
+            if executor is not None:
+                executor.shutdown(wait=True)
+        self._way.close()
 
     def __enter__(self) -> Self:
         return self
@@ -235,10 +296,12 @@ class Client:
         return f"Client({self.url!r}, codec={self.codec!r}, timeout_s={self.timeout_s:g}{closed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("url", "codec", "timeout_s", "connect_timeout_s", "retries", "max_connections", "_api_key")
-        return {name: getattr(self, name) for name in names}
+        names = ("url", "codec", "timeout_s", "connect_timeout_s", "retries", "max_connections", "max_in_flight")
+        state = {name: getattr(self, name) for name in (*names, "_api_key", "_id")}
+        return {**state, "fingerprint": self._watch.last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._watch = Watch(state.pop("fingerprint"))
         self.__dict__.update(state)
         self._open()
 
@@ -249,76 +312,82 @@ class Client:
                 self._executor = ThreadPoolExecutor(self.max_connections, thread_name_prefix="dat-client")
             return self._executor.submit(function)
 
-    def _infer(self, call: Call, timeout_s: float | None) -> Discretized:
-        return _core.read_discretized(call, self._post(call, timeout_s))
+    def _spawn_part(self, function: Callable[[], T]) -> Future[T]:
+        # threads apart from those of submit, all of which may be waiting for parts
+        with self._lock:
+            if self._parts_executor is None:
+                self._parts_executor = ThreadPoolExecutor(
+                    min(self.max_connections, self.max_in_flight), thread_name_prefix="dat-client-part"
+                )
+            return self._parts_executor.submit(function)
 
-    def _post(self, call: Call, timeout_s: float | None) -> Reply:
-        buffers, header_length = call.encode()
-        headers = {
-            "Content-Type": "application/octet-stream",
-            wire.HEADER_LENGTH: str(header_length),
-        }
-        path = f"{codec_path(self.codec)}/infer"
-        return self._repeat("POST", path, buffers, headers, timeout_s)
-
-    def _get_json(self, path: str) -> dict[str, Any]:
-        self._check_open()
-        reply = self._repeat("GET", path, None, {}, None)
-        try:
-            answer = json.loads(reply.body)
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"{self.url}{path}: the answer is not JSON: {shown(str(error))}") from error
-        if not isinstance(answer, dict):
-            raise ProtocolError(f"{self.url}{path}: the answer is not a JSON object: {shown(answer)}")
+    def _infer(self, call: Call, timeout_s: float | None, made_s: float) -> Discretized:
+        """The answer to a call that was made, in `made_s`, just now."""
+        begun_s = time.perf_counter()
+        exchange, sent_s = self._exchange(call, timeout_s)
+        answer = _core.discretized(call, exchange.response)
+        if self._profiles:
+            taken = sample(call, exchange, sent_s, made_s + time.perf_counter() - begun_s)
+            for profile in self._profiles:
+                profile.calls.append(taken)
+        self._watch.saw(answer.fingerprint, answer.codec)
         return answer
 
-    def _repeat(
-        self,
-        method: str,
-        path: str,
-        buffers: list[bytes | memoryview] | None,
-        headers: dict[str, str],
-        timeout_s: float | None,
-    ) -> Reply:
-        transport, closed = self._transport, self._closed
+    def _exchange(self, call: Call, timeout_s: float | None) -> tuple[Exchange, float]:
+        """The answer, and when (time.perf_counter) the first attempt was begun."""
+        way, closed = self._way, self._closed
+        patiently = self._patience(f"POST {way.address('infer')}", timeout_s)
+        if min(self.max_in_flight, call.batch) == 1:
+            attempt = way.sending(call)
+            sent_s = time.perf_counter()
+            return patiently(attempt, wait=closed.wait), sent_s
 
-        def attempt(deadline: float) -> Reply:
-            reply = transport.send(method, path, buffers, headers, deadline)
-            error = _core.error_of(reply, self.url + path)
-            if error is not None:
-                raise error
-            return reply
+        def one(part: Call, stop: threading.Event) -> Exchange:
+            answered: Exchange = patiently(way.sending(part), wait=functools.partial(_parts.wait_for, stop, closed))
+            return answered
 
-        return _core.repeat(
-            attempt,
-            what=f"{method} {self.url}{path}",
-            timeout_s=self.timeout_s if timeout_s is None else _positive("timeout_s", timeout_s),
+        def attempt_parts(deadline: float, number: int) -> Exchange | DatError:
+            return _parts.infer(call, self.max_in_flight, one, self._spawn_part)
+
+        sent_s = time.perf_counter()
+        answer = patiently(attempt_parts, wait=closed.wait)
+        if isinstance(answer, DatError):
+            raise answer
+        return answer, sent_s
+
+    def _patience(self, what: str, timeout_s: float | None) -> Callable[..., Any]:
+        """`repeat` with one deadline, from now, for all that it is called for."""
+        timeout_s = self.timeout_s if timeout_s is None else positive("timeout_s", timeout_s)
+        return functools.partial(
+            repeat,
+            what=what,
+            timeout_s=timeout_s,
+            deadline=time.monotonic() + timeout_s,
             retries=self.retries,
             clock=time.monotonic,
-            wait=closed.wait,
             jitter=random.uniform,
         )
 
-    def _is(self, key: str, path: str, timeout_s: float | None = None) -> Exception | None:
-        """None if the server says yes, else why not."""
+    def _ask(self, what: str) -> dict[str, Any]:
+        self._check_open()
+        way = self._way
+        answer: dict[str, Any] = self._patience(f"GET {way.address(what)}", None)(
+            functools.partial(way.ask, what), wait=self._closed.wait
+        )
+        return answer
+
+    def _why_not(self, what: str, timeout_s: float | None = None) -> Exception | None:
+        """None if the server says that it is live or ready, else why not."""
         self._check_open()
         deadline = time.monotonic() + (self.connect_timeout_s if timeout_s is None else timeout_s)
         try:
-            reply = self._transport.send("GET", path, None, {}, deadline)
-            error: Exception | None = _core.error_of(reply, self.url + path)
-            if error is None and json.loads(reply.body or b"{}").get(key) is False:
-                error = Unavailable(f"{self.url}{path}: {key} is false")
-        except (Unavailable, ProtocolError) as failed:
-            error = failed
-        except (
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ):  # a 200 with another body is still a yes in OIP v2
-            error = None
-        if isinstance(error, (UnknownCodec, Unauthorized)):
-            raise error
-        return error
+            if self._way.ask(what, deadline).get(what) is False:
+                return Unavailable(f"{self._way.address(what)}: {what} is false")
+        except (UnknownCodec, Unauthorized):
+            raise
+        except (Unavailable, InvalidRequest, ProtocolError) as error:
+            return error
+        return None
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -331,21 +400,8 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 def _after_fork() -> None:
     # Locks may be held and sockets used by threads that the child does not have.
     for client in list(_clients):
+        client._way.close()
         client._open(closed=client._closed.is_set())
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
-        message = f"{name}: must be a finite number of seconds above 0, got {shown(value)}"
-        raise InvalidRequest(message, field=name, value=value, limit="> 0")
-    return float(value)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        message = f"{name}: must be an integer of at least {least}, got {shown(value)}"
-        raise InvalidRequest(message, field=name, value=value, limit=f">= {least}")
-    return value

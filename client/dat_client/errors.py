@@ -10,6 +10,8 @@
     │   └── Overloaded                the server is full: may be repeated, later        429, 503
     └── ProtocolError                 what answered does not speak the protocol
 
+    CodecChanged (UserWarning)        answers come from other weights than before
+
 All of them survive pickling (a DataLoader worker sends its exception to the trainer's process).
 """
 
@@ -19,6 +21,7 @@ import reprlib
 from typing import Any
 
 __all__ = [
+    "CodecChanged",
     "DatError",
     "InvalidRequest",
     "Overloaded",
@@ -125,13 +128,17 @@ class Unavailable(DatError):
     """No good answer arrived in time. The call may be repeated: Q is a pure function.
 
     `attempts` counts the requests sent, `cause` is the last failure in words, `__cause__` the failure itself
-    (`__cause__` does not survive pickling; connection errors hold sockets).
+    (`__cause__` does not survive pickling; connection errors hold sockets). `status` is that of the service's own
+    last answer, None where the network failed or a proxy answered.
     """
 
-    def __init__(self, message: str, *, attempts: int = 1, cause: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, attempts: int = 1, cause: str | None = None, status: int | None = None
+    ) -> None:
         super().__init__(message)
         self.attempts = attempts
         self.cause = cause
+        self.status = status
 
 
 class Overloaded(Unavailable):
@@ -143,11 +150,19 @@ class Overloaded(Unavailable):
         *,
         attempts: int = 1,
         cause: str | None = None,
+        status: int | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message, attempts=attempts, cause=cause)
+        super().__init__(message, attempts=attempts, cause=cause, status=status)
         self.retry_after_s = retry_after_s
 
 
 class ProtocolError(DatError):
     """Something answered that does not speak the protocol: a wrong URL, a proxy's page, a mixed-up answer."""
+
+
+class CodecChanged(UserWarning):
+    """The service answers with another codec's weights than before: Q is not the Q that the run began with.
+
+    `warnings.filterwarnings("error", category=CodecChanged)` makes an exception of it.
+    """

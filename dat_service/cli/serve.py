@@ -58,7 +58,8 @@ def serve(
 
 
 def check_startable(settings: Settings) -> None:
-    """Raises what would only show after seconds of starting: an unknown codec or trick, a taken port, bad keys."""
+    """Raises what would only show later, and slowly: an unknown codec or trick, a taken port, bad keys, ..."""
+    from dat_service import tracing
     from dat_service.security import read_keys
     from dat_workers.codecs.store import CodecStore
     from dat_workers.engines.tricks import Tricks
@@ -66,6 +67,7 @@ def check_startable(settings: Settings) -> None:
     Tricks.parse(settings.tricks, cuda=False)
     CodecStore().load(settings.codec)
     read_keys(settings.api_key_file)
+    tracing.wanted()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dat_client import Client, _core
+from dat_client import Client, _repeat
 
 from .loopback import Server, running
 
@@ -24,7 +24,8 @@ def client(server: Server) -> Iterator[Client]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_core, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
+import struct
 import threading
 import time
 from collections import deque
@@ -48,8 +51,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.tls = tls
         self.faults: deque[str] = deque()  # one is taken by each POST; "" is none
         self.every: str = ""  # a fault for every POST that takes none from `faults`
         self.connections = 0
@@ -61,15 +65,19 @@ class Server(ThreadingHTTPServer):
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.release = threading.Event()
         self.entered = threading.Semaphore(0)
+        self.timing = ""  # the Server-Timing of its answers
         self.delay_s: Callable[[wire.Request], float] = lambda request: 0.0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{self.prefix}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.server_address[1]}{self.prefix}"
 
     def get_request(self) -> Any:
         self.connections += 1
-        return super().get_request()
+        connection, address = super().get_request()
+        if self.tls:
+            connection = self.tls.wrap_socket(connection, server_side=True)
+        return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # the tests break connections on purpose
@@ -112,6 +120,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "drop before reading":
             self.close_connection = True
             return
+        if fault == "refuse before reading":
+            self.reply(503, wire.encode_error("full"), {"Retry-After": "0", "Connection": "close"})
+            self.close_connection = True
+            return
+        if fault == "slow headers":
+            for byte in b"HTTP/1.1 200 OK\r\n" * 100:
+                self.wfile.write(bytes([byte]))
+                if server.release.wait(0.05):
+                    break
+            self.close_connection = True
+            return
         body = bytearray(int(self.headers["Content-Length"]))
         self.rfile.readinto(body)
         if fault == "drop after reading":
@@ -147,8 +166,15 @@ class Handler(BaseHTTPRequestHandler):
             server.entered.release()
             server.release.wait(30)
         time.sleep(server.delay_s(request))
-        answer = server.change({"outputs": identity(request), "id": request.id, "model_name": "tiny-f8"})
-        chunks, length = wire.encode_response(**answer, model_version="1", parameters={"fingerprint": FINGERPRINT})
+        answer = server.change(
+            {
+                "outputs": identity(request),
+                "id": request.id,
+                "model_name": "tiny-f8",
+                "parameters": {"fingerprint": FINGERPRINT},
+            }
+        )
+        chunks, length = wire.encode_response(**answer, model_version="1")
         data = b"".join(chunks)
         if fault == "chunked":
             self.send_response(200)
@@ -162,10 +188,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.send_header(wire.HEADER_LENGTH, str(length))
+        if server.timing:
+            self.send_header("Server-Timing", server.timing)
         self.end_headers()
         if fault == "short":
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
+        elif fault == "reset":
+            self.wfile.write(data[: len(data) // 2])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.server.shutdown_request(self.connection)
         elif fault == "drip":
             for byte in data:
                 self.wfile.write(bytes([byte]))
@@ -176,8 +209,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running() -> Iterator[Server]:
-    server = Server()
+def running(tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    server = Server(tls)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

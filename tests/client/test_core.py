@@ -5,7 +5,7 @@ import email.utils
 import numpy as np
 import pytest
 
-from dat_client import Discretized, _core
+from dat_client import Discretized, _core, _repeat
 from dat_client.errors import (
     InvalidRequest,
     Overloaded,
@@ -27,6 +27,7 @@ def call(images, **kwargs):
         images,
         kwargs.pop("gradients", None),
         kwargs.pop("gradient_dtype", "FP16"),
+        kwargs.pop("jpeg_quality", None),
         kwargs.pop("outputs", None),
         kwargs.pop("output_dtype", None),
         kwargs,
@@ -191,9 +192,9 @@ class Time:
     def run(self, results, *, timeout_s=60.0, retries=8):
         left = iter(results)
 
-        def attempt(deadline: float) -> str:
+        def attempt(deadline: float, number: int) -> str:
             self.attempts += 1
-            assert deadline == 100 + timeout_s
+            assert (deadline, number) == (100 + timeout_s, self.attempts)
             self.now += self.attempt_s
             result = next(left)
             if isinstance(result, Exception):
@@ -205,15 +206,16 @@ class Time:
             self.now += seconds
             return self.stop
 
-        return _core.repeat(
-            attempt, what="POST u", timeout_s=timeout_s, retries=retries,
+        return _repeat.repeat(
+            attempt, what="POST u", timeout_s=timeout_s, deadline=100 + timeout_s, retries=retries,
             clock=lambda: self.now, wait=wait, jitter=lambda low, high: high,
         )  # fmt: skip
 
 
 @pytest.fixture
 def real_pauses(monkeypatch):
-    monkeypatch.setattr(_core, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 5.0)
 
 
 @pytest.mark.usefixtures("real_pauses")

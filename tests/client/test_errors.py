@@ -41,7 +41,7 @@ def test_the_tree_is_the_one_drawn_and_every_leaf_is_sampled():
         "Overloaded": "Unavailable",
         "ProtocolError": "DatError",
     }
-    assert sorted(tree) == sorted(errors.__all__)
+    assert sorted([*tree, "CodecChanged"]) == sorted(errors.__all__)
     assert all(name in (errors.__doc__ or "") for name in tree)
     assert issubclass(errors.InvalidRequest, ValueError)
     assert not issubclass(errors.Unauthorized, ValueError)
@@ -51,6 +51,7 @@ def test_exported_names():
     assert dat_client.__all__ == [
         "AsyncClient",
         "Client",
+        "CodecChanged",
         "DatError",
         "Discretized",
         "InvalidRequest",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,14 +16,15 @@ from dat_client import (
     TooLarge,
     Unauthorized,
     Unavailable,
-    _core,
-    _http,
+    _repeat,
 )
 
 TRANSIENT = [
     "drop before reading",
     "drop after reading",
     "short",
+    "reset",
+    "refuse before reading",
     "status 500",
     "status 502",
     "status 503",
@@ -127,7 +127,7 @@ def test_the_servers_field_value_and_limit_arrive(client, server, images):
     )
 
 
-@pytest.mark.parametrize("fault", ["hang", "drip"])
+@pytest.mark.parametrize("fault", ["hang", "drip", "slow headers"])
 def test_a_server_that_never_ends_costs_the_timeout_and_no_more(server, images, fault):
     with Client(server.url, max_connections=1) as client:
         for _ in range(2):
@@ -137,16 +137,6 @@ def test_a_server_that_never_ends_costs_the_timeout_and_no_more(server, images, 
             server.every = ""
             assert np.array_equal(client.discretize(images).reconstruction, images)
     assert len(server.paths) <= 4
-
-
-def test_every_read_has_what_is_left_of_the_deadline():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        response = SimpleNamespace(connection=SimpleNamespace(sock=ours), read1=lambda size: b"x" * size)
-        assert _http._block(response, 3, time.monotonic() + 50, 0, None) == b"xxx"
-        assert 0 < (ours.gettimeout() or 0) <= 50
-        with pytest.raises(TimeoutError, match="after 7 of 9 bytes"):
-            _http._block(response, 3, time.monotonic() - 1, 7, 9)
 
 
 def test_a_server_that_reads_nothing_costs_the_timeout_not_the_connect_timeout():
@@ -174,8 +164,8 @@ def test_nobody_there(images):
 
 
 def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
-    monkeypatch.setattr(_core, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(_core, "LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 1000.0)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     server.every = "status 500"
     client = Client(server.url, timeout_s=2000)
@@ -186,8 +176,41 @@ def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
         future.result(0)
 
 
+def test_without_retries_a_lost_request_is_repeated_until_the_deadline(client, server, images):
+    server.faults.extend(["drop after reading", "short", "status 502", "plain 500"] * 10)
+    assert np.array_equal(client.discretize(images).reconstruction, images)
+    assert len(server.paths) == 41
+
+
+def test_a_bug_of_the_service_is_asked_for_nine_times(client, server, images):
+    server.every = "status 500"
+    with pytest.raises(Unavailable, match="after 9 times status 500, 9 attempts") as caught:
+        client.discretize(images)
+    assert caught.value.status == 500
+    assert len(server.paths) == 9
+
+
+def test_a_refusal_is_heard_before_the_body_is_sent():
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+
+        def refuse() -> int:  # answers, and neither reads the rest nor closes
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 14\r\n\r\n" + b"<html></html>\n")
+                connection.settimeout(10)
+                return sum(map(len, iter(lambda: connection.recv(1 << 20), b"")))
+
+        read = thread.submit(refuse)
+        images = np.zeros((400, 3, 224, 224), np.uint8)
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client, pytest.raises(Unauthorized):
+            client.discretize(images)
+        assert read.result(20) < images.nbytes
+
+
 def test_idle_connections_that_the_server_closed_are_not_noticed(client, server, images):
-    server.faults.extend(["", "drop before reading", "", "drop before reading"])
-    for _ in range(2):
+    server.faults.extend(["", "drop before reading", "", "drop after reading"])
+    for _ in range(3):
         assert np.array_equal(client.discretize(images).reconstruction, images)
-    assert len(server.requests) == 2
+    assert [headers["X-Dat-Attempt"] for headers in server.headers] == ["1", "1", "1"]
+    assert len(server.paths) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import json
 from collections.abc import Callable
@@ -204,3 +205,21 @@ def test_refused_and_good_requests_on_ray(ray_url: str) -> None:
     assert reply.error["field"] == "images[0]"
     assert send(ray_url, "GET", "/v2/models/other").status == 404
     assert urlsplit(ray_url).hostname == "127.0.0.1"
+
+
+def test_operators_see_the_replicas_on_ray(ray_url: str) -> None:
+    """Through HAProxy and Serve, which adds X-Request-Id itself: it must not come twice."""
+    reply = send(ray_url, "GET", "/metrics")
+    assert reply.status == 200
+    assert b'dat_codec_info{codec="tiny-f8"' in reply.body
+    replica = json.loads(send(ray_url, "GET", "/v1/status").body)["replica"]
+    assert replica != "local"
+    assert f'replica="{replica}"'.encode() in reply.body
+    connection = http.client.HTTPConnection(urlsplit(ray_url).netloc, timeout=60)
+    try:
+        connection.request("GET", "/v2", headers={"X-Request-Id": "run-7"})
+        answer = connection.getresponse()
+        assert answer.headers.get_all("X-Request-Id") == ["run-7"]
+        answer.read()
+    finally:
+        connection.close()

@@ -1,0 +1,26 @@
+"""Arguments that are plain numbers, checked."""
+
+from __future__ import annotations
+
+import math
+
+from .errors import InvalidRequest, shown
+
+
+def positive(name: str, value: float) -> float:
+    """A finite number of seconds above 0; raises InvalidRequest."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        message = f"{name}: must be a finite number of seconds above 0, got {shown(value)}"
+        raise InvalidRequest(message, field=name, value=value, limit="> 0")
+    return float(value)
+
+
+def whole(name: str, value: int, least: int, most: int | None = None) -> int:
+    """An integer from `least` to `most`; raises InvalidRequest."""
+    wrong = isinstance(value, bool) or not isinstance(value, int)
+    if wrong or value < least or (most is not None and value > most):
+        limit = f">= {least}" if most is None else f"{least} to {most}"
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        message = f"{name}: must be an integer {allowed}, got {shown(value)}"
+        raise InvalidRequest(message, field=name, value=value, limit=limit)
+    return value

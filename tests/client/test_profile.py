@@ -1,0 +1,122 @@
+"""What a client says of its own calls: where their time went, and that the codec changed."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+from dat_client import AsyncClient, Client, CodecChanged, _core
+from dat_client._profile import PARTS, sample
+
+
+def test_a_call_is_split_by_what_the_server_says(client, server, images):
+    server.timing = "body;dur=3, queue;dur=5, codec;dur=20, total;dur=30"
+    server.delay_s = lambda request: 0.05
+    with client.profile() as profile:
+        for _ in range(3):
+            client.discretize(images)
+        client.submit(images).result(20)
+        client.decode(np.zeros((1, 2, 2), int))
+    client.discretize(images)
+    assert len(profile.calls) == 5
+    for call in profile.calls:
+        assert sum(getattr(call, part) for part in PARTS) == pytest.approx(call.total)
+        assert (call.queue, call.codec) == (0.005, 0.02)
+        assert call.server == pytest.approx(0.002)
+        assert call.network >= 0.05 - 0.027
+        assert call.repeats < 0.02
+    assert [call.images for call in profile.calls] == [4, 4, 4, 4, 1]
+    assert profile.calls[0].sent > images.nbytes
+    assert profile.calls[0].received > images.nbytes
+    assert profile.medians()["codec"] == 0.02
+    assert sum(profile.shares().values()) == pytest.approx(1)
+    assert str(profile).startswith("5 calls in ")
+    assert "codec         20.00 ms" in str(profile)
+
+
+def test_without_server_timing_the_server_is_part_of_the_network(client, images):
+    with client.profile() as profile:
+        client.discretize(images)
+    (call,) = profile.calls
+    assert call.queue == call.codec == call.server == 0
+    assert call.network > 0
+
+
+def test_what_repeats_cost_is_not_the_networks(client, server, images):
+    server.faults.extend(["status 503 0.05"] * 2)
+    with client.profile() as profile:
+        client.discretize(images)
+    assert profile.calls[0].repeats >= 0.1
+
+
+def test_a_call_in_parts_is_one_call(server, images):
+    server.timing = "codec;dur=1, total;dur=1"
+    with Client(server.url, max_in_flight=2) as client, client.profile() as profile:
+        client.discretize(images)
+    assert [(call.images, call.codec) for call in profile.calls] == [(4, 0.001)]
+    assert profile.calls[0].received > images.nbytes
+
+
+def test_profiles_may_overlap_and_be_empty(server, images):
+    client = AsyncClient(server.url)
+    with client.profile() as outer, client.profile() as inner:
+        client._client.discretize(images)
+    with client.profile() as none:
+        pass
+    client._client.close()
+    assert len(outer.calls) == len(inner.calls) == 1
+    assert str(none).startswith("0 calls")
+
+
+def test_a_server_that_claims_more_time_than_there_was_makes_nothing_negative(images):
+    call = _core.discretize_call(images, None, "FP16", None, None, None, {})
+    exchange = _core.Exchange(None, {"total": 9.0, "codec": 8.0}, 10.0, 2.0, 1, 1)  # type: ignore[arg-type]
+    made = sample(call, exchange, 9.5, 3.0)
+    assert min(made) >= 0 if isinstance(made, tuple) else all(getattr(made, part) >= 0 for part in PARTS)
+
+
+@pytest.mark.parametrize("header", [None, "", "x", "a;dur=x", "a;dur=nan", ";;,,", "a;dur", "a;dur=1e999"])
+def test_any_server_timing_is_read(header):
+    assert _core.server_timing(header) == {}
+
+
+def test_a_codec_that_changes_is_told_once_for_each_change(client, server, images):
+    answers: list[str] = []
+    server.change = lambda answer: {**answer, "parameters": {"fingerprint": answers.pop(0)}}
+
+    def told(*fingerprints: str) -> list[str]:
+        answers.extend(fingerprints)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            while answers:
+                client.discretize(images)
+        assert {warning.filename for warning in caught} <= {__file__}
+        assert {warning.category for warning in caught} <= {CodecChanged}
+        return [str(warning.message) for warning in caught]
+
+    assert told("a", "a") == []
+    said = "codec 'tiny-f8' changed: it answered with fingerprint a before, with b now"
+    assert told("b", "b", "b") == [said]
+    assert len(told("c", "b", "c", "b", "c", "b")) == 2  # b to c and back, as while replicas are replaced
+    answers.append("d")
+    with pytest.warns(CodecChanged, match="with d now"):
+        client.decode(np.zeros((1, 2, 2), int))
+
+
+def test_a_copy_remembers_the_codec(client, server, images):
+    client.discretize(images)
+    server.change = lambda answer: {**answer, "parameters": {"fingerprint": "new"}}
+    with pickle.loads(pickle.dumps(client)) as copy, pytest.warns(CodecChanged, match="sha256:1d"):
+        copy.discretize(images)
+
+
+def test_the_warning_can_be_made_an_error(client, server, images):
+    client.discretize(images)
+    server.change = lambda answer: {**answer, "parameters": {"fingerprint": "new"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CodecChanged)
+        with pytest.raises(CodecChanged):
+            client.discretize(images)

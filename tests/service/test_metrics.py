@@ -1,0 +1,165 @@
+"""What is counted, and how several replicas' metrics become one answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from dat_service.gather import NAMESPACE, Gather
+from dat_service.metrics import Metrics, merged, render
+
+Samples = dict[tuple[str, str], float]  # by name and replica
+
+
+def parsed(families: list[Metric]) -> tuple[list[str], Samples]:
+    """The families' names as they come, and the samples by replica and whatever label is left."""
+    found = list(text_string_to_metric_families(render(families, "")[0].decode()))
+    samples = {}
+    for family in found:
+        for s in family.samples:
+            more = "".join(f"/{v}" for k, v in s.labels.items() if k not in ("codec", "replica"))
+            assert (s.name + more, s.labels["replica"]) not in samples
+            samples[s.name + more, s.labels["replica"]] = s.value
+    return [f.name for f in found], samples
+
+
+def busy(replica: str, images: int) -> Metrics:
+    metrics = Metrics("tiny-f8", replica)
+    metrics.answered("plain", images, queue_s=0.03, tokens_changed=None)
+    return metrics
+
+
+def test_batches_and_answers() -> None:
+    metrics = Metrics("tiny-f8", "r1")
+    metrics.batch(rows=12, capacity=16, seconds=0.25)
+    metrics.batch(rows=16, capacity=16, seconds=0.5)
+    metrics.answered("adversarial", images=7, queue_s=0.03, tokens_changed=0.25)
+    metrics.answered("plain", images=5, queue_s=0.04, tokens_changed=None)
+    metrics.watch(SimpleNamespace(queued_images=40, held=3, held_bytes=1 << 20, healthy=True, discretizer=None))
+    _, samples = parsed(metrics.families())
+    value = {name: v for (name, _), v in samples.items()}
+    assert value["dat_images_total/adversarial"] == 7
+    assert value["dat_images_total/plain"] == 5
+    assert value["dat_images_total/decode"] == 0
+    assert value["dat_codec_busy_seconds_total"] == value["dat_codec_seconds_sum"] == 0.75
+    assert value["dat_codec_seconds_count"] == 2
+    assert value["dat_batch_fill_sum"] == 1.75
+    assert value["dat_batch_fill_bucket/0.8"] == 1
+    assert value["dat_queue_seconds_count"] == 2
+    assert value["dat_tokens_changed_ratio_count"] == 1
+    assert value["dat_queued_images"] == 40
+    assert value["dat_held_requests"] == 3
+    assert value["dat_held_bytes"] == 1 << 20
+    assert value["dat_healthy"] == 1
+
+
+def test_replicas_are_merged_into_one_family_each() -> None:
+    one, two = busy("r1", 3), busy("r2", 4)
+    alone, _ = parsed(one.families())
+    names, samples = parsed(merged([one.families(), two.families()]))
+    assert names == alone
+    assert len(names) == len(set(names))
+    assert samples["dat_images_total/plain", "r1"] == 3
+    assert samples["dat_images_total/plain", "r2"] == 4
+    text = render(merged([one.families(), two.families()]), "")[0].decode()
+    assert text.count("# TYPE dat_images_total ") == 1
+    _, again = parsed(one.families())  # merging has changed nothing of theirs
+    assert {replica for _, replica in again} == {"r1"}
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def images_when(gather: Gather, expected: set[str]) -> Samples:
+    """A scrape's samples, once it shows these replicas and no others."""
+
+    async def ask() -> Samples:
+        for _ in range(600):
+            _, samples = parsed(await gather.families())
+            if {replica for _, replica in samples} == expected:
+                return samples
+            await asyncio.sleep(0.1)
+        pytest.fail(f"only {samples.keys()}")
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+def test_any_replica_answers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    one, two = busy("r1", 3), busy("r2", 4)
+    gathers = [Gather(metrics, "app") for metrics in (one, two)]
+    try:
+        for gather in gathers:
+            samples = images_when(gather, {"r1", "r2"})
+            assert samples["dat_images_total/plain", "r1"] == 3
+            assert samples["dat_images_total/plain", "r2"] == 4
+        one.answered("plain", 10, 0.0, None)
+        assert images_when(gathers[0], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # its own, as they stand
+        assert images_when(gathers[1], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # and from then on
+        # the actor dies: it is made again
+        board = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
+        ray.kill(board)
+        for gather in gathers:
+            images_when(gather, {"r1", "r2"})
+        again = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
+        assert again._actor_id != board._actor_id
+        # another application's are its own
+        other = Gather(busy("r3", 1), "other app")
+        images_when(other, {"r3"})
+        other.stop()
+    finally:
+        for gather in gathers:
+            gather.stop()
+
+
+def test_board_forgets_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dat_service import gather
+
+    now = 100.0
+    monkeypatch.setattr(gather, "time", SimpleNamespace(monotonic=lambda: now))
+    board = gather.Board()
+    board.put("r1", busy("r1", 1).families())
+    now += 20
+    board.put("r2", busy("r2", 1).families())
+    assert len(board.others("r3")) == 2
+    assert len(board.others("r1")) == 1
+    now += 11
+    assert [f[0].samples[0].labels["replica"] for f in board.others("r3")] == ["r2"]
+    board.put("r2", [])
+    assert board.newest.keys() == {"r2"}
+
+
+def test_scrape_goes_on_without_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never answers costs a scrape a limited time, and nothing of its own metrics."""
+    from concurrent.futures import Future
+
+    from dat_service import gather as module
+
+    monkeypatch.setattr(module, "LONGEST_S", 0.05)
+    monkeypatch.setattr(Gather, "_push", lambda self: None)
+    asked: list[Future[object]] = []
+
+    class Method:
+        def remote(self, *_: object) -> SimpleNamespace:
+            asked.append(Future())
+            return SimpleNamespace(future=lambda: asked[-1])
+
+    gather = Gather(busy("r1", 3), "app")
+    gather._board = SimpleNamespace(put=Method(), others=Method())
+    _, samples = parsed(asyncio.run(gather.families()))
+    assert samples["dat_images_total/plain", "r1"] == 3
+    assert len(asked) == 2
