@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dat_client import Client
-from dat_client._http import Transport
+from dat_client._connections import Connections
 from dat_service.bench.peers.socket_echo import LENGTH
 from dat_service.bench.processes import DidNotStart, dat_serve, free_port, started
 from dat_workers.bench.runner import alternate, one_line, ratio
@@ -136,10 +136,11 @@ def http_echo(module: str, batch: Images, *, as_json: bool = False, **env: str) 
         body = [json.dumps({"body": base64.b64encode(batch.tobytes()).decode()}).encode()]
         headers = {"Content-Type": "application/json"}
     with peer(module, **env) as port:
-        transport = Transport(f"http://127.0.0.1:{port}", connect_timeout_s=5, max_connections=1, headers={})
+        connections = Connections(f"http://127.0.0.1:{port}", connect_timeout_s=5, limit=1)
+        headers["Content-Length"] = str(sum(map(len, body)))
 
         def call() -> memoryview:
-            reply = transport.send("POST", "/echo", body, headers, time.monotonic() + WITHIN_S)
+            reply = connections.request("POST", "/echo", headers, body, time.monotonic() + WITHIN_S)
             if reply.status != 200:
                 raise RuntimeError(f"status {reply.status}: {bytes(reply.body[:200])!r}")
             return memoryview(reply.body)
@@ -147,7 +148,7 @@ def http_echo(module: str, batch: Images, *, as_json: bool = False, **env: str) 
         try:
             yield checked(call, batch)
         finally:
-            transport.close()
+            connections.close()
 
 
 @contextlib.contextmanager

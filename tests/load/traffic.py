@@ -100,13 +100,18 @@ class Traffic:
 
 def count_attempts(client: Client, seen: Seen) -> None:
     """Counts what the client sends, answered or not: every call is one attempt or more."""
-    send = client._transport.send
+    sending = client._way.sending
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        seen.attempts += 1
-        return send(*args, **kwargs)
+    def counting(call: Any) -> Any:
+        attempt = sending(call)
 
-    client._transport.send = counting  # type: ignore[method-assign]
+        def counted(deadline: float, number: int) -> Any:
+            seen.attempts += 1
+            return attempt(deadline, number)
+
+        return counted
+
+    client._way.sending = counting  # type: ignore[method-assign]
 
 
 def show(title: str, figures: dict[str, Any]) -> None:
