@@ -136,7 +136,7 @@ def test_answers_of_two_codecs_are_asked_for_again(split, server):
         assert split.discretize(numbered(6)).fingerprint == "new"
     assert len(server.requests) == 6
     server.change = lambda answer: {**answer, "parameters": {"fingerprint": answer["id"]}}
-    with pytest.raises(Unavailable, match="answered by different codecs|timed out"):
+    with pytest.raises(Unavailable, match=r"answered by different codecs|timed out"):
         split.discretize(numbered(6), timeout_s=1.0)
 
 
