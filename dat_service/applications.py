@@ -68,7 +68,7 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
             "autoscaling_config": {
                 "min_replicas": least,
                 "max_replicas": most,
-                "look_back_period_s": 5,
+                "look_back_period_s": 12,
                 "upscale_delay_s": 3,
                 "downscale_delay_s": 60,  # a codec takes its time to load: rather one too many for a minute
                 "policy": {
@@ -128,6 +128,15 @@ def gpus_of(settings: Settings, present: float) -> float:
     return 1 if device != "cpu" and present >= 1 else 0
 
 
+def check(all_settings: Sequence[Settings]) -> None:
+    """Raises SettingsError for what no Ray could serve."""
+    if len({s.codec for s in all_settings}) < len(all_settings):
+        raise SettingsError("codec: each codec is served once")
+    for settings in all_settings:
+        replica_range(settings)
+        gpus_of(settings, present=float("inf"))
+
+
 def has_room(settings: Settings, gpus: float, present: float) -> bool:
     """Whether an update may start a new replica beside all old ones. Without, it stops an old one first."""
     return gpus * (replica_range(settings)[1] + 1) <= present
@@ -144,6 +153,7 @@ def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
     The cluster's nodes themselves need haproxy.SERVE and RAY_SERVE_HAPROXY_BINARY_PATH, the path of `dat-haproxy`,
     in their environment when Ray is started there.
     """
+    check(all_settings)
     first = all_settings[0]
     prefixes = routes([s.codec for s in all_settings], alone=True)
     applications = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dat_service import haproxy
 from dat_service.processes import Process, children, descendants, end, mentioning
-from dat_service.settings import Settings, SettingsError
+from dat_service.settings import Settings
 
 if TYPE_CHECKING:
     from dat_service.replica import CodecReplica
@@ -31,16 +31,19 @@ class RayService:
 
     Starts a Ray of its own on this machine, or joins the cluster that RAY_ADDRESS names, and leaves what else is
     served there alone. All settings have the same host and port; `replica_class` is for stand-ins under test.
+    Raises SettingsError for settings that no Ray could serve.
     """
 
     def __init__(self, *settings: Settings, replica_class: type[CodecReplica] | None = None) -> None:
+        from dat_service.applications import check
+
+        check(settings)
         self.settings = {s.codec: s for s in settings}
-        if len(self.settings) < len(settings):
-            raise SettingsError("codec: each codec is served once")
         self.host, self.port = settings[0].host, settings[0].port
         self.own_cluster = not os.environ.get("RAY_ADDRESS")
         self.prefixes: dict[str, str] = {}
         self._replica_class = replica_class
+        self._variables: dict[str, str] = {}  # what we added to this process's environment
         self._running: list[str] = []  # names of our applications on a cluster that is not ours
         self._roots: set[Process] = set()  # what Ray began here
         self._folder = tempfile.TemporaryDirectory(prefix="dat-serve-")
@@ -54,7 +57,8 @@ class RayService:
     def start(self) -> None:
         """Returns when all codecs are loaded and answer; raises ServeFailed."""
         try:
-            os.environ.update(self._environment())
+            self._variables = self._environment()
+            os.environ.update(self._variables)
             import ray
             from ray import serve
 
@@ -188,6 +192,8 @@ class RayService:
             for process in end(ours | self._processes(), patience_s=10):
                 log.warning("process %d, begun by Ray, did not end by itself", process.pid)
             self._folder.cleanup()
+            for name in self._variables:  # another service in this process has its own
+                os.environ.pop(name, None)
 
     def _processes(self) -> set[Process]:
         return descendants(self._roots) | mentioning(self._folder.name)
