@@ -119,6 +119,10 @@ def check_startable(all_settings: list[Settings], *, local: bool) -> None:
         len(all_settings) > 1 or settings.replicas > 1 or settings.autoscale is not None or settings.gpus
     ):
         raise SettingsError("--local is one process with one codec: no replicas, autoscale or gpus")
+    if not local:
+        from dat_service.applications import check
+
+        check(all_settings)
     Tricks.parse(settings.tricks, cuda=False)
     for each in all_settings:
         CodecStore().load(each.codec)

@@ -17,12 +17,13 @@ subprocess.Popen([sys.executable, *sys.argv[1:]])
 print(flush=True)
 time.sleep(600)
 """
+PATIENT = "import time; print(flush=True); time.sleep(600)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
 
 
-def family(name: str) -> subprocess.Popen[bytes]:
+def family(name: str, child: str = PATIENT) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-c", FAMILY, "-c", STUBBORN, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", FAMILY, "-c", child, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -39,7 +40,7 @@ def until(check: Callable[[], bool]) -> None:
 
 def test_children_and_theirs_are_found_and_ended() -> None:
     before = children(os.getpid())
-    with family("dat-test-family") as parent:
+    with family("dat-test-family", STUBBORN) as parent:
         [root] = children(os.getpid()) - before
         assert root.pid == parent.pid
         both = descendants({root})
