@@ -299,3 +299,20 @@ def test_a_forked_process_is_told(client: Client, images: np.ndarray) -> None:
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert not _serve._forked
+
+
+def test_calls_are_counted_as_requests_are(client: Client, worker: CodecWorker, images: np.ndarray) -> None:
+    def counted(name: str) -> float:
+        return sum(
+            sample.value
+            for family in worker.metrics.families()
+            for sample in family.samples
+            if sample.name == name and set(sample.labels.values()).isdisjoint({"out", "200"})
+        )
+
+    names = ("dat_requests_total", "dat_bytes_total", "dat_refusals_total")
+    before = [counted(name) for name in names]
+    client.discretize(images)
+    with pytest.raises(InvalidRequest):
+        client.discretize(images, preset="none")
+    assert [counted(name) - old for name, old in zip(names, before, strict=True)] == [1, images.nbytes, 1]
