@@ -15,7 +15,7 @@ import dat_client.wire as wire
 from dat_service import __version__, logs, operators, people, protocol, tracing
 from dat_service.body import Direct, MalformedBody
 from dat_service.gather import Gather
-from dat_service.observe import Observe
+from dat_service.observe import GONE, Observe
 from dat_service.security import Forbidden, KeyRing, Refused
 from dat_service.worker import CodecWorker
 from dat_workers.errors import (
@@ -108,7 +108,7 @@ def status_of(error: Exception) -> int:
         case HTTPException():
             return error.status_code
         case ClientDisconnect():
-            return 400  # nobody is there to read it
+            return GONE  # nobody is there to read it
         case _:
             return 500
 
@@ -135,7 +135,9 @@ async def on_error(request: Request, error: Exception) -> Response:
         case _ if status == 500:
             log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
             message = f"internal error: {type(error).__name__}"
-    request.state.refusal = message  # for the audit; not the error, which holds the body by its traceback
+    if not isinstance(error, ClientDisconnect):
+        request.state.refusal = message  # for the audit; not the error, which holds the body by its traceback
+        request.state.reason = "unhealthy" if isinstance(error, Unhealthy | OutOfMemory) else None
     field, value, limit = (getattr(error, name, None) for name in ("field", "value", "limit"))
     body = wire.encode_error(message, field, value, limit)
     return Response(body, status, headers, media_type="application/json")

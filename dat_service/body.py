@@ -62,7 +62,9 @@ async def read_body(
     total_s = (max_bytes if length is None else length) / SLOWEST_BYTES_PER_S + timeout_s
     try:
         async with asyncio.timeout(timeout_s) as limit:
-            return await _read(request, length, max_bytes, grow, Patience(limit, timeout_s, total_s))
+            body = await _read(request, length, max_bytes, grow, Patience(limit, timeout_s, total_s))
+            request.state.body_bytes = len(body)  # for the metrics
+            return body
     except TimeoutError:
         late = f"silent for {timeout_s:.3g} s, or not whole after {total_s:.3g} s"
         raise MalformedBody("the body came too slowly", "body", late, "send it faster or smaller", 408) from None

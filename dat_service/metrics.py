@@ -76,9 +76,9 @@ class Metrics:
         self._worker = worker
 
     def gauges(self) -> dict[str, float]:
-        """By attribute of the worker; what it does not know is left out."""
-        attributes = [attribute for attribute, _ in GAUGES.values()]
-        return {a: float(getattr(self._worker, a)) for a in attributes if hasattr(self._worker, a)}
+        """By attribute of the worker; nothing where there is none."""
+        attributes = [attribute for attribute, _ in GAUGES.values()] if self._worker is not None else []
+        return {a: float(getattr(self._worker, a)) for a in attributes}
 
     def batch(self, rows: int, capacity: int, seconds: float) -> None:
         """The codec has worked `seconds` on a batch of `rows` images where `capacity` would have fitted."""

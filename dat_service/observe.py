@@ -23,9 +23,7 @@ REASONS = {
     400: "malformed", 401: "key", 403: "scope", 404: "unknown", 405: "method", 408: "slow", 413: "too_large",
     422: "invalid", 429: "full", 503: "full", 504: "deadline",
 }  # fmt: skip
-WANTED = frozenset(
-    (b"x-request-id", b"content-length", b"x-dat-attempt", b"x-forwarded-for", b"traceparent", b"tracestate")
-)
+WANTED = frozenset((b"x-request-id", b"x-dat-attempt", b"x-forwarded-for", b"traceparent", b"tracestate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Observe:
 
     `receive` is handed on as it came, and so are the buffers of an answer: nothing is read, joined or kept.
     `echo`: whether answers get X-Request-Id here; Ray Serve has a middleware of its own that adds it. What the
-    app leaves in `scope["state"]`: `key_id`, and `refusal`, the message of a request that was refused, with
+    app leaves in `scope["state"]`: `key_id`, `body_bytes`, and `refusal`, the message of a refused request, with
     `reason` where the status alone does not say it.
     """
 
@@ -110,11 +108,9 @@ class Observe:
     def _ended(self, seen: Seen, sent: int, scope: Scope) -> None:
         state = scope["state"]
         good = seen.status < 400
-        # a refused body may never have been read
-        announced = seen.headers.get(b"content-length", b"0") if good else b"0"
         self.metrics.request(
             seen.status,
-            int(announced) if announced.isdigit() else 0,
+            state.get("body_bytes", 0),
             sent,
             seen.seconds if good and seen.method == "POST" else None,
         )
