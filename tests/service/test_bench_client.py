@@ -10,11 +10,11 @@ from dat_service.bench.client import main
 
 
 @pytest.mark.parametrize("more", [[], ["--gradients", "FP16", "--in-flight", "2", "--parts", "2"]])
-def test_it_prints_the_split(url: str, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
-    arguments = ["--url", url, "--batch", "2", "--size", "32", "--calls", "3", *more]
+def test_it_prints_the_split(local_url: str, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    arguments = ["--url", local_url, "--batch", "2", "--size", "32", "--calls", "3", *more]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{url}, tiny-f8, 2 x 3 x 32 x 32 uint8")
+    assert printed.startswith(f"{local_url}, tiny-f8, 2 x 3 x 32 x 32 uint8")
     assert re.search(r"^3 calls in .* images/s, .* MB/s$", printed, re.MULTILINE)
     found = dict(re.findall(r"^(\w+) +([\d.]+) ms", printed, re.MULTILINE))
     assert list(found) == ["client", "repeats", "network", "queue", "codec", "server", "total"]
