@@ -20,7 +20,7 @@ from dat_service.worker import CodecWorker
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput, TooLarge
 
-SERVER = "discrete-augmentation"
+SERVER_METADATA = {"name": "discrete-augmentation", "version": __version__, "extensions": ["binary_tensor_data"]}
 SMALL_JSON = 64 * 1024  # bytes; what is larger is read and written beside the event loop
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
@@ -51,7 +51,7 @@ def model_version(discretizer: Discretizer) -> str:
 
 @router.get("", summary="Server metadata")
 async def server_metadata() -> dict[str, Any]:
-    return {"name": SERVER, "version": __version__, "extensions": ["binary_tensor_data"]}
+    return dict(SERVER_METADATA)
 
 
 @router.get("/health/live", summary="The process answers")
@@ -73,7 +73,11 @@ async def ready(request: Request, response: Response) -> dict[str, bool]:
 @router.get("/models/{codec}", summary="Model metadata", dependencies=[Depends(require_key)])
 @router.get("/models/{codec}/versions/{version}", include_in_schema=False, dependencies=[Depends(require_key)])
 async def model_metadata(request: Request, codec: str, version: str | None = None) -> dict[str, Any]:
-    worker = served(request, codec, version)
+    return metadata(served(request, codec, version))
+
+
+def metadata(worker: CodecWorker) -> dict[str, Any]:
+    """What OIP v2 says of a model: name, version, inputs, outputs; the codec's facts as parameters."""
     assert worker.discretizer is not None
     spec = worker.discretizer.spec
     picture = {"datatype": "UINT8", "shape": [-1, 3, -1, -1]}
@@ -88,7 +92,7 @@ async def model_metadata(request: Request, codec: str, version: str | None = Non
         inputs.append({"name": "indices", **tokens})
         outputs += [{"name": name, **tokens} for name in ("indices", "adversarial_indices")]
     return {
-        "name": codec,
+        "name": worker.settings.codec,
         "versions": [model_version(worker.discretizer)],
         "platform": f"dat_{worker.discretizer.describe()['engine']}",
         "inputs": inputs,

@@ -1,4 +1,4 @@
-"""Images as JPEG files, for thin links: a fifth of the bytes at 95, and some tokens are others (docs/thin-links.md)."""
+"""Images as JPEG files, for thin links: a fifth of the bytes at 95; some tokens change (docs/thin-links.md)."""
 
 from __future__ import annotations
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from dat_service.settings import Settings, SettingsError, make_settings
 
+if TYPE_CHECKING:
+    from dat_service.ray_service import RayService
+
 
 def serve(
     codec: Annotated[
-        str | None, typer.Option(help="Codec to serve (`dat codecs list`). [default: tiny-f8]")
+        list[str] | None,
+        typer.Option(help="Codec to serve (`dat codecs list`); several: each at /NAME. [default: tiny-f8]"),
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
     host: Annotated[str | None, typer.Option(help="Address; 0.0.0.0 for all. [default: 127.0.0.1]")] = None,
@@ -34,40 +40,96 @@ def serve(
     tricks: Annotated[
         str | None, typer.Option(help="all, none, all,-graphs, ... [default: all on CUDA, none on CPU]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine. [default: all cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the engine. [default: all cores, shared by the replicas]")
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with one API key a line. [default: no key is asked for]")
     ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas of each codec. [default: 1]")] = None,
+    autoscale: Annotated[
+        str | None, typer.Option(metavar="MIN:MAX", help="As many replicas as the images that wait ask for.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a replica; 0.5: two share one. [default: 1, where there is one]")
+    ] = None,
+    max_wait_ms: Annotated[
+        float | None, typer.Option(help="How long a batch waits to be filled. [default: 2 on CUDA, 0 on CPU]")
+    ] = None,
+    max_queue_s: Annotated[
+        float | None, typer.Option(help="Longest expected wait; more gets 503. [default: 10]")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Requests a replica holds; more get 503. [default: 256]")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json. [default: text]")] = None,
+    serve_config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write what `serve deploy` takes for all this (-: print it), and leave."),
+    ] = None,
 ) -> None:
-    """Serve a codec over HTTP until Ctrl-C.
+    """Serve codecs over HTTP until Ctrl-C; SIGHUP loads them anew.
 
     Every option, and every limit in dat_service/settings.py, is also a variable: DAT_PORT, DAT_MAX_IMAGES, ...
     """
+    # before torch is loaded: its threads would spin while they wait, and take the cores from who has work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    flags: dict[str, Any] = {
+        "port": port, "host": host, "engine": engine, "device": device, "dtype": dtype, "tricks": tricks,
+        "threads": threads, "api_key_file": api_key_file, "replicas": replicas, "autoscale": autoscale,
+        "gpus": gpus, "max_wait_ms": max_wait_ms, "max_queue_s": max_queue_s, "max_requests": max_requests,
+        "log_format": log_format,
+    }  # fmt: skip
     try:
-        settings = make_settings(
-            codec=codec, port=port, host=host, engine=engine, device=device, dtype=dtype, tricks=tricks,
-            threads=threads, api_key_file=api_key_file,
-        )  # fmt: skip
-        check_startable(settings)
+        settings = [make_settings(**flags, codec=name) for name in codec or [None]]  # type: ignore[list-item]
+        if serve_config is not None:
+            write_serve_config(settings, serve_config)
+            return
+        check_startable(settings, local=local)
     except (SettingsError, ValueError, OSError) as error:
         fail(error)
     if local:
-        serve_local(settings)
+        serve_local(settings[0])
     else:
         serve_on_ray(settings)
 
 
-def check_startable(settings: Settings) -> None:
+def write_serve_config(settings: list[Settings], path: str) -> None:
+    """Serve's YAML into a file, or on stdout for "-"."""
+    import yaml
+
+    from dat_service.applications import serve_config
+
+    text = yaml.safe_dump(serve_config(settings), sort_keys=False)
+    if path == "-":
+        typer.echo(text, nl=False)
+    else:
+        Path(path).write_text(text)
+
+
+def check_startable(all_settings: list[Settings], *, local: bool) -> None:
     """Raises what would only show later, and slowly: an unknown codec or trick, a taken port, bad keys, ..."""
     from dat_service import tracing
     from dat_service.security import read_keys
     from dat_workers.codecs.store import CodecStore
     from dat_workers.engines.tricks import Tricks
 
+    settings = all_settings[0]
+    if local and (
+        len(all_settings) > 1 or settings.replicas > 1 or settings.autoscale is not None or settings.gpus
+    ):
+        raise SettingsError("--local is one process with one codec: no replicas, autoscale or gpus")
+    if not local:
+        from dat_service.applications import check
+
+        check(all_settings)
     Tricks.parse(settings.tricks, cuda=False)
-    CodecStore().load(settings.codec)
+    for each in all_settings:
+        CodecStore().load(each.codec)
     read_keys(settings.api_key_file)
     tracing.wanted()
+    if os.environ.get("RAY_ADDRESS") and not local:
+        return  # Serve listens on the cluster's nodes, and may do so already
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -77,11 +139,11 @@ def check_startable(settings: Settings) -> None:
             raise OSError(f"cannot listen on {settings.host!r}, port {settings.port}: {error}") from None
 
 
-def say_ready(settings: Settings, seconds: float, prefix: str = "/") -> None:
+def say_ready(urls: dict[str, str], seconds: float) -> None:
     """The line that scripts and people wait for."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}{prefix.rstrip('/')}"
-    typer.echo(f"ready after {seconds:.1f} s: {settings.codec} at {url}, try it at {url}/, Ctrl-C ends it")
+    places = ", ".join(f"{codec} at {url}" for codec, url in urls.items())
+    try_it = next(iter(urls.values()))
+    typer.echo(f"ready after {seconds:.1f} s: {places}, try it at {try_it}/, Ctrl-C ends it")
 
 
 def serve_local(settings: Settings) -> None:
@@ -112,7 +174,8 @@ def serve_local(settings: Settings) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                say_ready(settings, time.monotonic() - started)
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                say_ready({settings.codec: f"http://{host}:{settings.port}"}, time.monotonic() - started)
 
     config = uvicorn.Config(
         create_app(worker),
@@ -131,19 +194,27 @@ def serve_local(settings: Settings) -> None:
     typer.echo("stopped")
 
 
-def serve_on_ray(settings: Settings) -> None:
-    """The app in a Ray Serve replica."""
-    from dat_service.replica import RayService, ServeFailed
+def serve_on_ray(settings: list[Settings]) -> None:
+    """The app in Ray Serve replicas."""
+    from dat_service.ray_service import RayService, ServeFailed
 
     started = time.monotonic()
-    typer.echo(f"starting {settings.codec} on Ray Serve ...")
-    service = RayService(settings)
+    try:
+        service = RayService(*settings)
+    except SettingsError as error:
+        fail(error)
+    typer.echo(f"starting {', '.join(s.codec for s in settings)} on Ray Serve ...")
     try:
         service.start()
         # only now: Ray sets a handler of its own for SIGTERM while it starts
-        with stop_signals() as stopped:
-            say_ready(settings, time.monotonic() - started, service.prefix)
-            stopped.wait()
+        with signals() as asked:
+            say_ready(service.urls, time.monotonic() - started)
+            updating: threading.Thread | None = None
+            while asked.get() == "update":
+                if updating is not None:
+                    updating.join()
+                updating = threading.Thread(target=update, args=[service], daemon=True)
+                updating.start()
             typer.echo("stopping ...")
             service.stop()
     except ServeFailed as error:
@@ -156,6 +227,20 @@ def serve_on_ray(settings: Settings) -> None:
     typer.echo("stopped")
 
 
+def update(service: RayService) -> None:
+    """What SIGHUP asks for. The old replicas go on where the new ones do not start."""
+    from dat_service.ray_service import ServeFailed
+
+    started = time.monotonic()
+    typer.echo("updating ...")
+    try:
+        service.update()
+    except ServeFailed as error:
+        typer.echo(f"dat serve: not updated: {error}", err=True)
+    else:
+        typer.echo(f"updated after {time.monotonic() - started:.1f} s")
+
+
 def fail(error: Exception) -> NoReturn:
     """One line on stderr, and status 1."""
     typer.echo(f"dat serve: {error}", err=True)
@@ -163,18 +248,34 @@ def fail(error: Exception) -> NoReturn:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the second one interrupts."""
-    event = threading.Event()
+def signals() -> Iterator[queue.SimpleQueue[str]]:
+    """What signals ask for: "stop" (SIGINT, SIGTERM) and "update" (SIGHUP). A second "stop" interrupts."""
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()  # the one queue that a signal handler may put into
+    stopping = False
+    had_terminal = has_terminal()
 
     def note(number: int, _: object) -> None:
-        if event.is_set():
+        nonlocal stopping
+        if number == signal.SIGHUP and (has_terminal() or not had_terminal):
+            asked.put("update")
+        elif stopping:
             raise KeyboardInterrupt
-        event.set()
+        else:  # or the terminal was closed, which is also told by SIGHUP
+            stopping = True
+            asked.put("stop")
 
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield event
+        yield asked
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+
+def has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,281 @@
+"""dat-haproxy on the configuration that the installed Ray Serve writes, in front of a replica of the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dat_service.haproxy_wrapper import MARK, amend, binary, prepare
+from tests.conftest import free_port
+
+
+def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> Path:
+    """What Ray Serve writes for one application with one replica."""
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "server-state"),
+        metrics_socket_path=str(folder / "metrics.sock"),
+        metrics_port=free_port(),
+        stats_port=free_port(),
+        health_check_inter="100ms",
+        health_check_fastinter="50ms",
+    )
+    backend = BackendConfig(
+        name="http-toy",
+        path_prefix="/",
+        app_name="toy",
+        servers=[ServerConfig("SERVE_REPLICA__toy-codec-1", "127.0.0.1", replica)],
+        fallback_server=ServerConfig("SERVE_PROXY_ACTOR-1", "127.0.0.1", fallback),
+    )
+    api = HAProxyApi(config, {"http-toy": backend}, config_file_path=str(folder / "haproxy.cfg"))
+    api.set_backend_configs({"http-toy": backend})
+    api._generate_config_file_internal()
+    return folder / "haproxy.cfg"
+
+
+class StandInReplica(http.server.ThreadingHTTPServer):
+    """Answers with the headers that it got; is healthy, leaves (503) or does not answer (0), as told."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.health = 200
+        self.hang = threading.Event()
+        self.inside = threading.Event()
+        self.checks = 0
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: StandInReplica
+
+    def do_GET(self) -> None:
+        status, body = 200, json.dumps([[k.lower(), v] for k, v in self.headers.items()]).encode()
+        if self.path == "/-/healthz":
+            status = self.server.health
+            self.server.checks += 1
+        if self.path == "/wait":
+            self.server.inside.set()
+        if self.path == "/wait" or not status:
+            self.server.hang.wait(60)
+            self.close_connection = True
+            if not status:
+                return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def running(path: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`dat-haproxy` on a configuration, as Ray starts it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dat_service.haproxy_wrapper", *arguments, "-db", "-f", str(path)],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": "/names/the/wrapper/itself"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not listens(port):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def replica() -> Iterator[StandInReplica]:
+    with StandInReplica() as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.05])
+        thread.start()
+        yield server
+        server.hang.set()
+        server.shutdown()
+        thread.join(10)
+
+
+def get(port: int, path: str = "/", headers: list[tuple[str, bytes]] | None = None) -> tuple[int, Any, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.putrequest("GET", path)
+        for name, value in headers or []:
+            connection.putheader(name, value)
+        connection.endheaders()
+        response = connection.getresponse()
+        return response.status, response.headers, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def until(check: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_strangers_send_does_not_reach_serve(tmp_path: Path, replica: StandInReplica) -> None:
+    port = free_port()
+    with running(ray_config(tmp_path, port, replica.server_port), port):
+        sent = [
+            ("X-Request-Disconnect-Disabled", b"?0"),
+            ("x-request-disconnect-disabled", b"\xff"),
+            ("X-Forwarded-For", b"1.2.3.4"),
+            ("x-request-timeout-seconds", b"0.001"),
+            ("serve_multiplexed_model_id", b"\xff"),
+            ("x-session-id", b"\xff"),
+            ("X-Request-Id", b"\xff"),
+            ("X-Dat-Client", b"me"),
+        ]
+        status, _, got = get(port, headers=sent)
+        assert status == 200
+        got = [(name, value) for name, value in got if name not in ("host", "accept-encoding", "connection")]
+        assert sorted(got) == [
+            ("x-dat-client", "me"),
+            ("x-forwarded-for", "127.0.0.1"),
+            ("x-request-disconnect-disabled", "?1"),
+        ]
+        _, _, got = get(port, headers=[("X-Request-Id", b"run 7")])
+        assert ["x-request-id", "run 7"] in got
+        _, _, got = get(port, headers=[("X-Request-Id", b"one"), ("X-Request-Id", b"two")])
+        assert "x-request-id" not in dict(got)
+
+
+def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
+    """And the request does not go to Serve's own proxy."""
+    port, nobody = free_port(), free_port()
+    with StandInReplica() as proxy, running(ray_config(tmp_path, port, nobody, fallback=proxy.server_port), port):
+        status, headers, answer = get(port)
+        assert status == 503
+        assert headers["Retry-After"] == "1"
+        assert "no replica" in answer["error"]
+        assert proxy.checks == 0
+
+
+def test_requests_on_a_replica_that_leaves_are_let_finish(tmp_path: Path, replica: StandInReplica) -> None:
+    port = free_port()
+    with running(ray_config(tmp_path, port, replica.server_port), port):
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(get(port, "/wait")[0]))
+        asking.start()
+        assert replica.inside.wait(60)
+        replica.health = 503
+        seen = replica.checks
+        until(lambda: replica.checks > seen + 5)  # far more than it takes to be down
+        assert not answers
+        replica.hang.set()
+        asking.join(60)
+        assert answers == [200]
+
+
+def test_requests_on_a_replica_that_died_end_at_once(tmp_path: Path, replica: StandInReplica) -> None:
+    """Its host is gone, say: nobody closes the connection of the request that waits."""
+    port = free_port()
+    path = ray_config(tmp_path, port, replica.server_port)
+    with running(path, port):
+        got: list[int] = []
+
+        def ask() -> None:
+            try:
+                got.append(get(port, "/wait")[0])
+            except http.client.RemoteDisconnected:
+                got.append(502)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert replica.inside.wait(60)
+        replica.health = 0
+        asking.join(60)
+        assert got == [502]  # the end of the connection says as much
+
+
+def test_listens_where_it_is_told(tmp_path: Path, replica: StandInReplica) -> None:
+    port, other = free_port(), free_port()
+    with running(ray_config(tmp_path, port, replica.server_port), other, "--listen", f"127.0.0.1:{other}"):
+        assert get(other)[0] == 200
+        assert not listens(port)
+
+
+def test_ends_with_the_process_that_started_it(tmp_path: Path, replica: StandInReplica) -> None:
+    """An orphan would keep the port, and Serve's next proxy could not listen."""
+    port = free_port()
+    path = ray_config(tmp_path, port, replica.server_port)
+    command = [sys.executable, "-m", "dat_service.haproxy_wrapper", "-db", "-f", str(path)]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({command!r}, stderr=subprocess.DEVNULL)"]
+    )
+    until(lambda: listens(port))
+    parent.kill()
+    parent.wait()
+    until(lambda: not listens(port))
+
+
+def test_figures_are_for_this_machine(tmp_path: Path) -> None:
+    config, missing = amend(ray_config(tmp_path, free_port(), free_port()).read_text(), tmp_path)
+    assert missing == []
+    binds = [line.split()[1] for line in config.splitlines() if line.split()[:1] == ["bind"]]
+    assert len(binds) == 3
+    assert all(bind.startswith("127.0.0.1:") for bind in binds)
+
+
+def test_amended_once(tmp_path: Path) -> None:
+    path = ray_config(tmp_path, free_port(), free_port())
+    prepare(binary(), path)
+    once = path.read_text()
+    assert once.startswith(MARK)
+    prepare(binary(), path)
+    assert path.read_text() == once
+
+
+def test_another_ray_has_its_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What has no place is named; what is there is amended all the same."""
+    path = ray_config(tmp_path, free_port(), free_port())
+    path.write_text(path.read_text().replace("http-check expect status 200", "http-check expect rstatus 2.."))
+    prepare(binary(), path)
+    assert "no place for: servers" in capsys.readouterr().err
+    assert "shutdown-sessions" not in path.read_text()  # without the other half of it, no replica could leave
+    assert "option forwardfor" in path.read_text()
+
+
+def test_configuration_that_haproxy_refuses_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "haproxy.cfg"
+    path.write_text("frontend http_frontend\n    bind 127.0.0.1:1\n    nonsense\n")
+    before = path.read_text()
+    prepare(binary(), path)
+    assert path.read_text() == before
+    assert "does not take" in capsys.readouterr().err

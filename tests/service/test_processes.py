@@ -1,0 +1,78 @@
+"""Finding and ending processes, on real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from dat_service.processes import Process, children, descendants, end, mentioning
+
+# a process with a child; both go on until they are made to
+FAMILY = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, *sys.argv[1:]])
+print(flush=True)
+time.sleep(600)
+"""
+PATIENT = "import time; print(flush=True); time.sleep(600)"
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+
+
+def family(name: str, child: str = PATIENT) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAMILY, "-c", child, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.readline()
+    return process
+
+
+def until(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_children_and_theirs_are_found_and_ended() -> None:
+    before = children(os.getpid())
+    with family("dat-test-family", STUBBORN) as parent:
+        [root] = children(os.getpid()) - before
+        assert root.pid == parent.pid
+        both = descendants({root})
+        assert len(both) == 2
+        assert end(both, patience_s=0) == both
+        assert not any(p.runs() for p in both)
+
+
+def test_orphans_are_found_by_what_they_were_told() -> None:
+    name = f"dat-test-orphan-{os.getpid()}"
+    with family(name) as parent:
+        both = mentioning(name)
+        assert len(both) == 2
+        parent.kill()
+    [orphan] = mentioning(name)
+    assert not descendants({Process(parent.pid, 0)})
+    assert end({orphan}, patience_s=0) == {orphan}
+    assert not mentioning(name)
+
+
+def test_another_process_with_the_same_number_is_not_touched() -> None:
+    with family("dat-test-other") as parent:
+        stranger = Process(parent.pid, started=1)
+        assert not stranger.runs()
+        assert not end({stranger}, patience_s=0)
+        assert parent.poll() is None
+        end(mentioning("dat-test-other"), patience_s=0)
+
+
+def test_those_that_end_by_themselves_are_let() -> None:
+    before = children(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert end(children(os.getpid()) - before, patience_s=60) == set()
