@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def problems(value: Any, schema: str, part: str | None = None) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(whole).iter_errors(value)]
 
 
+@cache
 def serve_flags() -> set[str]:
     """The options of `dat serve`."""
     import typer.main
