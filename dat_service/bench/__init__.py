@@ -1,0 +1,6 @@
+"""`dat bench service`: the service beside its peers, and under the load of several clients.
+
+`service.py` is the command; `echo.py` moves bytes, `throughput.py` discretizes for several clients, `scaling.py`
+adds replicas. What they measure runs in processes of its own (`processes.py`): the peers' servers (`peers.py`),
+the engine without a service (`engine_process.py`), and replicas that only sleep (`sleeping.py`).
+"""

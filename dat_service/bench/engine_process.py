@@ -1,0 +1,52 @@
+"""The engine without a service, in a process of its own: what the service is compared with.
+
+    python -m dat_service.bench.engine_process CODEC SIDE
+
+Reads a number of seconds a line, discretizes for so long and writes `images/s batch`. It tries batches first and
+keeps the best. uint8 in host memory to uint8 in host memory, as a request is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from dat_service.bench.pictures import pictures
+from dat_service.settings import Settings
+from dat_workers.discretizer import Discretizer
+
+BATCHES = (1, 4, 16)
+CUDA_BATCHES = (8, 16, 32, 64, 128, 256)
+TRIAL_S = 3.0
+
+
+def images_per_s(discretizer: Discretizer, batch: np.ndarray, seconds: float) -> float:
+    """Of whole calls, for at least so long."""
+    began, images = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        discretizer.discretize(batch)
+        images += len(batch)
+    return images / spent
+
+
+def main() -> None:
+    codec, side = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(Settings(codec=codec).engine_threads())  # as a replica does
+    discretizer = Discretizer.from_store(codec)
+    discretizer.warm_up(side)
+    tried = CUDA_BATCHES if torch.cuda.is_available() else BATCHES
+    batches = {size: pictures(size, side) for size in tried}
+    for batch in batches.values():
+        discretizer.discretize(batch)
+    speeds = {size: images_per_s(discretizer, batch, TRIAL_S) for size, batch in batches.items()}
+    best = max(speeds, key=speeds.__getitem__)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(images_per_s(discretizer, batches[best], float(line)), best, flush=True)
+
+
+if __name__ == "__main__":
+    main()

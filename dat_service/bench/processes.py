@@ -1,0 +1,209 @@
+"""Processes of a measurement: started, waited for, watched, and ended with all that they began."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+DAT = (sys.executable, "-m", "dat_service.cli")
+READY = "ready"  # a line that begins so says that a process answers
+
+
+@dataclass
+class Running:
+    """A process that has said it is ready, and everything it has written so far."""
+
+    process: subprocess.Popen[str]
+    url: str
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log(self) -> str:
+        return "".join(self.said[-200:])
+
+
+class DidNotStart(RuntimeError):
+    """A process ended, or said nothing, before it was ready; the message holds what it wrote."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's variables without any DAT_*, RAY_ADDRESS or HAProxy switch, and `more`.
+
+    What is measured are the defaults, whatever the operator has set for a service of his own.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if (not name.startswith("DAT_") or name == "DAT_HOME")
+        and name not in ("RAY_ADDRESS", "RAY_SERVE_ENABLE_HA_PROXY")
+    }
+    return kept | dict(more or {})
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], url: str = "", *, env: Mapping[str, str] | None = None, within_s: float = 180
+) -> Iterator[Running]:
+    """A process that writes a line beginning with "ready"; ended with SIGINT, and killed where that takes 60 s.
+
+    Raises DidNotStart. Nothing that it began outlives the block.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=clean_environment(env),
+    )  # fmt: skip
+    running = Running(process, url)
+    ready = threading.Event()
+    reader = threading.Thread(target=_read, args=(running, ready), daemon=True)
+    reader.start()
+    children: list[psutil.Process] = []
+    try:
+        if not ready.wait(within_s) or not any(line.startswith(READY) for line in running.said):
+            raise DidNotStart(f"{' '.join(command)}: {running.log() or 'it wrote nothing'}")
+        yield running
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for left in psutil.wait_procs(children, timeout=20)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        reader.join(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _read(running: Running, ready: threading.Event) -> None:
+    assert running.process.stdout is not None
+    for line in running.process.stdout:
+        running.said.append(line)
+        if line.startswith(READY):
+            ready.set()
+    ready.set()  # it has ended
+
+
+@contextlib.contextmanager
+def dat_serve(*arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """`dat serve` with these arguments, on a port of its own and otherwise by default.
+
+    >>> with dat_serve("--codec", "identity", "--local") as service:    # doctest: +SKIP
+    ...     print(service.url)
+    """
+    port = free_port()
+    command = [*DAT, "serve", "--port", str(port), *arguments]
+    with started(command, f"http://127.0.0.1:{port}", env=env) as running:
+        yield running
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and all that it began, as far as they still live."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def role(process: psutil.Process) -> str:
+    """What a process of `dat serve` is: service, replica, proxy, haproxy, raylet, ..., ray (else); "" if gone.
+
+    Ray writes an actor's class into its process's title, as in `ray::ServeReplica:tiny-f8:codec`.
+    """
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        name: str = process.name()
+        command: list[str] = process.cmdline()
+    except psutil.Error:
+        return ""
+    title = command[0] if command else name
+    for mark, found in (
+        ("ServeReplica", "replica"), ("ProxyActor", "proxy"), ("HAProxyManager", "proxy"),
+        ("ServeController", "controller"),
+    ):  # fmt: skip
+        if title.startswith("ray::") and mark in title:
+            return found
+    if name in ("haproxy", "raylet", "gcs_server"):
+        return name
+    return "service" if "dat_service.cli" in command else "ray"
+
+
+def in_role(pid: int, wanted: str) -> list[psutil.Process]:
+    """Those of a service's processes that have this role."""
+    return [process for process in family(pid) if role(process) == wanted]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one process holds: resident bytes and open file descriptors."""
+
+    role: str
+    rss: int
+    fds: int
+
+
+def samples(pid: int) -> dict[int, Sample]:
+    """By process id, of the process and all that it began."""
+    found = {}
+    for process in family(pid):
+        part = role(process)
+        if not part:
+            continue
+        with contextlib.suppress(psutil.Error):
+            found[process.pid] = Sample(part, process.memory_info().rss, process.num_fds())
+    return found
+
+
+class CpuShare:
+    """How full the machine's cores are while the block runs, 0..1 in `share`."""
+
+    share = 0.0
+
+    def __enter__(self) -> CpuShare:
+        self._before = psutil.cpu_times()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before, after = self._before, psutil.cpu_times()
+        spent = {name: getattr(after, name) - getattr(before, name) for name in after._fields}
+        # guest time is counted in user time already
+        total = sum(value for name, value in spent.items() if not name.startswith("guest"))
+        idle = spent["idle"] + spent.get("iowait", 0.0)
+        self.share = 1 - idle / total if total > 0 else 0.0
+
+
+def wait_until(true: object, within_s: float, what: str) -> None:
+    """Polls `true()`; raises TimeoutError with `what` when it stays false."""
+    assert callable(true)
+    deadline = time.monotonic() + within_s
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {within_s:g} s: {what}")
+        time.sleep(0.05)

@@ -1,0 +1,151 @@
+"""Three hosts, a real `ray start` on each; one is cut off and one killed, under 8 trainers who compare answers.
+
+    python -m tests.cluster.three_hosts   # as root; DAT_CLUSTER_S=60 seconds of load
+
+Host a is Ray's head and runs `dat serve`; every host has a proxy and, while three are there, a replica. Trainers
+talk to a and b. First c is cut off: the answers that were under way there never come. Its cable is plugged in again
+and Ray started anew there, as an operator would. Then b is killed, once its trainers have gone over to a.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dat_client import Client
+from dat_service import haproxy
+from dat_service.bench.processes import DAT, started
+from tests.cluster.hosts import Host, hosts, why_not
+from tests.load.answers import CODEC, SERVE, answers
+from tests.load.traffic import Traffic, show
+
+SECONDS = float(os.environ.get("DAT_CLUSTER_S", "60"))
+TRAINERS = 8
+PORT, GCS_PORT = 8000, 6379
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+CPUS = 2  # of each host, as Ray counts: when one is gone, another takes its replica
+
+
+def three_hosts(seconds: float = SECONDS) -> dict[str, Any]:
+    """The figures; what the trainers have seen under `errors`."""
+    right = answers()
+    with tempfile.TemporaryDirectory(prefix="dat-hosts-") as folder, hosts("abc", Path(folder)) as (a, b, c):
+        try:
+            with cluster(a, b, c) as service:
+                figures = under_load(a, b, c, right, seconds)
+                figures["dat serve wrote"] = [line.strip() for line in service.said[1:]][-5:]
+                return figures
+        except BaseException:
+            for log in sorted(Path(folder).glob("*/*.log")):
+                print(f"--- {log.parent.name}: {log.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
+            raise
+
+
+@contextlib.contextmanager
+def cluster(a: Host, b: Host, c: Host) -> Iterator[Any]:
+    """Ray on all three, and `dat serve` on a."""
+    start_ray(a, "--head", f"--port={GCS_PORT}")
+    for host in (b, c):
+        start_ray(host, f"--address={a.address}:{GCS_PORT}")
+    command = [*DAT, "serve", *SERVE, "--host", "0.0.0.0", "--port", str(PORT), "--replicas", "3"]
+    env = node_environment(a) | {"RAY_ADDRESS": f"{a.address}:{GCS_PORT}"}
+    with started(a.command(command), url(a), env=env, within_s=300) as service:
+        for host in (a, b, c):
+            with Client(url(host), CODEC) as client:
+                client.wait_ready(120)
+        yield service
+
+
+def under_load(a: Host, b: Host, c: Host, right: Any, seconds: float) -> dict[str, Any]:
+    """8 trainers for about so long; c is cut off in the first half, b killed in the second."""
+    half = TRAINERS // 2
+    with Traffic([url(a)] * half, right) as on_a:
+        with Traffic([url(b)] * half, right) as on_b:
+            time.sleep(seconds / 8)
+            c.cut_off()
+            before = on_a.answered + on_b.answered
+            time.sleep(3 * seconds / 8)
+            answered_without_c = on_a.answered + on_b.answered - before
+        c.kill()  # what Ray left there believes in a cluster that has buried it
+        c.reconnect()
+        start_ray(c, f"--address={a.address}:{GCS_PORT}", wait=False)
+        with Traffic([url(a)] * half, right) as moved:
+            time.sleep(seconds / 8)
+            killed = b.kill()
+            before = on_a.answered + moved.answered
+            time.sleep(3 * seconds / 8)
+            answered_without_b = on_a.answered + moved.answered - before
+    parts = {"a": on_a.figures(), "b": on_b.figures(), "a, after b": moved.figures()}
+    return {
+        "seconds": seconds,
+        "calls": sum(p["calls"] for p in parts.values()),
+        "answered while c was cut off": answered_without_c,
+        "answered after b was killed": answered_without_b,
+        "processes killed on b": killed,
+        "repeated by the client": sum(p["repeated by the client"] for p in parts.values()),
+        "longest call, s": max(p.get("longest_s", 0.0) for p in parts.values()),
+        "errors": [f"trainers of {name}: {error}" for name, p in parts.items() for error in p["errors"]],
+    }
+
+
+def url(host: Host) -> str:
+    """On a cluster that `dat serve` joins, a codec has a path of its own."""
+    return f"http://{host.address}:{PORT}/{CODEC}"
+
+
+def start_ray(host: Host, *arguments: str, wait: bool = True) -> None:
+    """`ray start` on a host; returns when its raylet is up."""
+    command = [
+        *RAY, "start", *arguments, f"--node-ip-address={host.address}", f"--num-cpus={CPUS}", "--num-gpus=0",
+        f"--object-store-memory={128 << 20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    if "--head" in arguments:
+        command.append("--include-dashboard=false")
+    process = host.start(command, node_environment(host), "ray.log")
+    if not wait:
+        return
+    if process.wait(180):
+        raise RuntimeError(f"ray start on {host.name}: {(host.folder / 'ray.log').read_text()[-2000:]}")
+
+
+def node_environment(host: Host) -> dict[str, str]:
+    """What a node of the cluster needs in its environment when Ray is started there, its files in its own folder.
+
+    Real hosts have a /tmp each; these share one.
+    """
+    folder = host.folder
+    return haproxy.SERVE | {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(dat_haproxy(folder)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_TMPDIR": str(folder),
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def dat_haproxy(folder: Path) -> Path:
+    """The command that is installed beside Python, or a script that does the same."""
+    installed = Path(sys.executable).with_name("dat-haproxy")
+    if installed.exists():
+        return installed
+    script = folder / "dat-haproxy"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m dat_service.haproxy_wrapper "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+if __name__ == "__main__":
+    missing = why_not()
+    if missing:
+        raise SystemExit(missing)
+    show("three hosts", three_hosts())

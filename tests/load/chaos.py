@@ -1,0 +1,77 @@
+"""A replica killed every 5 s, HAProxy and Serve's proxy once each, under 8 clients who compare every answer.
+
+python -m tests.load.chaos            # DAT_CHAOS_S=120 seconds
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import psutil
+
+from dat_service.bench.processes import Running, dat_serve, in_role
+from tests.load.answers import SERVE, answers
+from tests.load.traffic import Traffic, show
+
+SECONDS = float(os.environ.get("DAT_CHAOS_S", "120"))
+EVERY_S = 5.0
+CLIENTS = 8
+REPLICAS = 4  # one starts in some 10 s here, so that two or three of them answer at any time
+
+
+def chaos(seconds: float = SECONDS) -> dict[str, Any]:
+    """The figures; raises nothing for what the clients have seen."""
+    right = answers()
+    with dat_serve(*SERVE, "--replicas", str(REPLICAS)) as service:
+        with Traffic([service.url] * CLIENTS, right) as traffic:
+            killed = kill(service, seconds)
+        wait_for_all(service)  # whatever was killed has come back
+        figures = traffic.figures()
+    return {"seconds": seconds, **killed, **figures}
+
+
+def kill(service: Running, seconds: float) -> dict[str, int]:
+    """Kills for so long; how many of which role were."""
+    killed = {"replica": 0, "haproxy": 0, "proxy": 0}
+    began = time.monotonic()
+    once = {"haproxy": began + seconds / 3, "proxy": began + 2 * seconds / 3}
+    due = began + EVERY_S
+    while time.monotonic() < began + seconds:
+        now = time.monotonic()
+        if now >= due:
+            killed["replica"] += kill_one(service, "replica")
+            due += EVERY_S
+        for role in [role for role, at in once.items() if now >= at]:
+            done = kill_one(service, role)
+            killed[role] += done
+            if done:
+                del once[role]
+        time.sleep(0.1)
+    return killed
+
+
+def kill_one(service: Running, role: str) -> int:
+    """SIGKILL to the oldest of that role, which surely serves; 0 where there is none at this moment."""
+    try:
+        oldest = min(in_role(service.pid, role), key=lambda process: process.create_time(), default=None)
+        if oldest is not None:
+            oldest.kill()
+            return 1
+    except psutil.NoSuchProcess:
+        pass
+    return 0
+
+
+def wait_for_all(service: Running, within_s: float = 120) -> None:
+    """Returns when there are as many replicas as asked for again."""
+    deadline = time.monotonic() + within_s
+    while len(in_role(service.pid, "replica")) < REPLICAS:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(in_role(service.pid, 'replica'))} of {REPLICAS} replicas came back")
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    show("chaos", chaos())

@@ -1,0 +1,106 @@
+"""Ten times more requests than the codec can answer: who is refused, how long the others wait, what memory does.
+
+    python -m tests.load.overload         # DAT_OVERLOAD_S=60 seconds
+
+Raw clients at a fixed rate, without retries. What waits longer than `max_queue_s` is refused; a service that must
+answer within three times of its unloaded time is given half of that as the longest wait.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from dat_service.bench.echo import percentiles
+from dat_service.bench.pictures import pictures
+from dat_service.bench.processes import Running, dat_serve, samples
+from tests.load.answers import CODEC, SERVE
+from tests.load.raw import RawClient, Replies, open_loop, record
+from tests.load.traffic import show
+
+SECONDS = float(os.environ.get("DAT_OVERLOAD_S", "60"))
+TIMES = 10
+CLIENTS = 48
+IMAGES, SIDE = 8, 128  # a quarter of a second on one core: refusals take the cores a few per cent
+UNLOADED_CALLS = 60
+WARM_SHARE = 0.25  # of the time, until memory has been taken that will be taken
+
+
+def overload(seconds: float = SECONDS) -> dict[str, Any]:
+    """The figures, with what was not as it must be under `errors`."""
+    images = pictures(IMAGES, SIDE)
+    with dat_serve(*SERVE) as service:
+        alone = unloaded(service.url, images, 20)
+    longest_wait_s = 1.5 * alone["median_s"]
+    with dat_serve(*SERVE, env={"DAT_MAX_QUEUE_S": f"{longest_wait_s:.3f}"}) as service:
+        alone = unloaded(service.url, images, UNLOADED_CALLS)
+        per_s = TIMES / alone["median_s"]
+        replies, before, after = flood(service, images, per_s, seconds)
+    p99_s = percentiles(replies.seconds)["p99_s"] if replies.seconds else float("inf")
+    sent = sum(replies.statuses.values())
+    return {
+        "seconds": seconds,
+        "max_queue_s": longest_wait_s,
+        "capacity, requests/s": 1 / alone["median_s"],
+        "wanted, requests/s": per_s,
+        "sent, requests/s": sent / seconds,
+        "answered": replies.statuses[200],
+        "refused (503)": replies.statuses[503],
+        "other statuses": {s: n for s, n in replies.statuses.items() if s not in (200, 503)},
+        "unloaded median, s": alone["median_s"],
+        "unloaded p99, s": alone["p99_s"],
+        "accepted p99, s": p99_s,
+        "p99 over unloaded p99": p99_s / alone["p99_s"],
+        "median of a refusal, s": percentiles(replies.refused_s)["median_s"] if replies.refused_s else 0.0,
+        "replica RSS before, MB": before / 1e6,
+        "replica RSS after, MB": after / 1e6,
+        "memory": after / before,
+        "errors": replies.faults,
+    }
+
+
+def unloaded(url: str, images: np.ndarray, calls: int) -> dict[str, float]:
+    """Times of one client alone."""
+    client, replies = RawClient(url, CODEC, images, "alone"), Replies()
+    for _ in range(3 + calls):
+        record(client, replies, lambda body: True)
+    client.close()
+    if replies.faults:
+        raise RuntimeError(f"the unloaded service failed: {replies.faults[:3]}")
+    return percentiles(replies.seconds[3:])
+
+
+def flood(service: Running, images: np.ndarray, per_s: float, seconds: float) -> tuple[Replies, int, int]:
+    """The replies, and the replica's resident bytes once it is warm under this load and at its end."""
+    one = RawClient(service.url, CODEC, images, "reference")
+    _, _, expected = one.post()
+    one.close()
+    clients = [RawClient(service.url, CODEC, images, f"client-{i}") for i in range(CLIENTS)]
+    replies, warm = Replies(), []
+
+    def look() -> None:
+        time.sleep(WARM_SHARE * seconds)
+        warm.append(replica_rss(service))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    tail = expected[-images.nbytes :]  # the picture's bytes; the header before them carries figures of the request
+    open_loop(clients, per_s, seconds, replies, lambda body: body[-images.nbytes :] == tail)
+    looking.join()
+    after = replica_rss(service)
+    for client in clients:
+        client.close()
+    return replies, warm[0], after
+
+
+def replica_rss(service: Running) -> int:
+    """Resident bytes of all replicas."""
+    return sum(sample.rss for sample in samples(service.pid).values() if sample.role == "replica")
+
+
+if __name__ == "__main__":
+    show("overload", overload())
