@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-examples check format clean
+.PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak check format clean
 
 help:
 	@echo "make demo    start the service, discretize photographs, draw a picture, stop it"
 	@echo "make test    the tests"
 	@echo "make test-examples   those of the training examples, the slow ones too"
+	@echo "make test-load   the service on Ray under faults, chaos and overload, 15 min (DAT_CHAOS_S, DAT_OVERLOAD_S)"
+	@echo "make test-cluster   three hosts in network namespaces, as root, 4 min (DAT_CLUSTER_S)"
+	@echo "make test-fuzz   10,000 mutated requests and schemathesis, 15 min (DAT_FUZZ_N)"
+	@echo "make test-soak   half an hour of everything at once (DAT_SOAK_S)"
 	@echo "make check   lint, format, types, spelling, version"
 	@echo "make setup   .venv alone;  make format   mend style;  make clean   remove .venv"
 
@@ -30,6 +34,18 @@ test: $(INSTALLED)
 
 test-examples: $(INSTALLED)
 	$(BIN)/python -m pytest tests/examples -m 'slow or not slow'
+
+test-load: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m slow tests/service tests/load --ignore tests/load/test_soak.py
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m slow tests/cluster
+
+test-fuzz: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m slow tests/fuzz
+
+test-soak: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m slow tests/load/test_soak.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    command: Sequence[str], url: str = "", *, env: Mapping[str, str] | None = None, within_s: float = 180
+    command: Sequence[str], url: str = "", *, env: Mapping[str, str] | None = None, within_s: float = 300
 ) -> Iterator[Running]:
     """A process that writes a line beginning with "ready"; ended with SIGINT, and killed where that takes 60 s.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(help="Benchmarks: codec, service.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Benchmarks: codec, service, client.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 # flags go through untouched, --help too
 THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -30,5 +30,13 @@ def service(context: typer.Context) -> None:
     except ModuleNotFoundError as error:
         typer.echo(f"dat bench service: {error}; pip install 'dat-service[bench]'", err=True)
         raise typer.Exit(1) from None
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command("client", context_settings=THROUGH, add_help_option=False)
+def client(context: typer.Context) -> None:
+    """Where the time of a call goes: client, network, queue, codec, the rest of the server."""
+    from dat_service.bench.client import main
 
     raise typer.Exit(main(context.args))

@@ -58,4 +58,4 @@ def test_many_requests_of_every_operation(arguments: list[str]) -> None:
         seen = examine(service.url, EXAMPLES)
     print("\nschemathesis, by status:", dict(sorted(seen.items())))
     assert seen[200] > 0
-    assert seen.total() > 10 * EXAMPLES
+    assert seen.total() > 4 * EXAMPLES
