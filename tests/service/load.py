@@ -1,4 +1,4 @@
-"""Threads that send requests without pause, with no retry of any kind, and keep what came back."""
+"""Threads that send requests, with no retry of any kind, and keep what came back."""
 
 from __future__ import annotations
 
@@ -53,8 +53,11 @@ def ask(
 
 
 @contextmanager
-def load(url: str, codec: str, images: np.ndarray, threads: int = 4) -> Iterator[Load]:
-    """Sends `images` from so many connections until the block ends."""
+def load(url: str, codec: str, images: np.ndarray, threads: int = 4, pause_s: float = 0.05) -> Iterator[Load]:
+    """Sends `images` from so many connections until the block ends.
+
+    With pauses: what is started meanwhile needs the machine's cores too.
+    """
     parts = urlsplit(url)
     body, headers = infer_body(images)
     path = f"{parts.path}/v2/models/{codec}/infer"
@@ -72,7 +75,7 @@ def load(url: str, codec: str, images: np.ndarray, threads: int = 4) -> Iterator
                 seen.results.append((time.monotonic(), f"{type(error).__name__}: {error}", "", b""))
                 connection.close()
                 connection = None
-                end.wait(0.05)
+            end.wait(pause_s)
         if connection is not None:
             connection.close()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dat_service.gather import NAMESPACE, Gather
+from dat_service.gather import Gather
 from dat_service.metrics import Metrics, merged, render
 
 Samples = dict[tuple[str, str], float]  # by name and replica
@@ -70,60 +69,6 @@ def test_replicas_are_merged_into_one_family_each() -> None:
     assert text.count("# TYPE dat_images_total ") == 1
     _, again = parsed(one.families())  # merging has changed nothing of theirs
     assert {replica for _, replica in again} == {"r1"}
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def images_when(gather: Gather, expected: set[str]) -> Samples:
-    """A scrape's samples, once it shows these replicas and no others."""
-
-    async def ask() -> Samples:
-        for _ in range(600):
-            _, samples = parsed(await gather.families())
-            if {replica for _, replica in samples} == expected:
-                return samples
-            await asyncio.sleep(0.1)
-        pytest.fail(f"only {samples.keys()}")
-
-    return asyncio.run(ask())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray")
-def test_any_replica_answers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    one, two = busy("r1", 3), busy("r2", 4)
-    gathers = [Gather(metrics, "app") for metrics in (one, two)]
-    try:
-        for gather in gathers:
-            samples = images_when(gather, {"r1", "r2"})
-            assert samples["dat_images_total/plain", "r1"] == 3
-            assert samples["dat_images_total/plain", "r2"] == 4
-        one.answered("plain", 10, 0.0, None)
-        assert images_when(gathers[0], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # its own, as they stand
-        assert images_when(gathers[1], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # and from then on
-        # the actor dies: it is made again
-        board = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
-        ray.kill(board)
-        for gather in gathers:
-            images_when(gather, {"r1", "r2"})
-        again = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
-        assert again._actor_id != board._actor_id
-        # another application's are its own
-        other = Gather(busy("r3", 1), "other app")
-        images_when(other, {"r3"})
-        other.stop()
-    finally:
-        for gather in gathers:
-            gather.stop()
 
 
 def test_board_forgets_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,70 @@
+"""Metrics of several replicas by a real actor, in a process: python -m tests.service.test_gather_on_ray"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dat_service.gather import NAMESPACE, Gather
+from tests.conftest import ROOT
+from tests.service.test_metrics import Samples, busy, parsed
+
+
+@pytest.mark.slow
+def test_any_replica_answers_for_all() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "made again" in done.stdout
+
+
+def when(gather: Gather, expected: set[str]) -> Samples:
+    """A scrape's samples, once it shows these replicas and no others."""
+
+    async def ask() -> Samples:
+        for _ in range(600):
+            _, samples = parsed(await gather.families())
+            if {replica for _, replica in samples} == expected:
+                return samples
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"only {samples.keys()}")
+
+    return asyncio.run(ask())
+
+
+def main() -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    one, two = busy("r1", 3), busy("r2", 4)
+    gathers = [Gather(one, "app"), Gather(two, "app")]
+    other = Gather(busy("r3", 1), "other app")
+    try:
+        for gather in gathers:
+            samples = when(gather, {"r1", "r2"})
+            assert samples["dat_images_total/plain", "r1"] == 3
+            assert samples["dat_images_total/plain", "r2"] == 4
+        one.answered("plain", 10, 0.0, None)
+        assert when(gathers[0], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # its own, as they stand
+        assert when(gathers[1], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # and from then on
+        when(other, {"r3"})
+        board = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
+        ray.kill(board)
+        for gather in gathers:
+            when(gather, {"r1", "r2"})
+        assert ray.get_actor(gathers[0].name, namespace=NAMESPACE)._actor_id != board._actor_id
+        print("made again")
+    finally:
+        for gather in (*gathers, other):
+            gather.stop()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
