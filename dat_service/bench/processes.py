@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -199,9 +199,8 @@ class CpuShare:
         self.share = 1 - idle / total if total > 0 else 0.0
 
 
-def wait_until(true: object, within_s: float, what: str) -> None:
+def wait_until(true: Callable[[], bool], within_s: float, what: str) -> None:
     """Polls `true()`; raises TimeoutError with `what` when it stays false."""
-    assert callable(true)
     deadline = time.monotonic() + within_s
     while not true():
         if time.monotonic() > deadline:

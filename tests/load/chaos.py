@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from dat_service.bench.processes import Running, dat_serve, in_role
+from dat_service.bench.processes import Running, dat_serve, in_role, wait_until
 from tests.load.answers import SERVE, answers
 from tests.load.traffic import Traffic, show
 
@@ -34,43 +34,52 @@ def chaos(seconds: float = SECONDS) -> dict[str, Any]:
 
 def kill(service: Running, seconds: float) -> dict[str, int]:
     """Kills for so long; how many of which role were."""
-    killed = {"replica": 0, "haproxy": 0, "proxy": 0}
+    killed = {"replica": 0, "put off": 0, "haproxy": 0, "proxy": 0}
     began = time.monotonic()
     once = {"haproxy": began + seconds / 3, "proxy": began + 2 * seconds / 3}
     due = began + EVERY_S
     while time.monotonic() < began + seconds:
         now = time.monotonic()
         if now >= due:
-            killed["replica"] += kill_one(service, "replica")
+            done = len(serving(service)) > 1 and kill_one(service, "replica")
+            killed["replica" if done else "put off"] += 1
             due += EVERY_S
         for role in [role for role, at in once.items() if now >= at]:
-            done = kill_one(service, role)
-            killed[role] += done
-            if done:
+            if kill_one(service, role):
+                killed[role] += 1
                 del once[role]
         time.sleep(0.1)
     return killed
 
 
-def kill_one(service: Running, role: str) -> int:
-    """SIGKILL to the oldest of that role, which surely serves; 0 where there is none at this moment."""
+def kill_one(service: Running, role: str) -> bool:
+    """SIGKILL to the oldest of that role, which surely serves; False where there is none at this moment."""
     try:
         oldest = min(in_role(service.pid, role), key=lambda process: process.create_time(), default=None)
         if oldest is not None:
             oldest.kill()
-            return 1
+            return True
     except psutil.NoSuchProcess:
         pass
-    return 0
+    return False
 
 
-def wait_for_all(service: Running, within_s: float = 120) -> None:
-    """Returns when there are as many replicas as asked for again."""
-    deadline = time.monotonic() + within_s
-    while len(in_role(service.pid, "replica")) < REPLICAS:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(in_role(service.pid, 'replica'))} of {REPLICAS} replicas came back")
-        time.sleep(0.5)
+def serving(service: Running) -> list[psutil.Process]:
+    """Replicas that have their codec; Ray shows in a process's title what its actor is doing."""
+    return [process for process in in_role(service.pid, "replica") if "initialize" not in title(process)]
+
+
+def title(process: psutil.Process) -> str:
+    """The process's title; of one that has gone, that it initializes."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "initialize"
+
+
+def wait_for_all(service: Running, within_s: float = 300) -> None:
+    """Returns when as many replicas as asked for serve again."""
+    wait_until(lambda: len(serving(service)) >= REPLICAS, within_s, f"{REPLICAS} replicas serve again")
 
 
 if __name__ == "__main__":
