@@ -113,6 +113,11 @@ def status_of(error: Exception) -> int:
             return 500
 
 
+def reason_of(error: Exception) -> str | None:
+    """Why a request was refused, for the metrics, where the status alone does not say it."""
+    return "unhealthy" if isinstance(error, Unhealthy | OutOfMemory) else None
+
+
 async def on_error(request: Request, error: Exception) -> Response:
     """OIP's error body, with the offending field, value and limit where they are known."""
     status = status_of(error)
@@ -137,7 +142,7 @@ async def on_error(request: Request, error: Exception) -> Response:
             message = f"internal error: {type(error).__name__}"
     if not isinstance(error, ClientDisconnect):
         request.state.refusal = message  # for the audit; not the error, which holds the body by its traceback
-        request.state.reason = "unhealthy" if isinstance(error, Unhealthy | OutOfMemory) else None
+        request.state.reason = reason_of(error)
     field, value, limit = (getattr(error, name, None) for name in ("field", "value", "limit"))
     body = wire.encode_error(message, field, value, limit)
     return Response(body, status, headers, media_type="application/json")

@@ -57,28 +57,31 @@ async def read_body(
     """The whole body in one buffer of the announced `length`; no chunk is ever joined to another.
 
     Without a length `grow` is told of each chunk's bytes before they are kept. Raises TooLarge, and MalformedBody
-    for a body that is silent for `timeout_s` or takes longer than that and a second a megabyte.
+    for a body that is silent for `timeout_s`, or takes longer than that and a second for each megabyte that came.
     """
-    total_s = (max_bytes if length is None else length) / SLOWEST_BYTES_PER_S + timeout_s
     try:
         async with asyncio.timeout(timeout_s) as limit:
-            body = await _read(request, length, max_bytes, grow, Patience(limit, timeout_s, total_s))
+            body = await _read(request, length, max_bytes, grow, Patience(limit, timeout_s))
             request.state.body_bytes = len(body)  # for the metrics
             return body
     except TimeoutError:
-        late = f"silent for {timeout_s:.3g} s, or not whole after {total_s:.3g} s"
+        late = f"silent for {timeout_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that"
         raise MalformedBody("the body came too slowly", "body", late, "send it faster or smaller", 408) from None
 
 
 class Patience:
-    """Puts a timeout off by `silent_s` whenever something moves, but never beyond `total_s` from now."""
+    """Puts a timeout off by `silent_s` whenever something moves, and not beyond what the bytes received may take.
 
-    def __init__(self, limit: asyncio.Timeout, silent_s: float, total_s: float) -> None:
+    By what was received, not by what was announced: who trickles holds its bytes for hardly more than `silent_s`.
+    """
+
+    def __init__(self, limit: asyncio.Timeout, silent_s: float) -> None:
         self.limit, self.silent_s = limit, silent_s
         self.clock = asyncio.get_running_loop().time
-        self.end = self.clock() + total_s
+        self.end = self.clock() + silent_s
 
-    def renew(self) -> None:
+    def renew(self, nbytes: int) -> None:
+        self.end += nbytes / SLOWEST_BYTES_PER_S
         self.limit.reschedule(min(self.clock() + self.silent_s, self.end))
 
 
@@ -92,7 +95,7 @@ async def _read(
                 raise TooLarge("body", f"more than {len(grown)} bytes", f"at most {max_bytes} bytes")
             grow(len(chunk))
             grown += chunk
-            patience.renew()
+            patience.renew(len(chunk))
         return memoryview(grown)
     # not a bytearray: that would be filled with zeros, and so take memory for bytes that never come
     body = np.empty(length, np.uint8).data
@@ -102,7 +105,7 @@ async def _read(
             raise MalformedBody("too long", "body", f"{at + len(chunk)} bytes", f"Content-Length says {length}")
         body[at : at + len(chunk)] = chunk
         at += len(chunk)
-        patience.renew()
+        patience.renew(len(chunk))
     if at != length:
         raise MalformedBody("truncated", "body", f"{at} bytes", f"Content-Length says {length}")
     return body
@@ -160,13 +163,14 @@ class BuffersResponse(Response):
         headers: dict[str, str],
         done: Callable[[], None],
         timeout_s: float,
+        media_type: str | None = None,
     ) -> None:
         self.done = done
         self.buffers = buffers
         size = sum(len(b) for b in buffers)
         self.within_s = timeout_s + size / SLOWEST_BYTES_PER_S
         kind = "application/octet-stream" if len(buffers) > 1 else "application/json"
-        super().__init__(status_code=200, media_type=kind, headers=headers)
+        super().__init__(status_code=200, media_type=media_type or kind, headers=headers)
         self.headers["content-length"] = str(size)
 
     def __del__(self) -> None:

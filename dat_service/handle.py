@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import dat_client.wire as wire
-from dat_service.app import status_of
+from dat_service.app import reason_of, status_of
 from dat_service.inference import Caller, infer
 from dat_service.logs import REQUEST_ID
 from dat_service.observe import REASONS
@@ -103,7 +103,8 @@ def refusal(error: Exception) -> dict[str, Any]:
         message = f"internal error: {type(error).__name__}"
     said = {name: getattr(error, name, None) for name in ("field", "value", "limit")}
     retry_after_s = getattr(error, "retry_after_s", 1) if status == 503 else None
-    return {"status": status, "error": message, **said, "retry_after_s": retry_after_s}
+    reason = reason_of(error)
+    return {"status": status, "error": message, **said, "retry_after_s": retry_after_s, "reason": reason}
 
 
 def count(worker: CodecWorker, payload: dict[str, Any], said: dict[str, Any], seconds: float) -> None:
@@ -115,7 +116,7 @@ def count(worker: CodecWorker, payload: dict[str, Any], said: dict[str, Any], se
         status = said["error"]["status"]
         metrics.request(status, 0, 0, None)
         if status in REASONS:
-            metrics.refused(REASONS[status])
+            metrics.refused(said["error"]["reason"] or REASONS[status])
         return
     received, sent = (sum(map(size, arrays.values())) for arrays in (payload["inputs"], said["outputs"]))
     metrics.request(200, received, sent, seconds)

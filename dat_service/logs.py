@@ -13,18 +13,18 @@ REQUEST_ID: ContextVar[str] = ContextVar("dat_request_id", default="")
 
 
 def configure(form: str, level: str) -> None:
-    """Sends the logger `dat_service`, and nobody else's, to stderr; `form` is `text` or `json`.
+    """Sends the loggers `dat_service` and `dat_workers`, and nobody else's, to stderr; `form` is `text` or `json`.
 
     A record's fields are what `extra={"fields": {...}}` gives. May be called again.
     """
     handler = Stderr()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
-    logger = logging.getLogger("dat_service")
-    for old in [h for h in logger.handlers if isinstance(h, Stderr)]:
-        logger.removeHandler(old)
-    logger.addHandler(handler)
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for logger in map(logging.getLogger, ("dat_service", "dat_workers")):
+        for old in [h for h in logger.handlers if isinstance(h, Stderr)]:
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+        logger.propagate = False
 
 
 class Stderr(logging.StreamHandler[TextIO]):

@@ -149,5 +149,8 @@ def render(families: list[Metric], accept: str) -> tuple[bytes, str]:
         def collect(self) -> list[Metric]:
             return families
 
-    encode, media_type = choose_encoder(accept)
+    try:
+        encode, media_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version in it that is none
+        encode, media_type = choose_encoder("")
     return encode(Collected()), media_type

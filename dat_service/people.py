@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 
-from dat_service.body import announced_length, read_body, while_connected
+from dat_service.body import BuffersResponse, announced_length, read_body, while_connected
 from dat_service.inference import Caller, compute
 from dat_service.protocol import caller_of
 from dat_service.security import require_key
@@ -45,23 +46,28 @@ async def reconstruct(request: Request) -> Response:
     settings = worker.settings
     length = announced_length(request, settings.max_body_bytes)
     caller = caller_of(request, time.monotonic())
-    with worker.admit(caller.flow, length or 0) as place:
+    with ExitStack() as held:
+        place = held.enter_context(worker.admit(caller.flow, length or 0))
         body = await read_body(
             request, length, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s, grow=place.grow
         )
-        png = await while_connected(request, reconstruct_png(worker, bytes(body), caller, place))
-    return Response(png, media_type="image/png", headers={"x-codec": settings.codec})
+        png = await while_connected(request, reconstruct_png(worker, body, caller, place))
+        done = held.pop_all().close  # when the picture is out, as for `infer`
+    return BuffersResponse([png], {"x-codec": settings.codec}, done, settings.body_timeout_s, "image/png")
 
 
-async def reconstruct_png(worker: CodecWorker, encoded: bytes, caller: Caller, place: Place) -> bytes:
+async def reconstruct_png(worker: CodecWorker, encoded: memoryview, caller: Caller, place: Place) -> bytes:
     """PNG of Q(x) for one encoded picture."""
     discretizer = worker.discretizer
     assert discretizer is not None
 
     def prepare() -> Work:
-        picture = decode_picture(encoded, max_pixels=worker.settings.max_image_pixels, field="body", upright=True)
+        picture = decode_picture(
+            bytes(encoded), max_pixels=worker.settings.max_image_pixels, field="body", upright=True
+        )
         place.grow(3 * picture.nbytes)  # the picture, Q(x) and its PNG
         return discretizer.work(picture[None])
 
     result = await compute(worker, await worker.aside(prepare), caller)
+    worker.metrics.answered("plain", 1, result.queue_s, None)
     return await worker.aside(lambda: encode_png(result.outputs["reconstruction"][0]))

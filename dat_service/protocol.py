@@ -206,7 +206,9 @@ async def decode(worker: CodecWorker, body: memoryview, header_length: str | Non
     def parse() -> wire.Request:
         return wire.decode_request(body, header_length, max_strings=settings.max_images)
 
-    return parse() if json_bytes <= SMALL_JSON else await worker.aside(parse)
+    # encoded pictures are copied out of the body
+    quick = json_bytes <= SMALL_JSON and b"BYTES" not in body[:json_bytes].tobytes()
+    return parse() if quick else await worker.aside(parse)
 
 
 async def encode(worker: CodecWorker, asked: wire.Request, answer: Answer) -> wire.Encoded:

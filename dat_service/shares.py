@@ -26,9 +26,20 @@ class Shares:
         own, free = self._flows.get(flow, 0), self.capacity - self.held
         if amount > free or (own and own + amount > free):
             return False
-        self.held += amount
-        self._flows[flow] = own + amount
+        self._hold(flow, amount)
         return True
+
+    def change(self, flow: str, old: int, new: int) -> bool:
+        """Holds `new` instead of `old` that was taken, judged as if it were taken anew; or leaves all as it is."""
+        self.give(flow, old)
+        if self.take(flow, new):
+            return True
+        self._hold(flow, old)
+        return False
+
+    def _hold(self, flow: str, amount: int) -> None:
+        self.held += amount
+        self._flows[flow] = self._flows.get(flow, 0) + amount
 
     def give(self, flow: str, amount: int) -> None:
         """Lets go of `amount` that was taken."""

@@ -42,7 +42,7 @@ class CodecWorker:
         self.discretizer: Discretizer | None = None
         self.places = Shares(settings.max_requests)
         self.bytes = Shares(settings.max_held_bytes)
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a response that garbage collection ends closes its place, wherever that is
         wait_ms = settings.max_wait_ms
         self.batcher = Batcher(
             max_wait_s=None if wait_ms is None else wait_ms / 1000,
@@ -50,6 +50,7 @@ class CodecWorker:
             watchdog_s=settings.watchdog_s,
             on_batch=self.metrics.batch,
         )
+        self._stopped = False
         self._aside = ThreadPoolExecutor(ASIDE_THREADS, thread_name_prefix="aside")
 
     def load(self) -> None:
@@ -79,7 +80,7 @@ class CodecWorker:
     @property
     def ready(self) -> bool:
         """Whether a request would be answered now."""
-        return self.discretizer is not None and self.healthy
+        return self.discretizer is not None and self.healthy and not self._stopped
 
     @property
     def queued_images(self) -> int:
@@ -99,7 +100,8 @@ class CodecWorker:
     def admit(self, flow: str, nbytes: int) -> Place:
         """A place and so many bytes for a request of a flow. Raises Full, or Unhealthy where nothing is served."""
         if not self.ready:
-            raise Unhealthy(self.why_unhealthy or "the codec is not loaded")
+            why = "the service is shutting down" if self._stopped else "the codec is not loaded"
+            raise Unhealthy(self.why_unhealthy or why)
         with self.lock:
             if not self.places.take(flow, 1):
                 raise Full(f"{self.held} requests are held", f"at most {self.places.capacity}, in fair shares", 1)
@@ -121,9 +123,9 @@ class CodecWorker:
 
     def stop(self) -> None:
         """Ends the threads once their present task is done; what waits is refused."""
+        self._stopped = True
         self.batcher.stop()
         self._aside.shutdown(wait=False, cancel_futures=True)
-        self.discretizer = None
 
 
 class Place:
@@ -135,15 +137,20 @@ class Place:
         self.open = True
 
     def grow(self, nbytes: int) -> None:
-        """Holds so many bytes more. Raises Full, and TooLarge where the whole capacity would not do."""
+        """Holds so many bytes more. Raises Full, and TooLarge where the whole capacity would not do.
+
+        RuntimeError once the place is closed: a thread may go on with a request whose client has left.
+        """
         with self.worker.lock:
-            shares = self.worker.bytes
-            if self.nbytes + nbytes > shares.capacity:
-                raise TooLarge("request", f"{self.nbytes + nbytes} bytes", f"at most {shares.capacity} bytes held")
-            if not shares.take(self.flow, nbytes):
+            if not self.open:
+                raise RuntimeError("the request has left its place")
+            shares, total = self.worker.bytes, self.nbytes + nbytes
+            if total > shares.capacity:
+                raise TooLarge("request", f"{total} bytes", f"at most {shares.capacity} bytes held")
+            if not shares.change(self.flow, self.nbytes, total):  # its own bytes do not stand in its way
                 held = f"{shares.held} bytes are held and {nbytes} more wanted"
                 raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
-            self.nbytes += nbytes
+            self.nbytes = total
 
     def close(self) -> None:
         with self.worker.lock:

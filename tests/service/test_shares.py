@@ -45,15 +45,20 @@ def test_places_and_bytes_of_a_worker() -> None:
         with worker.admit("a", mib) as place:
             place.grow(mib)
             assert (worker.held, worker.held_bytes) == (1, 2 * mib)
+            place.grow(2 * mib)  # its own bytes do not stand in its way
+            assert worker.held_bytes == 4 * mib
             with pytest.raises(Full, match="bytes are held"):
-                place.grow(mib + 1)
+                worker.admit("a", 1)
             with pytest.raises(TooLarge, match="at most 4194304 bytes"):
-                place.grow(3 * mib)
-            with pytest.raises(Full):
-                worker.admit("b", 2 * mib + 1)
+                place.grow(1)
+        with worker.admit("a", 2 * mib) as place:
             with worker.admit("b", mib):
                 assert worker.held == 2
+            with pytest.raises(Full):
+                worker.admit("b", 2 * mib + 1)
             place.close()
+            with pytest.raises(RuntimeError, match="left its place"):
+                place.grow(1)
         assert (worker.held, worker.held_bytes) == (0, 0)
     finally:
         worker.stop()

@@ -53,6 +53,20 @@ def test_a_pause_saves_nothing_up() -> None:
     assert abs(counts["busy"] - counts["late"]) <= 8
 
 
+def test_a_new_name_each_time_gains_nothing() -> None:
+    queue = FairQueue[str]()
+    queue.push(entry("bulk", 10_000))
+    bulk = 0
+    for i in range(400):
+        queue.push(entry(f"fresh {i}", 1))
+        taken = queue.take("g", 1)
+        assert taken is not None
+        bulk += taken[0].flow == "bulk"
+    # each fresh name is a client of its own while it waits; of those that wait the bulk is one
+    assert bulk >= 10
+    assert len(queue._flows) <= 2 + queue.rows
+
+
 def test_a_large_entry_is_split_and_groups_are_kept_apart() -> None:
     queue = FairQueue[str]()
     queue.push(entry("a", 10, "x"))

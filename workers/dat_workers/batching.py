@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +23,7 @@ from dat_workers.recovery import is_lost, run_in_parts
 from dat_workers.transfer import Array, Job
 from dat_workers.work import Work
 
-log = logging.getLogger("dat_service")
+log = logging.getLogger("dat_workers")
 
 OnBatch = Callable[[int, int, float], None]
 
@@ -56,7 +58,7 @@ class Batcher:
         self._stopping = False
         self._touched = 0.0  # when a batch was last handed over or came back
         self._landed_at = 0.0
-        self._seconds_per_cost: float | None = None
+        self._seconds = self._cost = 0.0  # of late batches, decaying: their ratio is the codec's speed
         self._discretizer: Discretizer
 
     def start(self, make: Callable[[], Discretizer]) -> Discretizer:
@@ -98,7 +100,9 @@ class Batcher:
             entry = Entry(flow, work.task, work.rows, work.task.cost, request, now)
             self._queue.push(entry)
             self._changed.notify_all()
-        request.future.add_done_callback(lambda _: self._remove(entry))
+        # weak: a future keeps its callbacks, and they would keep the request, in a circle, until it is collected
+        waiting = weakref.ref(entry)
+        request.future.add_done_callback(lambda _: self._remove(waiting()))
         return request.future
 
     def stop(self) -> None:
@@ -114,14 +118,18 @@ class Batcher:
             raise Unhealthy(self.why_unhealthy or "the service is shutting down")
 
     def _wait_s(self, flow: str, cost: float) -> float:
-        if self._seconds_per_cost is None:
-            return 0.0
         flying = sum(batch.cost for batch in self._flying)
         return (flying + self._queue.cost_before(flow, cost)) * self._seconds_per_cost
 
-    def _remove(self, entry: Entry[Request]) -> None:
-        with self._changed:
-            self._queue.remove(entry)
+    @property
+    def _seconds_per_cost(self) -> float:
+        """Of many batches and not the mean of their ratios: tiny images take their time without costing much."""
+        return self._seconds / self._cost if self._cost else 0.0
+
+    def _remove(self, entry: Entry[Request] | None) -> None:
+        if entry is not None:
+            with self._changed:
+                self._queue.remove(entry)
 
     def _main(self, make: Callable[[], Discretizer], made: Future[Discretizer]) -> None:
         try:
@@ -143,31 +151,38 @@ class Batcher:
             for made in discretizer.stream(self._jobs(discretizer)):
                 self._deliver(self._flying[0], made)
                 self._landed()
+                del made  # while the thread waits it holds nothing of the last batch
+            return
         except Exception as error:
-            if is_lost(error):
-                self._lose(f"the device is lost: {error}")
-                return
-            while self._flying:  # the results of all of them are gone; the first is not always the one that failed
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch that failed
+            failed = error.with_traceback(None)
+        if is_lost(failed):
+            self._lose(f"the device is lost: {failed}")
+            return
+        while self._flying:  # the results of all of them are gone; the first is not always the one that failed
+            self._touched = time.monotonic()
+            batch = self._flying[0]
+            for pieces, outcome in run_in_parts(discretizer, batch.pieces, failed):
                 self._touched = time.monotonic()
-                batch = self._flying[0]
-                for pieces, outcome in run_in_parts(discretizer, batch.pieces, error):
-                    self._touched = time.monotonic()
-                    if is_lost(outcome):
-                        self._lose(f"the device is lost: {outcome}")
-                        return
-                    if isinstance(outcome, Exception):
-                        for piece in pieces:
-                            settle(piece.request.future, outcome)
-                    else:
-                        self._deliver(Batch(pieces, batch.capacity, batch.started), outcome)
-                with self._changed:
-                    self._flying.popleft()
+                if is_lost(outcome):
+                    self._lose(f"the device is lost: {outcome}")
+                    return
+                if isinstance(outcome, Exception):
+                    for piece in pieces:
+                        settle(piece.request.future, outcome)
+                else:
+                    self._deliver(Batch(pieces, batch.capacity, batch.started), outcome)
+            with self._changed:
+                self._flying.popleft()
 
     def _jobs(self, discretizer: Discretizer) -> Iterator[Job | None]:
         while True:
             batch = self._next(discretizer)
             if batch is not None:
-                yield joint(batch.pieces, discretizer.compute(batch.pieces[0].request.work.task))
+                job = joint(batch.pieces, discretizer.compute(batch.pieces[0].request.work.task))
+                batch = None  # while the thread waits it holds nothing of the last batch
+                yield job
+                del job
             elif self._flying:
                 yield None
             else:
@@ -233,20 +248,17 @@ class Batcher:
 
     def _landed(self) -> None:
         with self._changed:
-            if not self._flying:  # the watchdog has given it up
-                return
             batch = self._flying.popleft()
             now = time.monotonic()
             seconds = now - max(batch.started, self._landed_at)
             self._touched = self._landed_at = now
-            measured = seconds / batch.cost
-            old = self._seconds_per_cost
-            self._seconds_per_cost = measured if old is None else 0.8 * old + 0.2 * measured
+            self._seconds = 0.8 * self._seconds + seconds
+            self._cost = 0.8 * self._cost + batch.cost
         self._on_batch(batch.rows, batch.capacity, seconds)
 
     def _lose(self, why: str) -> None:
         with self._changed:
-            if self.why_unhealthy or self._stopping:
+            if self.why_unhealthy:
                 return
             log.critical("%s; this replica answers nothing more", why)
             self.why_unhealthy = why
@@ -256,13 +268,16 @@ class Batcher:
             self._changed.notify_all()
 
     def _watch(self) -> None:
-        while not (self._stopping or self.why_unhealthy):
+        while not (self.why_unhealthy or (self._stopping and not self._flying)):
+            time.sleep(min(1.0, self._watchdog_s / 4))
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping, min(1.0, self._watchdog_s / 4))
-                late_s = time.monotonic() - self._touched if self._flying else 0.0
-                if late_s > self._watchdog_s:
-                    rows = self._flying[0].rows
-                    self._lose(f"the engine hangs: {rows} images are not done after {late_s:.1f} s")
+                if not self._flying:
+                    continue
+                batch = self._flying[0]
+                late_s = time.monotonic() - self._touched
+                # a large batch of a slow engine has its time
+                if late_s > max(self._watchdog_s, 4 * batch.cost * self._seconds_per_cost):
+                    self._lose(f"the engine hangs: {batch.rows} images are not done after {late_s:.1f} s")
 
 
 def whole_seconds(seconds: float) -> int:

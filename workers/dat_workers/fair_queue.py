@@ -1,9 +1,10 @@
 """Who is next: start-time fair queueing of rows between flows (Goyal, Vin and Cheng, SIGCOMM 1996).
 
 Each flow (a client) has a tag, the virtual time at which its next row may start; taking rows moves it on by their
-cost. The flow with the smallest tag is next, and virtual time is the tag of whoever was served last, so a flow that
-comes back from a pause has saved nothing up. With n flows that always wait each gets 1/n of the codec, whatever
-the sizes and numbers of their requests.
+cost. The flow with the smallest tag is next. Virtual time goes on by what each of the waiting flows was due, and is
+never behind who was served last: a flow that comes back from a pause has saved nothing up, and one that takes a
+new name each time gains nothing. With n flows that always wait each gets 1/n of the codec, whatever the sizes and
+numbers of their requests.
 """
 
 from __future__ import annotations
@@ -79,13 +80,15 @@ class FairQueue(Generic[T]):
 
     def take(self, group: Hashable, room: int) -> tuple[Entry[T], int] | None:
         """At most `room` rows of the group's next entry: the entry, and how many; None where none waits."""
-        for flow in sorted((f for f in self._flows.values() if f.entries), key=lambda flow: flow.tag):
+        waiting = sorted((f for f in self._flows.values() if f.entries), key=lambda flow: flow.tag)
+        for flow in waiting:
             entry = next((e for e in flow.entries if e.group == group), None)
             if entry is not None:
                 count = min(room, entry.rows)
                 entry.rows -= count
-                self._now = max(self._now, flow.tag)
-                flow.tag += count * entry.row_cost
+                cost = count * entry.row_cost
+                self._now = max(self._now + cost / len(waiting), flow.tag)
+                flow.tag += cost
                 if not entry.rows:
                     flow.entries.remove(entry)
                 self._forget()

@@ -11,21 +11,24 @@ from dat_workers.errors import OutOfMemory
 from dat_workers.pieces import Piece, joint
 from dat_workers.transfer import Array
 
+# by their words, for ONNX Runtime's exceptions are no RuntimeErrors
+LOST = ("CUDA error", "CUDA failure")
+NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def is_lost(error: object) -> bool:
     """Whether nothing more can be computed on this device: CUDA's errors stay, its lack of memory passes."""
-    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+    if not isinstance(error, Exception) or is_out_of_memory(error):
         return False
     lost = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, lost) or "CUDA error" in str(error)
+    return isinstance(error, lost) or any(said in str(error) for said in LOST)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the GPU or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    return any(said in str(error) for said in NO_MEMORY)
 
 
 def run_in_parts(

@@ -43,7 +43,10 @@ def through(
     for job in jobs:
         if job is not None:
             given = {name: joined(parts, device) for name, parts in job.arrays.items()}
-            yield {name: tensor.cpu().numpy() for name, tensor in job.compute(given).items()}
+            made = {name: tensor.cpu().numpy() for name, tensor in job.compute(given).items()}
+            del job, given  # whoever takes the result may be long in asking for the next
+            yield made
+            del made
 
 
 def _overlapped(device: torch.device, jobs: Iterable[Job | None]) -> Iterator[dict[str, Array]]:
@@ -79,6 +82,7 @@ def _overlapped(device: torch.device, jobs: Iterable[Job | None]) -> Iterator[di
                 results[name].copy_(tensor, non_blocking=True)
             landed = down.record_event()
         landing, flying = flying, (results, landed)
+        del job, given, made, results
         if landing is not None:
             yield landed_arrays(*landing)
     if flying is not None:
