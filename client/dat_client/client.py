@@ -37,8 +37,8 @@ class Client:
         with Client("http://codec:8000", codec="tiny-f8") as client:
             q = client.discretize(images)                # q.reconstruction is Q(x)
 
-    Q is a pure function, so a request that was lost (connection refused or reset, short reply, 5xx, 429) is
-    repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
+    Q is a pure function, so a request that was lost (connection refused or reset, short reply, 408, 429, 5xx)
+    is repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
     `timeout_s`. Answers from other weights than before give the warning CodecChanged.
 
     Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their

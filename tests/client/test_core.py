@@ -136,6 +136,7 @@ def test_ids_are_never_given_twice(images):
         (401, {}, Unauthorized),
         (403, {}, Unauthorized),
         (404, {}, UnknownCodec),
+        (408, {}, Unavailable),
         (413, {}, TooLarge),
         (422, {}, InvalidRequest),
         (429, {}, Overloaded),
