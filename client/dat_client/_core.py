@@ -259,7 +259,7 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now_s
-        except ValueError:
+        except (ValueError, OverflowError):  # a year or a zone of twenty digits
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
