@@ -145,6 +145,15 @@ def test_wrong_arguments_are_refused_at_construction(arguments, field):
     assert "pw" not in str(caught.value)
 
 
+@pytest.mark.parametrize("timeout_s", [1e7, 1e11, 1e300, 10**400])
+def test_a_timeout_may_be_as_long_as_it_likes(server, images, timeout_s):
+    server.faults.append("status 503 0")
+    with Client(server.url, timeout_s=timeout_s, connect_timeout_s=timeout_s) as client:
+        assert np.array_equal(client.discretize(images, timeout_s=timeout_s).reconstruction, images)
+        assert client.live()
+        client.wait_ready(timeout_s)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
