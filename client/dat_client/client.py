@@ -166,11 +166,8 @@ class Client:
             ProtocolError: what answered does not speak the Open Inference Protocol.
         """
         self._check_open()
-        begun_s = time.perf_counter()
-        call = _core.discretize_call(
-            images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters
-        )
-        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
+        arguments = (images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters)
+        return self._answer(timeout_s, _core.discretize_call, *arguments)
 
     def submit(
         self,
@@ -216,9 +213,7 @@ class Client:
         `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
         """
         self._check_open()
-        begun_s = time.perf_counter()
-        call = _core.decode_call(indices, output_dtype, parameters)
-        return self._infer(call, timeout_s, time.perf_counter() - begun_s).reconstruction
+        return self._answer(timeout_s, _core.decode_call, indices, output_dtype, parameters).reconstruction
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -320,6 +315,12 @@ class Client:
                     min(self.max_connections, self.max_in_flight), thread_name_prefix="dat-client-part"
                 )
             return self._parts_executor.submit(function)
+
+    def _answer(self, timeout_s: float | None, make: Callable[..., Call], *arguments: Any) -> Discretized:
+        """The answer to `make(*arguments)`, also where the client was closed since it was asked for."""
+        begun_s = time.perf_counter()
+        call = make(*arguments)
+        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
 
     def _infer(self, call: Call, timeout_s: float | None, made_s: float) -> Discretized:
         """The answer to a call that was made, in `made_s`, just now."""
