@@ -103,7 +103,7 @@ class Client:
             self._closed.set()
         self._executor: ThreadPoolExecutor | None = None
         self._parts_executor: ThreadPoolExecutor | None = None
-        self._profiles: list[Profile] = []
+        self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without
         self._way: HttpWay | ServeWay = self._make_way()
         _clients.add(self)
 
@@ -227,12 +227,14 @@ class Client:
         Server-Timing its time is counted as the network's.
         """
         profile = Profile()
-        self._profiles.append(profile)
+        with self._lock:
+            self._profiles += (profile,)
         try:
             yield profile
         finally:
             profile.end()
-            self._profiles = [other for other in self._profiles if other is not profile]
+            with self._lock:
+                self._profiles = tuple(other for other in self._profiles if other is not profile)
 
     def metadata(self) -> dict[str, Any]:
         """What the server says of the codec: name, inputs, outputs (`GET /v2/models/{codec}`, OIP v2)."""

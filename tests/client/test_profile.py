@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -69,6 +72,23 @@ def test_profiles_may_overlap_and_be_empty(server, images):
     client._client.close()
     assert len(outer.calls) == len(inner.calls) == 1
     assert str(none).startswith("0 calls")
+
+
+def test_profiles_of_many_threads_do_not_lose_each_other(client):
+    def work(_: int) -> bool:
+        with client.profile() as profile:
+            return any(other is profile for other in client._profiles)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ExitStack() as others, ThreadPoolExecutor(8) as threads:
+            for _ in range(300):  # the more there are, the longer is one let go
+                others.enter_context(client.profile())
+            assert all(threads.map(work, range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not client._profiles
 
 
 def test_a_server_that_claims_more_time_than_there_was_makes_nothing_negative(images):
