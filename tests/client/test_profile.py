@@ -30,7 +30,6 @@ def test_a_call_is_split_by_what_the_server_says(client, server, images):
         assert (call.queue, call.codec) == (0.005, 0.02)
         assert call.server == pytest.approx(0.002)
         assert call.network >= 0.05 - 0.027
-        assert call.repeats < 0.02
     assert [call.images for call in profile.calls] == [4, 4, 4, 4, 1]
     assert profile.calls[0].sent > images.nbytes
     assert profile.calls[0].received > images.nbytes
@@ -95,7 +94,7 @@ def test_a_server_that_claims_more_time_than_there_was_makes_nothing_negative(im
     call = _core.discretize_call(images, None, "FP16", None, None, None, {})
     exchange = _core.Exchange(None, {"total": 9.0, "codec": 8.0}, 10.0, 2.0, 1, 1)  # type: ignore[arg-type]
     made = sample(call, exchange, 9.5, 3.0)
-    assert min(made) >= 0 if isinstance(made, tuple) else all(getattr(made, part) >= 0 for part in PARTS)
+    assert all(getattr(made, part) >= 0 for part in PARTS)
 
 
 @pytest.mark.parametrize("header", [None, "", "x", "a;dur=x", "a;dur=nan", ";;,,", "a;dur", "a;dur=1e999"])
