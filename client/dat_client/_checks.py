@@ -6,13 +6,16 @@ import math
 
 from .errors import InvalidRequest, shown
 
+#: Longer is as good as for ever, and poll(2) counts milliseconds in an int: 24 days.
+LONGEST_S = 1e6
+
 
 def positive(name: str, value: float) -> float:
-    """A finite number of seconds above 0; raises InvalidRequest."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+    """A finite number of seconds above 0, at most LONGEST_S of them; raises InvalidRequest."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         message = f"{name}: must be a finite number of seconds above 0, got {shown(value)}"
         raise InvalidRequest(message, field=name, value=value, limit="> 0")
-    return float(value)
+    return float(min(value, LONGEST_S))
 
 
 def whole(name: str, value: int, least: int, most: int | None = None) -> int:

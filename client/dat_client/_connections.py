@@ -42,8 +42,10 @@ class Connections:
 
     def __init__(self, url: str, *, connect_timeout_s: float, limit: int) -> None:
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port
         self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._port = parts.hostname or "", parts.port
+        if self._port is None:  # http.client would look for one in the host, and find that of ::1
+            self._port = HTTPConnection.default_port if self._context is None else HTTPSConnection.default_port
         self._connect_timeout_s = connect_timeout_s
         self._slots = threading.BoundedSemaphore(limit)
         self._idle: deque[HTTPConnection] = deque()  # its append and pop are atomic

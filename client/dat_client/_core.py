@@ -259,7 +259,7 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now_s
-        except ValueError:
+        except (ValueError, OverflowError):  # a year or a zone of twenty digits
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
@@ -284,7 +284,7 @@ def server_timing(value: str | None) -> dict[str, float]:
 
 
 def error_of(reply: Reply, url: str) -> DatError | None:
-    """The exception that an HTTP answer means, None for a 2xx: 4xx is wrong, 429 and 5xx may be repeated."""
+    """The exception that an HTTP answer means, None for a 2xx: 4xx is wrong; 408, 429 and 5xx may be repeated."""
     status = reply.status
     if 200 <= status < 300:
         return None
@@ -307,7 +307,7 @@ def error_from(status: int, message: str, said: wire.ErrorBody | None, after_s: 
     own = None if said is None else status
     if status == 429 or (status == 503 and after_s is not None):
         return Overloaded(message, cause=message, status=own, retry_after_s=after_s)
-    if status >= 500:
+    if status == 408 or status >= 500:
         return Unavailable(message, cause=message, status=own)
     if status in (401, 403):
         return Unauthorized(f"{message} (api_key)", status=status)

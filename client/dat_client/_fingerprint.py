@@ -24,4 +24,4 @@ class Watch:
             return
         self._told.add((last, fingerprint))
         message = f"codec {codec!r} changed: it answered with fingerprint {last} before, with {fingerprint} now"
-        warnings.warn(message, CodecChanged, stacklevel=4)  # the caller of discretize or decode
+        warnings.warn(message, CodecChanged, stacklevel=5)  # the caller of discretize or decode

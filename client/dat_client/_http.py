@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
@@ -31,6 +32,7 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  (raises for a bad one)
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise refuse(str(error)) from None
     if parts.scheme not in ("http", "https"):
@@ -41,6 +43,8 @@ def check_url(url: str) -> str:
         raise InvalidRequest("url: no user or password in it; use api_key", field="url", limit=limit)
     if parts.query or parts.fragment:
         raise refuse(f"no query and no fragment, must be {limit}")
+    if re.search(r"[\x00-\x20\x7f]", url) or not parts.path.isascii():
+        raise refuse("no blanks, and in the path only ASCII (percent-encode the rest)")
     return url.rstrip("/")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -53,11 +54,13 @@ def infer(
         return exchange
 
     pieces = cut(call, parts)
-    futures = [spawn(lambda rows=rows, part=part: ask(rows, part)) for rows, part in pieces]  # type: ignore[misc]
+    futures: list[Future[Exchange]] = []
     try:
+        for rows, part in pieces:
+            futures.append(spawn(functools.partial(ask, rows, part)))
         wait(futures, return_when=FIRST_EXCEPTION)
         failed = next((e for future in futures if future.done() and (e := future.exception())), None)
-    finally:  # also where this thread is interrupted: nobody waits for the others any more
+    finally:  # also where this thread is interrupted or gets no other: nobody waits for the others any more
         stop.set()
         for future in futures:
             future.cancel()

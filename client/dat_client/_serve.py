@@ -83,12 +83,13 @@ class ServeWay:
 
     def _call(self, what: str, payload: Mapping[str, Any], deadline: float, number: int) -> dict[str, Any]:
         ray, serve = _ray()
-        left_s = deadline - time.monotonic()
-        told = {"timeout_ms": max(1, int(left_s * 1000)), "attempt": number}
         try:
-            if self._handle is None:
-                self._handle = _handle(ray, serve, self._application)
-            response = self._handle.infer.remote({"what": what, **self._common, **payload, **told})
+            handle = self._handle  # another thread may take it away below
+            if handle is None:
+                handle = self._handle = _handle(ray, serve, self._application)
+            left_s = deadline - time.monotonic()  # joining the cluster may have taken seconds
+            told = {"timeout_ms": max(1, int(left_s * 1000)), "attempt": number}
+            response = handle.infer.remote({"what": what, **self._common, **payload, **told})
             try:
                 answer = response.result(timeout_s=max(0.0, left_s))
             except BaseException:

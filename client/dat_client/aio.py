@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from ._core import Array, Discretized
+from ._core import Array, Discretized, decode_call, discretize_call
 from ._profile import Profile
 from .client import Client
 
@@ -61,18 +61,8 @@ class AsyncClient:
         **parameters: Any,
     ) -> Discretized:
         """As `Client.discretize`; many at once with `asyncio.gather`, so there is no `submit`."""
-        return await self._run(
-            lambda: self._client.discretize(
-                images,
-                gradients,
-                gradient_dtype=gradient_dtype,
-                jpeg_quality=jpeg_quality,
-                outputs=outputs,
-                output_dtype=output_dtype,
-                timeout_s=timeout_s,
-                **parameters,
-            )
-        )
+        arguments = (images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters)
+        return await self._run(lambda: self._client._answer(timeout_s, discretize_call, *arguments))
 
     async def decode(
         self,
@@ -83,9 +73,8 @@ class AsyncClient:
         **parameters: Any,
     ) -> Array:
         """As `Client.decode`."""
-        return await self._run(
-            lambda: self._client.decode(indices, output_dtype=output_dtype, timeout_s=timeout_s, **parameters)
-        )
+        arguments = (indices, output_dtype, parameters)
+        return (await self._run(lambda: self._client._answer(timeout_s, decode_call, *arguments))).reconstruction
 
     def profile(self) -> AbstractContextManager[Profile]:
         """As `Client.profile`; `with`, not `async with`."""

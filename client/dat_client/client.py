@@ -37,8 +37,8 @@ class Client:
         with Client("http://codec:8000", codec="tiny-f8") as client:
             q = client.discretize(images)                # q.reconstruction is Q(x)
 
-    Q is a pure function, so a request that was lost (connection refused or reset, short reply, 5xx, 429) is
-    repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
+    Q is a pure function, so a request that was lost (connection refused or reset, short reply, 408, 429, 5xx)
+    is repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
     `timeout_s`. Answers from other weights than before give the warning CodecChanged.
 
     Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their
@@ -103,7 +103,7 @@ class Client:
             self._closed.set()
         self._executor: ThreadPoolExecutor | None = None
         self._parts_executor: ThreadPoolExecutor | None = None
-        self._profiles: list[Profile] = []
+        self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without
         self._way: HttpWay | ServeWay = self._make_way()
         _clients.add(self)
 
@@ -166,11 +166,8 @@ class Client:
             ProtocolError: what answered does not speak the Open Inference Protocol.
         """
         self._check_open()
-        begun_s = time.perf_counter()
-        call = _core.discretize_call(
-            images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters
-        )
-        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
+        arguments = (images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters)
+        return self._answer(timeout_s, _core.discretize_call, *arguments)
 
     def submit(
         self,
@@ -216,9 +213,7 @@ class Client:
         `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
         """
         self._check_open()
-        begun_s = time.perf_counter()
-        call = _core.decode_call(indices, output_dtype, parameters)
-        return self._infer(call, timeout_s, time.perf_counter() - begun_s).reconstruction
+        return self._answer(timeout_s, _core.decode_call, indices, output_dtype, parameters).reconstruction
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -232,12 +227,14 @@ class Client:
         Server-Timing its time is counted as the network's.
         """
         profile = Profile()
-        self._profiles.append(profile)
+        with self._lock:
+            self._profiles += (profile,)
         try:
             yield profile
         finally:
             profile.end()
-            self._profiles = [other for other in self._profiles if other is not profile]
+            with self._lock:
+                self._profiles = tuple(other for other in self._profiles if other is not profile)
 
     def metadata(self) -> dict[str, Any]:
         """What the server says of the codec: name, inputs, outputs (`GET /v2/models/{codec}`, OIP v2)."""
@@ -320,6 +317,12 @@ class Client:
                     min(self.max_connections, self.max_in_flight), thread_name_prefix="dat-client-part"
                 )
             return self._parts_executor.submit(function)
+
+    def _answer(self, timeout_s: float | None, make: Callable[..., Call], *arguments: Any) -> Discretized:
+        """The answer to `make(*arguments)`, also where the client was closed since it was asked for."""
+        begun_s = time.perf_counter()
+        call = make(*arguments)
+        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
 
     def _infer(self, call: Call, timeout_s: float | None, made_s: float) -> Discretized:
         """The answer to a call that was made, in `made_s`, just now."""

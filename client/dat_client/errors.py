@@ -6,7 +6,7 @@
     │   ├── TooLarge                  more bytes or images than the server takes        413
     │   └── WireError                 bytes that are not the protocol                   400, 422
     ├── Unauthorized                  the key is missing or wrong, not the request      401, 403
-    ├── Unavailable                   no good answer arrived: may be repeated           5xx, network
+    ├── Unavailable                   no good answer arrived: may be repeated           408, 5xx, network
     │   └── Overloaded                the server is full: may be repeated, later        429, 503
     └── ProtocolError                 what answered does not speak the protocol
 

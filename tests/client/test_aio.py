@@ -67,6 +67,27 @@ def test_a_cancelled_call_leaves_the_client_whole(server, images):
     assert len(server.requests) == 2  # the waiting one was never sent
 
 
+def test_close_lets_calls_that_wait_finish(server, images):
+    async def main() -> None:
+        client = AsyncClient(server.url, max_connections=1)
+        server.faults.append("gate")
+        tokens = np.zeros((1, 2, 2), int)
+        calls = [client.discretize(images), client.discretize(images), client.decode(tokens)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.to_thread(server.entered.acquire, timeout=10)
+        closing = asyncio.create_task(client.close())
+        assert await asyncio.to_thread(client._client._closed.wait, 10)
+        server.release.set()
+        first, second, pictures = await asyncio.gather(*tasks)
+        assert np.array_equal(first.reconstruction, second.reconstruction)
+        assert pictures.shape == (1, 3, 16, 16)
+        await closing
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.discretize(images)
+
+    asyncio.run(main())
+
+
 def parameters(function: object) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
 

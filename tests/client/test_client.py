@@ -129,6 +129,12 @@ def test_api_key_is_sent_and_never_shown(server, images):
         ({"url": "http://me:pw@codec"}, "url"),
         ({"url": "http://codec?x=1"}, "url"),
         ({"url": None}, "url"),
+        ({"url": "http://codec/a b"}, "url"),
+        ({"url": "http://codec/a\n"}, "url"),
+        ({"url": "http://co dec"}, "url"),
+        ({"url": "http://codec/ü"}, "url"),
+        ({"url": f"http://{'c' * 71}"}, "url"),
+        ({"url": "http://a..b"}, "url"),
         ({"codec": ""}, "codec"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"timeout_s": float("inf")}, "timeout_s"),
@@ -143,6 +149,15 @@ def test_wrong_arguments_are_refused_at_construction(arguments, field):
         Client(**{"url": "http://codec:8000", **arguments})
     assert caught.value.field == field
     assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout_s", [1e7, 1e11, 1e300, 10**400])
+def test_a_timeout_may_be_as_long_as_it_likes(server, images, timeout_s):
+    server.faults.append("status 503 0")
+    with Client(server.url, timeout_s=timeout_s, connect_timeout_s=timeout_s) as client:
+        assert np.array_equal(client.discretize(images, timeout_s=timeout_s).reconstruction, images)
+        assert client.live()
+        client.wait_ready(timeout_s)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,28 @@ def test_every_request_names_itself_its_client_its_attempt_and_its_time(client, 
     assert all(re.fullmatch(r"[\x21-\x7e]{1,64}", headers["X-Dat-Client"]) for headers in server.headers)
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://[::1]", ("::1", 80)),
+        ("https://[::1]/x", ("::1", 443)),
+        ("http://[2001:db8::8000]:81", ("2001:db8::8000", 81)),
+        ("http://bücher.example", ("bücher.example", 80)),
+    ],
+)
+def test_the_address_is_that_of_the_url(url, address, monkeypatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def nobody(address: tuple[str, int], *_: object) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", nobody)
+    with Client(url) as client:
+        assert not client.live()
+    assert asked == [address]
+
+
 def test_two_clients_have_two_names(server, images) -> None:
     for _ in range(2):
         with Client(server.url) as client:

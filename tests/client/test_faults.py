@@ -25,6 +25,8 @@ TRANSIENT = [
     "short",
     "reset",
     "refuse before reading",
+    "status 408",
+    "plain 408",
     "status 500",
     "status 502",
     "status 503",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError, Unavailable, UnknownCodec, _core
-from dat_client._parts import cut
+from dat_client._parts import cut, infer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -109,10 +110,34 @@ def test_what_the_server_says_of_a_part_keeps_its_kind(server):
 
 
 def test_a_failed_part_stops_the_repeats_of_the_others(server):
-    server.faults.extend(["status 503 3", "status 422"])
-    with Client(server.url, timeout_s=60, max_in_flight=2) as client, pytest.raises(InvalidRequest, match="images"):
-        client.discretize(numbered(4))
-    assert len(server.paths) == 2  # closing has waited for the threads, none was waiting out its 3 s
+    server.faults.extend(["status 503 30", "status 422"])
+    with Client(server.url, timeout_s=60, max_in_flight=2) as client:
+        with pytest.raises(InvalidRequest, match="images"):
+            client.discretize(numbered(4))
+        client._parts_executor.shutdown()  # waits for the threads; closing would end their waits itself
+    assert len(server.paths) == 2  # none has waited out its 30 s
+
+
+def test_a_part_that_gets_no_thread_stops_the_others(images):
+    call = _core.discretize_call(images, None, "FP16", None, None, None, {})
+    stops: list[threading.Event] = []
+    begun: Future[_core.Exchange] = Future()
+
+    def one(part: _core.Call, stop: threading.Event) -> _core.Exchange:
+        stops.append(stop)
+        raise Unavailable("repeated until it is stopped")
+
+    def spawn(ask):
+        if stops:
+            raise RuntimeError("can't start new thread")
+        with pytest.raises(Unavailable):
+            ask()
+        return begun
+
+    with pytest.raises(RuntimeError, match="new thread"):
+        infer(call, 2, one, spawn)
+    assert [stop.is_set() for stop in stops] == [True]
+    assert begun.cancelled()
 
 
 def test_lost_parts_are_repeated_alone(split, server):

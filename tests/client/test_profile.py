@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -27,7 +30,6 @@ def test_a_call_is_split_by_what_the_server_says(client, server, images):
         assert (call.queue, call.codec) == (0.005, 0.02)
         assert call.server == pytest.approx(0.002)
         assert call.network >= 0.05 - 0.027
-        assert call.repeats < 0.02
     assert [call.images for call in profile.calls] == [4, 4, 4, 4, 1]
     assert profile.calls[0].sent > images.nbytes
     assert profile.calls[0].received > images.nbytes
@@ -71,11 +73,28 @@ def test_profiles_may_overlap_and_be_empty(server, images):
     assert str(none).startswith("0 calls")
 
 
+def test_profiles_of_many_threads_do_not_lose_each_other(client):
+    def work(_: int) -> bool:
+        with client.profile() as profile:
+            return any(other is profile for other in client._profiles)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ExitStack() as others, ThreadPoolExecutor(8) as threads:
+            for _ in range(300):  # the more there are, the longer is one let go
+                others.enter_context(client.profile())
+            assert all(threads.map(work, range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not client._profiles
+
+
 def test_a_server_that_claims_more_time_than_there_was_makes_nothing_negative(images):
     call = _core.discretize_call(images, None, "FP16", None, None, None, {})
     exchange = _core.Exchange(None, {"total": 9.0, "codec": 8.0}, 10.0, 2.0, 1, 1)  # type: ignore[arg-type]
     made = sample(call, exchange, 9.5, 3.0)
-    assert min(made) >= 0 if isinstance(made, tuple) else all(getattr(made, part) >= 0 for part in PARTS)
+    assert all(getattr(made, part) >= 0 for part in PARTS)
 
 
 @pytest.mark.parametrize("header", [None, "", "x", "a;dur=x", "a;dur=nan", ";;,,", "a;dur", "a;dur=1e999"])

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -236,6 +237,20 @@ def test_the_timeout_cancels_the_call(client: Client, ray: StandInRay, images: n
     with pytest.raises(KeyboardInterrupt):
         client.discretize(images)
     assert ray.cancelled == 2
+
+
+def test_joining_the_cluster_is_part_of_the_timeout(
+    client: Client, ray: StandInRay, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = _serve._handle
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return join(*arguments)
+
+    monkeypatch.setattr(_serve, "_handle", slowly)
+    client.discretize(images, timeout_s=60)
+    assert 0 < ray.payloads[0]["timeout_ms"] <= 59_800
 
 
 def test_an_application_that_is_not_there_yet_is_waited_for(ray: StandInRay) -> None:
