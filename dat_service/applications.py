@@ -57,9 +57,10 @@ def application(
 
 
 def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True) -> dict[str, Any]:
-    """Options of a deployment, as `serve.deployment` and Serve's YAML take them.
+    """Options of a deployment, as `serve.deployment` takes them.
 
-    `surge`: an update starts a new replica before it stops an old one, and needs the room for it.
+    `surge`: an update starts a new replica before it stops an old one, and needs the room for it. Without, it stops
+    an old one first: one replica by itself is away until the new one is loaded.
     """
     scale: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.autoscale is not None:
@@ -148,7 +149,7 @@ def routes(codecs: Sequence[str], *, alone: bool) -> dict[str, str]:
 
 
 def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
-    """What `serve deploy` takes, for a cluster that is not here: GPUs are those that the settings ask for.
+    """What `serve deploy` takes, for a cluster that is not here: `build` looks there which GPUs it has.
 
     The cluster's nodes themselves need haproxy.SERVE and RAY_SERVE_HAPROXY_BINARY_PATH, the path of `dat-haproxy`,
     in their environment when Ray is started there.
@@ -158,11 +159,6 @@ def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
     prefixes = routes([s.codec for s in all_settings], alone=True)
     applications = []
     for settings in all_settings:
-        gpus = gpus_of(settings, present=float("inf"))  # which nodes the cluster has is not known
-        deployment = options(settings, gpus=gpus, cpus=settings.threads or 1)
-        if settings.gpus is None and settings.device == "auto":
-            # `build` looks what is there when it is deployed
-            del deployment["ray_actor_options"], deployment["max_surge_percent"]
         arguments = settings.model_dump(mode="json", exclude={"host", "port"}, exclude_defaults=True)
         applications.append(
             {
@@ -170,8 +166,8 @@ def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
                 "route_prefix": prefixes[settings.codec],
                 "import_path": "dat_service.applications:build",
                 "runtime_env": {"env_vars": dict(REPLICA)},
+                # and no "deployments": they would stand over the options that `build` makes
                 "args": {"codec": settings.codec} | arguments,
-                "deployments": [deployment],
             }
         )
     return {

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from dat_service.ports import BLOCK, free_block, free_port
+from dat_service.ports import BLOCK, free_port
 
 # The same for every service, on a Ray of its own or on another's; `dat serve --serve-config` names them too.
 SERVE = {
@@ -33,14 +33,14 @@ SERVE = {
 LOOPBACK = "127.0.0.1"  # where Serve is told to listen on a Ray of one's own
 
 
-def environment(folder: Path, host: str, port: int) -> dict[str, str]:
+def environment(folder: Path, host: str, port: int, first: int) -> dict[str, str]:
     """Variables for a Ray of one's own, whose HAProxy keeps its files in `folder` and serves on `host` and `port`.
 
+    `first` is the first port for replicas, of those that ports.take_block holds.
     Every path and port is this service's own, so that two services run side by side. Serve would have its replicas
     listen where HAProxy does, open to strangers: it is told LOOPBACK, and dat-haproxy the real host. Writes the
-    executable that Ray starts as its HAProxy. Raises OSError where there are no ports.
+    executable that Ray starts as its HAProxy.
     """
-    first = free_block(port)
     binary = folder / "dat-haproxy"
     command = shlex.join([sys.executable, "-m", "dat_service.haproxy_wrapper", "--listen", f"{host}:{port}"])
     binary.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
@@ -56,5 +56,5 @@ def environment(folder: Path, host: str, port: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),  # left out itself
     }

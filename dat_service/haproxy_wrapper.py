@@ -24,7 +24,6 @@ MARK = "# amended by dat-haproxy\n"
 # With `disconnect-disabled` it leaves the body to the app; without, it reads all of it before the app's limits are
 # looked at.
 FRONTEND = """
-    http-request del-header x-request-disconnect-disabled
     http-request set-header x-request-disconnect-disabled ?1
     http-request del-header x-request-timeout-seconds
     http-request del-header serve_multiplexed_model_id

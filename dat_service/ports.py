@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import socket
 
-BLOCK = 100  # ports a service keeps for its replicas
+BLOCK = 100  # ports a service keeps for its replicas, and one that holds them
 
 
-def free_block(port: int) -> int:
-    """The first of 100 ports for the replicas of the service on `port`; raises OSError where there are none.
+def take_block(port: int) -> socket.socket:
+    """100 free ports for the service on `port`, which are its own until this socket is closed.
 
-    Ray numbers them from 30000 in every cluster and opens them with SO_REUSEPORT: of two clusters on one machine,
-    each would get some of the other's requests. Blocks lie below the ports that Linux gives to connections.
+    The socket is bound to the first of them and the others are for replicas; raises OSError where there are none.
+    Ray numbers replicas' ports from 30000 in every cluster and opens them with SO_REUSEPORT: of two clusters on
+    one machine, each would get some of the other's requests. Blocks lie below the ports that Linux gives to
+    connections.
     """
     for i in range(200):
         first = 10_000 + (port + i) % 200 * BLOCK
-        if all(is_free(p) for p in range(first, first + BLOCK)):
-            return first
+        held = socket.socket()
+        try:
+            held.bind(("", first))  # which one process can do
+        except OSError:
+            held.close()
+            continue
+        if all(is_free(p) for p in range(first + 1, first + BLOCK)):
+            return held
+        held.close()
     raise OSError("no 100 free ports in a row between 10000 and 30000 for the replicas")
 
 

@@ -25,10 +25,11 @@ class Process:
 def _stat(pid: int) -> tuple[int, int, bool] | None:
     """Parent, start and whether it is more than a zombie; none where there is no such process."""
     try:
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        # bytes: a process's name, in the brackets, may be any
+        fields = (PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return int(fields[1]), int(fields[19]), fields[0] not in "ZX"
+    return int(fields[1]), int(fields[19]), fields[0] not in (b"Z", b"X")
 
 
 def children(pid: int) -> set[Process]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dat_service import haproxy
+from dat_service import haproxy, ports
 from dat_service.processes import Process, children, descendants, end, mentioning
 from dat_service.settings import Settings
 
@@ -47,6 +49,9 @@ class RayService:
         self._running: list[str] = []  # names of our applications on a cluster that is not ours
         self._roots: set[Process] = set()  # what Ray began here
         self._folder = tempfile.TemporaryDirectory(prefix="dat-serve-")
+        self._block: socket.socket | None = None  # holds our replicas' ports
+        self._stopping = False
+        self._changes = threading.Lock()  # held by who asks Serve for something: after stop() nobody may
 
     @property
     def urls(self) -> dict[str, str]:
@@ -95,45 +100,62 @@ class RayService:
     def update(self) -> None:
         """Loads all codecs anew from the store, replica by replica; raises ServeFailed, and the old ones stay.
 
-        Requests go on meanwhile: old replicas answer until as many new ones do.
+        Requests go on meanwhile: old replicas answer until as many new ones do. Where no GPU is left for one more
+        replica, each old one is stopped first: a service of one replica is then away until the new one is loaded,
+        and stays away where that does not load.
         """
+        from ray.serve.context import _get_global_client
+
+        try:
+            with self._changes:
+                self._deploy()
+                client: Any = _get_global_client()
+            for codec in self.settings:
+                client._wait_for_application_running(codec)
+            client.wait_for_proxies_serving()
+        except ServeFailed:
+            raise
+        except Exception as error:
+            if self._stopping:
+                raise ServeFailed("the service is stopping") from error
+            why = self._why()
+            raise ServeFailed(f"{why or error}") from error
+
+    def _deploy(self) -> None:
+        """Asks Serve for new replicas of all codecs, and does not wait for them."""
         import ray
         from ray import serve
 
         from dat_service.applications import REPLICA, application, gpus_of, has_room, replica_range
         from dat_service.replica import CodecReplica
 
+        if self._stopping or not ray.is_initialized():  # Serve would start another Ray
+            raise ServeFailed("the service is stopping")
         present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-        try:
-            gpus = {codec: gpus_of(s, present) for codec, s in self.settings.items()}
-            asked = sum(gpus[codec] * replica_range(s)[1] for codec, s in self.settings.items())
-            if self.own_cluster and asked > present:
-                raise ServeFailed(f"replicas ask for {asked:g} GPUs, and this machine has {present:g}; see --gpus")
-            on_cpu = sum(replica_range(s)[1] for codec, s in self.settings.items() if not gpus[codec])
-            targets = []
-            for codec, settings in self.settings.items():
-                cpus: float = settings.threads or 1
-                if self.own_cluster:
-                    # Ray need not count cores that nobody else asks it for, and replicas share them
-                    cpus = 0
-                    if not gpus[codec]:
-                        settings = settings.model_copy(update={"threads": shared(settings, on_cpu)})
-                app = application(
-                    settings,
-                    gpus=gpus[codec],
-                    cpus=cpus,
-                    surge=has_room(settings, gpus[codec], present),
-                    environment=None if self.own_cluster else REPLICA,
-                    replica=self._replica_class or CodecReplica,
-                )
-                targets.append(serve.RunTarget(app, name=codec, route_prefix=self.prefixes[codec]))
-            self._running = list(self.settings)
-            serve.run_many(targets, blocking=False)
-        except ServeFailed:
-            raise
-        except Exception as error:
-            why = self._why()
-            raise ServeFailed(f"{why or error}") from error
+        gpus = {codec: gpus_of(s, present) for codec, s in self.settings.items()}
+        asked = sum(gpus[codec] * replica_range(s)[1] for codec, s in self.settings.items())
+        if self.own_cluster and asked > present:
+            raise ServeFailed(f"replicas ask for {asked:g} GPUs, and this machine has {present:g}; see --gpus")
+        on_cpu = sum(replica_range(s)[1] for codec, s in self.settings.items() if not gpus[codec])
+        targets = []
+        for codec, settings in self.settings.items():
+            cpus: float = settings.threads or 1
+            if self.own_cluster:
+                # Ray need not count cores that nobody else asks it for, and replicas share them
+                cpus = 0
+                if not gpus[codec]:
+                    settings = settings.model_copy(update={"threads": shared(settings, on_cpu)})
+            app = application(
+                settings,
+                gpus=gpus[codec],
+                cpus=cpus,
+                surge=has_room(settings, gpus[codec], present),
+                environment=None if self.own_cluster else REPLICA,
+                replica=self._replica_class or CodecReplica,
+            )
+            targets.append(serve.RunTarget(app, name=codec, route_prefix=self.prefixes[codec]))
+        self._running = list(self.settings)
+        serve.run_many(targets, blocking=False, wait_for_applications_running=False)
 
     def _look_around(self) -> None:
         """Raises ServeFailed where a codec is served on the cluster already."""
@@ -159,10 +181,14 @@ class RayService:
 
     def _why(self) -> str | None:
         """The last line of the traceback that Serve keeps of a replica that would not start."""
+        import ray
         from ray import serve
 
         try:
-            applications = serve.status().applications
+            with self._changes:
+                if self._stopping or not ray.is_initialized():  # asking would start another Ray
+                    return None
+                applications = serve.status().applications
             mine = [applications[codec] for codec in self.settings if codec in applications]
         except Exception:
             return None
@@ -171,19 +197,29 @@ class RayService:
         return lines[-1] if lines else "; ".join(text.strip() for text in texts if text.strip()) or None
 
     def stop(self) -> None:
-        """Lets requests end, ends the applications, and Ray where it is ours. Nothing is left running."""
+        """Lets requests end, ends the applications, and Ray where it is ours. Nothing is left running.
+
+        Raises ServeFailed where Serve, on a cluster that is not ours, does not end an application.
+        """
         import ray
         from ray import serve
 
         # before all else: where something came from is known only while its parents run
         ours = self._processes()
+        left: dict[str, Exception] = {}
+        self._stopping = True
         try:
+            with self._changes:  # an update that has begun to ask has asked; none begins any more
+                pass
             if ray.is_initialized():
                 if self.own_cluster:
                     serve.shutdown()  # type: ignore[no-untyped-call]
                 else:
                     for codec in self._running:
-                        serve.delete(codec)
+                        try:
+                            serve.delete(codec)
+                        except Exception as error:  # the others are to end all the same
+                            left[codec] = error
                     self._running = []
         finally:
             ours |= self._processes()
@@ -194,6 +230,11 @@ class RayService:
             self._folder.cleanup()
             for name in self._variables:  # another service in this process has its own
                 os.environ.pop(name, None)
+            if self._block is not None:
+                self._block.close()
+        if left:
+            said = "; ".join(f"{codec}: {error}" for codec, error in left.items())
+            raise ServeFailed(f"on the cluster there may still be {said}")
 
     def _processes(self) -> set[Process]:
         return descendants(self._roots) | mentioning(self._folder.name)
@@ -203,7 +244,9 @@ class RayService:
 
         variables = {"RAY_USAGE_STATS_ENABLED": "0"} | haproxy.SERVE
         if self.own_cluster:
-            variables |= haproxy.environment(Path(self._folder.name), self.host, self.port) | REPLICA
+            self._block = ports.take_block(self.port)
+            first = self._block.getsockname()[1] + 1
+            variables |= haproxy.environment(Path(self._folder.name), self.host, self.port, first) | REPLICA
             variables["RAY_worker_niceness"] = "0"  # Ray's own choice is 15: anything beside it comes first
         # what the operator has set stands
         return {name: value for name, value in variables.items() if name not in os.environ}

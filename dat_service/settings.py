@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -34,7 +34,10 @@ class Settings(BaseSettings):
     )
     tricks: str = Field("auto", description="What makes it fast, dat_workers/engines/tricks.py: all on CUDA.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
-    api_key_file: Path | None = Field(None, description="File with one API key a line; none: no key asked.")
+    # absolute: it is read in other processes, and there are other working directories
+    api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="File with one API key a line; none: no key asked."
+    )
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body.")
     max_json_bytes: int = Field(2 * MIB, ge=1024, description="Largest JSON part, of a request or an answer.")
     max_images: int = Field(1024, ge=1, description="Most images in a request.")

@@ -21,7 +21,8 @@ import numpy as np
 from dat_client import Client
 from dat_client._connections import Connections
 from dat_service.bench.peers.socket_echo import LENGTH
-from dat_service.bench.processes import DidNotStart, dat_serve, free_port, started
+from dat_service.bench.processes import DidNotStart, dat_serve, started
+from dat_service.ports import free_port
 from dat_workers.bench.runner import alternate, one_line, ratio
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
+
+from dat_service.ports import free_port
 
 DAT = (sys.executable, "-m", "dat_service.cli")
 READY = "ready"  # a line that begins so says that a process answers
@@ -37,14 +38,6 @@ class Running:
 
 class DidNotStart(RuntimeError):
     """A process ended, or said nothing, before it was ready; the message holds what it wrote."""
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -74,6 +74,8 @@ def serve(
     """
     # before torch is loaded: its threads would spin while they wait, and take the cores from who has work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # before ray is: its functions would start a Ray with default options wherever there is none, after the end too
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     flags: dict[str, Any] = {
         "port": port, "host": host, "engine": engine, "device": device, "dtype": dtype, "tricks": tricks,
         "threads": threads, "api_key_file": api_key_file, "replicas": replicas, "autoscale": autoscale,
@@ -151,6 +153,7 @@ def serve_local(settings: Settings) -> None:
     import uvicorn
 
     from dat_service.app import create_app
+    from dat_service.headers import LimitedHeaders
     from dat_service.worker import CodecWorker
 
     started = time.monotonic()
@@ -182,7 +185,8 @@ def serve_local(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=LimitedHeaders,
+        proxy_headers=False,  # no proxy is before it: X-Forwarded-For would be the client's own word
         ws="none",
         log_level="warning",
         timeout_graceful_shutdown=10,
@@ -205,16 +209,15 @@ def serve_on_ray(settings: list[Settings]) -> None:
         fail(error)
     typer.echo(f"starting {', '.join(s.codec for s in settings)} on Ray Serve ...")
     try:
-        service.start()
+        with no_updates():
+            service.start()
         # only now: Ray sets a handler of its own for SIGTERM while it starts
         with signals() as asked:
             say_ready(service.urls, time.monotonic() - started)
-            updating: threading.Thread | None = None
+            wanted = threading.Event()
+            threading.Thread(target=updates, args=[service, wanted], daemon=True).start()
             while asked.get() == "update":
-                if updating is not None:
-                    updating.join()
-                updating = threading.Thread(target=update, args=[service], daemon=True)
-                updating.start()
+                wanted.set()
             typer.echo("stopping ...")
             service.stop()
     except ServeFailed as error:
@@ -225,6 +228,13 @@ def serve_on_ray(settings: list[Settings]) -> None:
     finally:
         service.stop()
     typer.echo("stopped")
+
+
+def updates(service: RayService, wanted: threading.Event) -> None:
+    """Updates one after the other, for ever; those that are wanted during one are one more."""
+    while wanted.wait():
+        wanted.clear()
+        update(service)
 
 
 def update(service: RayService) -> None:
@@ -270,6 +280,22 @@ def signals() -> Iterator[queue.SimpleQueue[str]]:
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def no_updates() -> Iterator[None]:
+    """SIGHUP asks for nothing while the service starts, unless it says that the terminal was closed."""
+    had_terminal = has_terminal()
+
+    def note(_: int, __: object) -> None:
+        if had_terminal and not has_terminal():
+            raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGHUP, note)  # a function, for Ray's processes would keep SIG_IGN
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def has_terminal() -> bool:

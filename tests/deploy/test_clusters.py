@@ -193,7 +193,10 @@ def test_commands_in_comments_and_the_readme_exist() -> None:
     words = command_in_comment("ray-cluster.yaml")
     assert unknown_flags(words) == []
     assert unknown_flags(["--replicasss"]) == ["--replicasss"]
-    assert written_by([*words[:-1], "-"])["applications"][0]["args"]["replicas"] == 3
+    arguments = written_by([*words[:-1], "-"])["applications"][0]["args"]
+    assert arguments["replicas"] == 3
+    mounts = [v.split(":") for v in document("ray-cluster.yaml")["docker"]["run_options"] if ":/" in v]
+    assert any(Path(arguments["api_key_file"]).is_relative_to(mount[1]) for mount in mounts)  # open to strangers
     readme = (DEPLOY / "README.md").read_text()
     for file in re.findall(r"^\| `([\w./-]+)` \|", readme, re.M):
         assert (DEPLOY / file).exists(), file

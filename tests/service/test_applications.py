@@ -12,7 +12,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
-from dat_service.applications import gpus_of, has_room, options, replica_range, routes
+from dat_service.applications import build, gpus_of, has_room, options, replica_range, routes
 from dat_service.autoscale import ByQueuedImages
 from dat_service.cli.main import app
 from dat_service.ray_service import RayService, shared
@@ -130,24 +130,41 @@ def test_serve_config_is_what_serve_deploys(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DAT_MAX_IMAGES", "64")
     config = serve_config("--codec", "tiny-f8", "--host", "0.0.0.0", "--replicas", "3", "--gpus", "0.5")
     [application] = config.applications
-    [deployment] = application.deployments
+    assert application.deployments == []  # whatever stood there would stand over what `build` makes on the cluster
     assert config.http_options.model_dump(include={"host", "port"}) == {"host": "0.0.0.0", "port": 8000}
     assert (application.name, application.route_prefix) == ("tiny-f8", "/")
     assert application.args == {"codec": "tiny-f8", "replicas": 3, "gpus": 0.5, "max_images": 64}
     assert Settings(**application.args).max_images == 64
-    assert deployment.num_replicas == 3
-    assert deployment.ray_actor_options is not None
-    assert deployment.ray_actor_options.num_gpus == 0.5
     module, name = application.import_path.split(":")
-    assert callable(getattr(__import__(module, fromlist=[name]), name))
+    assert getattr(__import__(module, fromlist=[name]), name) is build
+
+
+@pytest.mark.parametrize(
+    ("present", "gpus", "images", "surge"), [(0.0, 0, 16, 1), (2.0, 1, 256, 0), (5.0, 1, 256, 1)]
+)
+def test_built_for_what_the_cluster_has(
+    present: float, gpus: float, images: int, surge: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [application] = serve_config("--codec", "identity", "--autoscale", "1:2").applications
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": present})
+    deployment = build(application.args)._bound_deployment
+    assert deployment.ray_actor_options is not None
+    assert deployment.ray_actor_options["num_gpus"] == gpus
+    config = deployment._deployment_config
+    assert config.max_surge_percent == surge
+    assert config.autoscaling_config.policy.policy_kwargs == {"images_per_replica": images}
+
+
+def test_key_file_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [application] = serve_config("--codec", "identity", "--api-key-file", "keys/api_keys").applications
+    assert application.args["api_key_file"] == str(tmp_path / "keys/api_keys")
 
 
 def test_serve_config_of_several_codecs(tmp_path: Path) -> None:
     config = serve_config("--codec", "tiny-f8", "--codec", "identity", "--autoscale", "1:4", "--device", "cpu")
     assert {a.name: a.route_prefix for a in config.applications} == {"tiny-f8": "/tiny-f8", "identity": "/identity"}
-    for application in config.applications:
-        scale = application.deployments[0].autoscaling_config
-        assert scale["max_replicas"] == 4
+    assert all(application.args["autoscale"] == "1:4" for application in config.applications)
     path = tmp_path / "serve.yaml"
     finished = CliRunner().invoke(app, ["serve", "--serve-config", str(path)])
     assert finished.exit_code == 0

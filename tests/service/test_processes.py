@@ -76,3 +76,18 @@ def test_those_that_end_by_themselves_are_let() -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert end(children(os.getpid()) - before, patience_s=60) == set()
+
+
+def test_names_that_are_no_text() -> None:
+    """Any process on the machine may have one."""
+    named = (
+        "import sys, time; open('/proc/self/comm', 'wb').write(b'\\xff) S 1'); print(flush=True); time.sleep(600)"
+    )
+    before = children(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", named], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        [found] = children(os.getpid()) - before
+        assert found.pid == process.pid
+        assert found.runs()
+        end({found}, patience_s=0)

@@ -12,35 +12,8 @@ from pathlib import Path
 import pytest
 
 from dat_client import Client
+from dat_service.processes import PROC, children, descendants
 from tests.conftest import DAT, dat_serve, free_port
-
-PROC = Path("/proc")
-
-
-def descendants(pid: int) -> set[int]:
-    """Processes begun by `pid`, or by what it began."""
-    parents = {}
-    for entry in PROC.iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found: set[int] = set()
-    wave = {pid}
-    while wave:
-        wave = {child for child, parent in parents.items() if parent in wave} - found
-        found |= wave
-    return found
-
-
-def name_of(pid: int) -> str:
-    """The process's name; empty once it has ended."""
-    try:
-        status = (PROC / str(pid) / "status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return "" if "\nState:\tZ" in status else status.split("\n")[0].removeprefix("Name:\t")
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
@@ -55,13 +28,13 @@ def test_nothing_is_left_running(end: signal.Signals) -> None:
     with dat_serve("--codec", "identity") as (url, process):
         with Client(url, "identity") as client:
             assert client.ready()
-        children = descendants(process.pid)
-        assert len(children) > 3  # Ray's own, the replica, HAProxy
-        assert "haproxy" in {name_of(p) for p in children}
+        begun = descendants(children(process.pid))
+        assert len(begun) > 3  # Ray's own, the replica, HAProxy
+        assert b"haproxy\n" in {(PROC / str(p.pid) / "comm").read_bytes() for p in begun if p.runs()}
         os.kill(process.pid, end)
         assert process.wait(60) == 0
         deadline = time.monotonic() + 20
-        while left := {p: name_of(p) for p in children if name_of(p)}:
+        while left := {p for p in begun if p.runs()}:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
         with socket.socket() as s:

@@ -1,0 +1,125 @@
+"""Updates and the end of a service, without a Ray: what must never start one, and who waits for whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dat_service.cli.serve import no_updates, updates
+from dat_service.ports import BLOCK, is_free, take_block
+from dat_service.ray_service import RayService, ServeFailed
+from dat_service.settings import Settings
+
+
+@pytest.fixture
+def rays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As if no Ray ran; every one that is started is noted here."""
+    started: list[str] = []
+
+    def init(*_: Any, **__: Any) -> None:
+        started.append("ray")
+        raise RuntimeError("a Ray was started")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    return started
+
+
+def test_nothing_but_start_starts_a_ray(rays: list[str]) -> None:
+    service = RayService(Settings(codec="identity"))
+    assert service._why() is None
+    with pytest.raises(ServeFailed, match="stopping"):
+        service.update()
+    service.stop()
+    with pytest.raises(ServeFailed, match="stopping"):
+        service.update()
+    assert rays == []
+
+
+def test_a_ray_that_does_not_start_is_asked_for_nothing(rays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    service = RayService(Settings(codec="identity"))
+    with pytest.raises(ServeFailed, match="a Ray was started"):
+        service.start()
+    service.stop()
+    assert rays == ["ray"]
+
+
+def test_no_update_begins_once_it_stops(rays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stop` waits for who is asking Serve, and after that nobody does."""
+    service = RayService(Settings(codec="identity"))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.serve.shutdown", lambda: None)
+    stopping = threading.Thread(target=service.stop)
+    with service._changes:
+        stopping.start()
+        while not service._stopping:
+            pass
+        assert stopping.is_alive()
+    stopping.join(60)
+    with pytest.raises(ServeFailed, match="stopping"):
+        service.update()
+
+
+def test_one_codec_that_does_not_end_keeps_no_other(rays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    service = RayService(Settings(codec="identity"), Settings(codec="tiny-f8"))
+    service._running = ["identity", "tiny-f8"]
+    deleted = []
+
+    def delete(codec: str) -> None:
+        if codec == "identity":
+            raise RuntimeError("no controller")
+        deleted.append(codec)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.serve.delete", delete)
+    with pytest.raises(ServeFailed, match="identity: no controller"):
+        service.stop()
+    assert deleted == ["tiny-f8"]
+    service.stop()  # has nothing left to do
+
+
+def test_updates_wanted_during_one_are_one_more() -> None:
+    began, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def update() -> None:
+        began.release()
+        go_on.acquire()
+
+    wanted = threading.Event()
+    threading.Thread(target=updates, args=[SimpleNamespace(update=update), wanted], daemon=True).start()
+    wanted.set()
+    assert began.acquire(timeout=60)
+    for _ in range(3):
+        wanted.set()
+    go_on.release()
+    assert began.acquire(timeout=60)
+    go_on.release()
+    assert not began.acquire(timeout=0.2)
+
+
+def test_signal_for_an_update_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with no_updates():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is before
+    terminal = [True, False]
+    monkeypatch.setattr("dat_service.cli.serve.has_terminal", lambda: terminal.pop(0))
+    with pytest.raises(KeyboardInterrupt), no_updates():
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_block_of_ports_is_one_services() -> None:
+    with take_block(8000) as one, take_block(8000) as other:
+        first, second = one.getsockname()[1], other.getsockname()[1]
+        assert abs(first - second) >= BLOCK
+        assert not is_free(first)
+        assert is_free(first + 1)
+    assert is_free(first)
