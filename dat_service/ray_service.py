@@ -70,17 +70,16 @@ class RayService:
             from dat_service.applications import routes
 
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            before = children(os.getpid())
             try:
-                ray.init(
-                    address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
-                    namespace="dat",
-                    include_dashboard=False,
-                    configure_logging=False,
-                    log_to_driver=False,
-                )
-            finally:
-                self._roots = children(os.getpid()) - before
+                self._start_ray()
+            except Exception as error:
+                if "timed out during startup" not in str(error):
+                    raise
+                # Ray waits 30 s for its own processes, which a machine with much to do may need longer for
+                log.warning("Ray did not start in its time: once more")
+                ray.shutdown()
+                end(self._processes(), patience_s=0)
+                self._start_ray()
             if not self.own_cluster:
                 self._look_around()
             serve.start(
@@ -157,6 +156,21 @@ class RayService:
         self._running = list(self.settings)
         serve.run_many(targets, blocking=False, wait_for_applications_running=False)
 
+    def _start_ray(self) -> None:
+        import ray
+
+        before = children(os.getpid())
+        try:
+            ray.init(
+                address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
+                namespace="dat",
+                include_dashboard=False,
+                configure_logging=False,
+                log_to_driver=False,
+            )
+        finally:
+            self._roots = children(os.getpid()) - before
+
     def _look_around(self) -> None:
         """Raises ServeFailed where a codec is served on the cluster already."""
         from ray import serve
@@ -208,10 +222,11 @@ class RayService:
         ours = self._processes()
         left: dict[str, Exception] = {}
         self._stopping = True
+        started = ray.is_initialized()
         try:
             with self._changes:  # an update that has begun to ask has asked; none begins any more
                 pass
-            if ray.is_initialized():
+            if started:
                 if self.own_cluster:
                     serve.shutdown()  # type: ignore[no-untyped-call]
                 else:
@@ -224,9 +239,10 @@ class RayService:
         finally:
             ours |= self._processes()
             ray.shutdown()
-            # each takes its time on a busy machine, and HAProxy may have been started anew meanwhile
-            for process in end(ours | self._processes(), patience_s=10):
-                log.warning("process %d, begun by Ray, did not end by itself", process.pid)
+            # each takes its time on a busy machine, and HAProxy may have been started anew meanwhile; where Ray
+            # did not start, nothing of it has been told to end
+            for process in end(ours | self._processes(), patience_s=10 if started else 0):
+                log.debug("process %d, begun by Ray, did not end by itself", process.pid)
             self._folder.cleanup()
             for name in self._variables:  # another service in this process has its own
                 os.environ.pop(name, None)

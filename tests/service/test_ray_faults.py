@@ -87,7 +87,9 @@ def check_answers(seen: Load) -> None:
     assert all(len(pictures) == 1 for pictures in by_codec.values())
 
 
-def test_updates_fail_no_request(service: Service, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_updates_fail_no_request(
+    service: Service, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, process = service
     fingerprints = []
     with load(url, "toy", IMAGES) as seen:
@@ -107,7 +109,8 @@ def test_updates_fail_no_request(service: Service, home: Path, capsys: pytest.Ca
     assert seen.failures == []
     check_answers(seen)
     assert {f for _, _, f, _ in seen.results} >= set(fingerprints)
-    expected = Discretizer.from_store("toy", device="cpu", store=CodecStore(home)).discretize(IMAGES)
+    monkeypatch.setenv("DAT_HOME", str(home))
+    expected = Discretizer.from_store("toy", device="cpu").discretize(IMAGES)
     last = np.frombuffer(seen.results[-1][3], np.uint8).reshape(IMAGES.shape)
     assert np.abs(last.astype(int) - expected["reconstruction"]).mean() < 0.1
 
