@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ SECONDS = float(os.environ.get("DAT_CLUSTER_S", "60"))
 TRAINERS = 8
 PORT, GCS_PORT = 8000, 6379
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+TOKEN = secrets.token_hex(32)
 CPUS = 2  # of each host, as Ray counts: when one is gone, another takes its replica
 
 
@@ -128,6 +130,8 @@ def node_environment(host: Host) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token",  # Ray's default, for which all nodes have to know the same one
+        "RAY_AUTH_TOKEN": TOKEN,
         "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
