@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import subprocess
 import sys
 import tempfile
 import time
@@ -76,8 +77,8 @@ def under_load(a: Host, b: Host, c: Host, right: Any, seconds: float) -> dict[st
             answered_without_c = on_a.answered + on_b.answered - before
         c.kill()  # what Ray left there believes in a cluster that has buried it
         c.reconnect()
-        start_ray(c, f"--address={a.address}:{GCS_PORT}", wait=False)
         with Traffic([url(a)] * half, right) as moved:
+            start_ray(c, f"--address={a.address}:{GCS_PORT}")
             time.sleep(seconds / 8)
             killed = b.kill()
             before = on_a.answered + moved.answered
@@ -101,19 +102,26 @@ def url(host: Host) -> str:
     return f"http://{host.address}:{PORT}/{CODEC}"
 
 
-def start_ray(host: Host, *arguments: str, wait: bool = True) -> None:
-    """`ray start` on a host; returns when its raylet is up."""
+def start_ray(host: Host, *arguments: str) -> None:
+    """`ray start` on a host where nothing else runs yet; returns when its raylet is up.
+
+    Ray gives its own processes 30 s to start, too short on a machine that is busy: it is tried three times.
+    """
     command = [
         *RAY, "start", *arguments, f"--node-ip-address={host.address}", f"--num-cpus={CPUS}", "--num-gpus=0",
         f"--object-store-memory={128 << 20}", "--disable-usage-stats",
     ]  # fmt: skip
     if "--head" in arguments:
         command.append("--include-dashboard=false")
-    process = host.start(command, node_environment(host), "ray.log")
-    if not wait:
-        return
-    if process.wait(180):
-        raise RuntimeError(f"ray start on {host.name}: {(host.folder / 'ray.log').read_text()[-2000:]}")
+    for _ in range(3):
+        process = host.start(command, node_environment(host), "ray.log")
+        try:
+            if process.wait(120) == 0:
+                return
+        except subprocess.TimeoutExpired:
+            pass
+        host.kill()
+    raise RuntimeError(f"ray start on {host.name}: {(host.folder / 'ray.log').read_text()[-2000:]}")
 
 
 def node_environment(host: Host) -> dict[str, str]:
