@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,13 +164,14 @@ class RayService:
 
         before = children(os.getpid())
         try:
-            ray.init(
-                address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
-                namespace="dat",
-                include_dashboard=False,
-                configure_logging=False,
-                log_to_driver=False,
-            )
+            with interrupted_later():
+                ray.init(
+                    address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
+                    namespace="dat",
+                    include_dashboard=False,
+                    configure_logging=False,
+                    log_to_driver=False,
+                )
         finally:
             self._roots = children(os.getpid()) - before
 
@@ -266,6 +270,27 @@ class RayService:
             variables["RAY_worker_niceness"] = "0"  # Ray's own choice is 15: anything beside it comes first
         # what the operator has set stands
         return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Keeps Ctrl-C until the block has ended: Ray, interrupted while it starts, crashes when it is shut down."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted = False
+
+    def note(*_: object) -> None:
+        nonlocal noted
+        noted = True
+
+    old = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def shared(settings: Settings, replicas: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -41,6 +42,19 @@ def crop(name: str, height: int, width: int) -> np.ndarray:
     picture = photograph(name)
     top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
     return np.ascontiguousarray(picture[:, top : top + height, left : left + width])
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """An app sets up its process's loggers (dat_service/logs.py); caplog sees them only where they propagate."""
+    loggers = [logging.getLogger(name) for name in ("dat_service", "dat_workers")]
+    before = [(logger.handlers[:], logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.propagate = True
+    yield
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,14 +11,6 @@ from dat_service import logs
 
 NASTY = "a\nFAKE line\r\x1b[31m\u2028b"
 log = logging.getLogger("dat_service")
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
-    yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
 
 
 def write(fields: dict[str, object] | None = None) -> None:
