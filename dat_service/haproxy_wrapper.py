@@ -32,8 +32,8 @@ FRONTEND = """
     http-request del-header x-session_id
     http-request del-header x_session-id
     http-request del-header x_session_id
-    http-request del-header x-request-id if { req.hdr_cnt(x-request-id) gt 1 }
-    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^\\x20-\\x7e] }
+    http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }
+    http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]{1,64}$ }
     http-request del-header x-forwarded-for
     option forwardfor
     timeout http-request 15s
