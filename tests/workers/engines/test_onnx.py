@@ -153,7 +153,7 @@ def test_a_failing_export_leaves_nothing(
 def test_engine_agrees_with_the_published_modules(
     home: Path, graphs: dict[str, bytes], model: VQGAN, photographs: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "dat_workers.engines"):
         engine = create("onnx", model, device="cpu")
     assert "CPUExecutionProvider" in caplog.text
     images = torch.from_numpy(photographs[:2]).float() / 255
