@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,20 @@ def test_an_image_does_not_depend_on_its_company(engine: CpuEngine, photographs:
     for i in range(3):
         assert torch.equal(engine.encode(images[i : i + 1])[0], indices[i])
         assert torch.equal(engine.decode(indices[i : i + 1])[0], pictures[i])
+
+
+def test_two_at_a_time_are_as_one_after_the_other(engine: CpuEngine, photographs: np.ndarray) -> None:
+    images = torch.from_numpy(photographs[[0, 1, 2, 3, 1], :, :64, :96]).float() / 255
+    other = create("cpu", load_model("tiny-f8"), device="cpu")
+    assert isinstance(other, CpuEngine)
+    other.pool = None
+    engine.pool = engine.pool or ThreadPoolExecutor(2)
+    indices = other.encode(images)
+    pictures = other.decode(indices)
+    for _ in range(10):
+        assert torch.equal(engine.encode(images), indices)
+        assert torch.equal(engine.decode(indices), pictures)
+    assert not engine.encode(images).requires_grad
 
 
 def test_upsampling_folded_into_its_convolution_is_the_same_function() -> None:
