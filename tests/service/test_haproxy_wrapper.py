@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -174,6 +175,25 @@ def test_what_strangers_send_does_not_reach_serve(tmp_path: Path, replica: Stand
         for ids in ([b"run 7"], [b"x" * 65], [b""], [b"one", b"two"]):
             _, _, got = get(port, headers=[("X-Request-Id", value) for value in ids])
             assert "x-request-id" not in dict(got), ids
+
+
+def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandInReplica) -> None:
+    """One series for each method of strangers, for ever, would be a leak."""
+    port = free_port()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as metrics:
+        metrics.bind(str(tmp_path / "metrics.sock"))
+        metrics.settimeout(60)
+        with running(ray_config(tmp_path, port, replica.server_port), port):
+            for method in ("GET", "MADEUP"):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request(method, "/")
+                connection.getresponse().read()
+                connection.close()
+            said: list[str] = []  # of connections without a request too: those that waited for the port
+            while not said or "MADEUP / HTTP" not in said[-1]:
+                said.append(metrics.recv(9000).decode())
+    methods = [re.findall(r' method="(\w*)"', line) for line in said]
+    assert [method for [method] in methods if method] == ["GET", "OTHER"]
 
 
 def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
