@@ -14,10 +14,6 @@ from pathlib import Path
 
 from dat_service.bench.processes import clean_environment
 
-NETWORK = "10.77.0"
-OUTSIDE = f"{NETWORK}.254"  # this machine on the bridge
-
-
 @dataclass(frozen=True)
 class Host:
     """One namespace, whose processes keep their files in `folder`."""
@@ -71,11 +67,18 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
-def ip(*arguments: str) -> None:
-    """iproute2's command; raises RuntimeError with what it says."""
+def ip(*arguments: str) -> str:
+    """What iproute2's command writes; raises RuntimeError with what it says."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def free_network() -> str:
+    """The first three numbers of a network that has no route: one that was killed leaves its own behind."""
+    routes = ip("-4", "route", "show", "table", "all")
+    return next(network for i in range(256) if f"{(network := f'10.77.{i}')}.0/24 " not in routes)
 
 
 def why_not() -> str:
@@ -90,12 +93,14 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
     """So many hosts, that reach one another and are reached from here; all of it goes with the block."""
     tag = f"dat{os.getpid() % 100_000}"  # interface names have 15 characters
     bridge = f"{tag}br"
+    network = free_network()
+    outside = f"{network}.254"  # this machine on the bridge
     made = [
-        Host(f"{tag}-{name}", f"{NETWORK}.{i + 1}", f"{tag}{name}", folder / name) for i, name in enumerate(names)
+        Host(f"{tag}-{name}", f"{network}.{i + 1}", f"{tag}{name}", folder / name) for i, name in enumerate(names)
     ]
     try:
         ip("link", "add", bridge, "type", "bridge")
-        ip("addr", "add", f"{OUTSIDE}/24", "dev", bridge)
+        ip("addr", "add", f"{outside}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         for host in made:
             host.folder.mkdir()
@@ -108,7 +113,7 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
             ip("-n", host.name, "link", "set", inside, "up")
             ip("-n", host.name, "link", "set", "lo", "up")
             # nothing goes there, but programs ask the routes for their own address
-            ip("-n", host.name, "route", "add", "default", "via", OUTSIDE)
+            ip("-n", host.name, "route", "add", "default", "via", outside)
         yield made
     finally:
         for host in made:

@@ -45,8 +45,8 @@ def three_hosts(seconds: float = SECONDS) -> dict[str, Any]:
                 figures["dat serve wrote"] = [line.strip() for line in service.said[1:]][-5:]
                 return figures
         except BaseException:
-            for log in sorted(Path(folder).glob("*/*.log")):
-                print(f"--- {log.parent.name}: {log.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
+            for log in sorted([*Path(folder).glob("*/*.log"), *Path(folder).rglob("session_2*/logs/serve/*.log")]):
+                print(f"--- {log.relative_to(folder)}\n{log.read_text()[-3000:]}", file=sys.stderr)
             raise
 
 

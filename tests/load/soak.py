@@ -108,7 +108,9 @@ def watch(pid: int, seconds: float, held: dict[int, Held]) -> None:
         for found in (samples(pid), {k: v for k, v in samples(os.getpid()).items() if k == os.getpid()}):
             for process, sample in found.items():
                 role = "client" if process == os.getpid() else sample.role
-                held.setdefault(process, Held(role)).add(at, sample)
+                one = held.setdefault(process, Held(role))
+                one.role = role  # a process may become another: dat-haproxy is Python first
+                one.add(at, sample)
         time.sleep(max(1.0, seconds / 360))
 
 
