@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dat_service.bench.processes import clean_environment
 
+
 @dataclass(frozen=True)
 class Host:
     """One namespace, whose processes keep their files in `folder`."""
