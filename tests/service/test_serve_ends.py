@@ -44,6 +44,14 @@ def starting() -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def wait_for(process: subprocess.Popen[str], word: str) -> None:
+    """Reads what the process writes up to a line that begins so, or its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(word):
+            return
+
+
 def family(pid: int) -> set[Process]:
     return descendants(children(pid))
 
@@ -52,7 +60,7 @@ def check_gone(processes: set[Process], patience_s: float) -> None:
     until(lambda: not any(p.runs() for p in processes), patience_s)
 
 
-@pytest.mark.parametrize("so_many", [4, 12])
+@pytest.mark.parametrize("so_many", [4, 8, 12])
 def test_interrupted_while_it_starts(so_many: int) -> None:
     """By when it has begun so many processes."""
     with starting() as process:
@@ -67,15 +75,10 @@ def test_interrupted_while_it_starts(so_many: int) -> None:
 
 def test_interrupted_while_it_stops() -> None:
     with starting() as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready"):
-                break
+        wait_for(process, "ready")
         begun = family(process.pid)
         os.kill(process.pid, signal.SIGINT)
-        for line in process.stdout:
-            if line.startswith("stopping"):
-                break
+        wait_for(process, "stopping")
         os.kill(process.pid, signal.SIGINT)
         output = process.communicate(timeout=200)[0]
         assert process.returncode == 130, output
@@ -86,13 +89,10 @@ def test_interrupted_while_it_stops() -> None:
 def test_killed() -> None:
     """Ray ends what belongs to a process that is gone, and HAProxy ends with the actor that started it."""
     with starting() as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready"):
-                break
+        wait_for(process, "ready")
         begun = family(process.pid)
         process.kill()
-        process.communicate()
+        process.wait()
         check_gone(begun, 120)
 
 
