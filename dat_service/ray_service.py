@@ -128,16 +128,20 @@ class RayService:
         import ray
         from ray import serve
 
-        from dat_service.applications import REPLICA, application, gpus_of, has_room, replica_range
+        from dat_service.applications import REPLICA, application, gpus_of, replica_range, taken
         from dat_service.replica import CodecReplica
 
         if self._stopping or not ray.is_initialized():  # Serve would start another Ray
             raise ServeFailed("the service is stopping")
         present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         gpus = {codec: gpus_of(s, present) for codec, s in self.settings.items()}
-        asked = sum(gpus[codec] * replica_range(s)[1] for codec, s in self.settings.items())
+        asked = sum(taken(gpus[codec], replica_range(s)[1]) for codec, s in self.settings.items())
         if self.own_cluster and asked > present:
             raise ServeFailed(f"replicas ask for {asked:g} GPUs, and this machine has {present:g}; see --gpus")
+        # the codecs' extra replicas may share one place: whose turn it is gives it back
+        spare = present - asked
+        if not self.own_cluster:  # others' work has its GPUs too
+            spare = min(spare, ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         on_cpu = sum(replica_range(s)[1] for codec, s in self.settings.items() if not gpus[codec])
         targets = []
         for codec, settings in self.settings.items():
@@ -151,7 +155,7 @@ class RayService:
                 settings,
                 gpus=gpus[codec],
                 cpus=cpus,
-                surge=has_room(settings, gpus[codec], present),
+                surge=not gpus[codec] or taken(gpus[codec]) <= spare + 1e-4,  # what Ray resolves
                 environment=None if self.own_cluster else REPLICA,
                 replica=self._replica_class or CodecReplica,
             )
