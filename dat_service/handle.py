@@ -12,7 +12,7 @@ from typing import Any
 
 import dat_client.wire as wire
 from dat_service.app import reason_of, status_of
-from dat_service.inference import Caller, infer
+from dat_service.inference import Caller, infer, size
 from dat_service.logs import REQUEST_ID
 from dat_service.observe import REASONS
 from dat_service.protocol import SERVER_METADATA, UnknownCodec, metadata
@@ -85,11 +85,6 @@ async def answer(worker: CodecWorker, payload: dict[str, Any]) -> dict[str, Any]
             "total": time.monotonic() - started,
         },
     }
-
-
-def size(array: Any) -> int:
-    """Bytes of an array; of one of encoded pictures, of the pictures."""
-    return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
 
 
 def refusal(error: Exception) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 import dat_client.wire as wire
 from dat_service import __version__
 from dat_service.body import BuffersResponse, announced_length, read_body, while_connected
-from dat_service.inference import Answer, Caller, infer
+from dat_service.inference import Answer, Caller, check_names, infer
 from dat_service.security import require_key
 from dat_service.worker import CodecWorker
 from dat_workers.discretizer import Discretizer
@@ -196,7 +196,10 @@ def caller_of(request: Request, started: float) -> Caller:
 
 
 async def decode(worker: CodecWorker, body: memoryview, header_length: str | None) -> wire.Request:
-    """The request in a body; beside the event loop where its JSON part is long."""
+    """The request in a body; beside the event loop where its JSON part is long.
+
+    Parsed JSON is up to 24 times its text. What is returned is small, but for tensors.
+    """
     settings = worker.settings
     said = (header_length or "").strip()
     json_bytes = int(said) if said.isdecimal() and len(said) < 20 else len(body)
@@ -204,7 +207,9 @@ async def decode(worker: CodecWorker, body: memoryview, header_length: str | Non
         raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
 
     def parse() -> wire.Request:
-        return wire.decode_request(body, header_length, max_strings=settings.max_images)
+        request = wire.decode_request(body, header_length, max_strings=settings.max_images)
+        check_names(request)  # here: on its way to another thread it would wait beside all others
+        return request
 
     # encoded pictures are copied out of the body
     quick = json_bytes <= SMALL_JSON and b"BYTES" not in body[:json_bytes].tobytes()

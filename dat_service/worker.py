@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -119,13 +120,29 @@ class CodecWorker:
 
     async def aside(self, task: Callable[[], T]) -> T:
         """`task()` on a thread beside the codec's."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, task)
+
+        def run() -> T:
+            try:
+                return task()
+            except BaseException as error:
+                forget_frames(error)
+                raise
+
+        return await asyncio.get_running_loop().run_in_executor(self._aside, run)
 
     def stop(self) -> None:
         """Ends the threads once their present task is done; what waits is refused."""
         self._stopped = True
         self.batcher.stop()
         self._aside.shutdown(wait=False, cancel_futures=True)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Lets go of what the functions that an error ended hold: it waits for its turn, and they may hold much."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
 
 
 class Place:
