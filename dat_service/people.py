@@ -62,6 +62,7 @@ async def reconstruct_png(worker: CodecWorker, encoded: memoryview, caller: Call
     assert discretizer is not None
 
     def prepare() -> Work:
+        place.grow(len(encoded))  # Pillow reads a copy
         picture = decode_picture(
             bytes(encoded), max_pixels=worker.settings.max_image_pixels, field="body", upright=True
         )

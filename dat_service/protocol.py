@@ -9,14 +9,15 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 import dat_client.wire as wire
 from dat_service import __version__
 from dat_service.body import BuffersResponse, announced_length, read_body, while_connected
-from dat_service.inference import Answer, Caller, check_names, infer
+from dat_service.inference import Answer, Caller, check_names, infer, size
 from dat_service.security import require_key
-from dat_service.worker import CodecWorker
+from dat_service.worker import CodecWorker, Place
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput, TooLarge
 
@@ -162,7 +163,7 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
         read = time.monotonic()
 
         async def reply() -> tuple[wire.Encoded, Answer]:
-            asked = await decode(worker, body, request.headers.get(wire.HEADER_LENGTH))
+            asked = await decode(worker, body, request.headers.get(wire.HEADER_LENGTH), place)
             answer = await infer(worker, asked, caller, place)
             return await encode(worker, asked, answer), answer
 
@@ -195,10 +196,11 @@ def caller_of(request: Request, started: float) -> Caller:
     return Caller(flow, deadline)
 
 
-async def decode(worker: CodecWorker, body: memoryview, header_length: str | None) -> wire.Request:
+async def decode(worker: CodecWorker, body: memoryview, header_length: str | None, place: Place) -> wire.Request:
     """The request in a body; beside the event loop where its JSON part is long.
 
-    Parsed JSON is up to 24 times its text. What is returned is small, but for tensors.
+    Parsed JSON is up to 24 times its text. What is returned is small, but for tensors, and `place` holds those that
+    are not views of the body.
     """
     settings = worker.settings
     said = (header_length or "").strip()
@@ -209,6 +211,7 @@ async def decode(worker: CodecWorker, body: memoryview, header_length: str | Non
     def parse() -> wire.Request:
         request = wire.decode_request(body, header_length, max_strings=settings.max_images)
         check_names(request)  # here: on its way to another thread it would wait beside all others
+        place.grow(sum(size(array) for array in request.inputs.values() if not np.may_share_memory(array, body)))
         return request
 
     # encoded pictures are copied out of the body

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dat_client.errors import WireError
@@ -16,6 +17,8 @@ from dat_service.protocol import SMALL_JSON, decode
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.errors import InvalidInput
+from tests.conftest import crop
+from tests.service.http import encoded
 
 SMALL: dict[str, Any] = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 8, 8], "data": [0] * 192}
 
@@ -31,7 +34,7 @@ def worker() -> Iterator[CodecWorker]:
 async def ask(worker: CodecWorker, request: dict[str, Any]) -> None:
     body = json.dumps(request, separators=(",", ":")).encode()
     with worker.admit("", len(body)) as place:
-        await infer(worker, await decode(worker, memoryview(body), None), Caller(), place)
+        await infer(worker, await decode(worker, memoryview(body), None, place), Caller(), place)
 
 
 @pytest.mark.parametrize(
@@ -67,5 +70,23 @@ def test_no_request_waits_with_all_that_was_parsed_of_it(worker: CodecWorker, mo
 @pytest.mark.parametrize("name", ["alpha", "made-up"])
 def test_nor_one_that_was_parsed_at_once(worker: CodecWorker, name: str) -> None:
     body = json.dumps({"inputs": [SMALL], "parameters": {name: [{}]}}).encode()
-    with pytest.raises(InvalidInput, match=name):
-        asyncio.run(decode(worker, memoryview(body), None))
+    with worker.admit("", len(body)) as place, pytest.raises(InvalidInput, match=name):
+        asyncio.run(decode(worker, memoryview(body), None, place))
+
+
+def test_tensors_that_are_copies_are_counted(worker: CodecWorker) -> None:
+    pictures = [encoded(crop("coffee", 64, 64), "PNG")] * 2
+    data = b"".join(len(p).to_bytes(4, "little") + p for p in pictures)
+    entries = {
+        "numbers": {"name": "images", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0] * 192},
+        "bytes": {"datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(data)}},
+        "views": {"datatype": "FP32", "shape": [2, 3, 8, 8], "parameters": {"binary_data_size": 2 * 192 * 4}},
+    }
+    copied = {"numbers": 4 * 192, "bytes": sum(map(len, pictures)), "views": 0}
+    tails = {"numbers": b"", "bytes": data, "views": bytes(2 * 192 * 4)}
+    for what, entry in entries.items():
+        head = json.dumps({"inputs": [{"name": "images"} | entry]}).encode()
+        body = np.frombuffer(head + tails[what], np.uint8).data
+        with worker.admit("", len(body)) as place:
+            asyncio.run(decode(worker, body, str(len(head)), place))
+            assert worker.held_bytes - len(body) == copied[what], what
