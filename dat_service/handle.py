@@ -71,8 +71,9 @@ async def answer(worker: CodecWorker, payload: dict[str, Any]) -> dict[str, Any]
     inputs = payload["inputs"]
     outputs = [wire.RequestedOutput(name) for name in payload["outputs"]]
     request = wire.Request(inputs, payload["id"], payload["parameters"], outputs, binary_default=True)
-    caller = Caller(f"/{payload['client']}", started + payload["timeout_ms"] / 1000)
-    with worker.admit(caller.flow, sum(size(array) for array in inputs.values())) as place:
+    flow = f"/{payload['client']}"
+    caller = Caller(flow, started + payload["timeout_ms"] / 1000, holder=flow)
+    with worker.admit(caller.holder, sum(size(array) for array in inputs.values())) as place:
         made = await infer(worker, request, caller, place)
     return {
         "outputs": made.outputs,

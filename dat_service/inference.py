@@ -27,10 +27,13 @@ INPUTS = ("images", "gradients", "gradient_scales")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: `flow` for fairness, `deadline` by time.monotonic(), None for none."""
+    """Who asks: `flow` has its turn in the queue, `deadline` by time.monotonic(), None for none; `holder` shares
+    places and bytes with the others.
+    """
 
     flow: str = ""
     deadline: float | None = None
+    holder: str = ""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
     length = announced_length(request, settings.max_body_bytes)
     caller = caller_of(request, started)
     with ExitStack() as held:
-        place = held.enter_context(worker.admit(caller.flow, length or 0))
+        place = held.enter_context(worker.admit(caller.holder, length or 0))
         body = await read_body(
             request, length, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s, grow=place.grow
         )
@@ -184,7 +184,10 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
 
 
 def caller_of(request: Request, started: float) -> Caller:
-    """Who asks, and until when: X-Dat-Timeout-Ms after `started`. Raises InvalidInput for what is no time."""
+    """Who asks, and until when: X-Dat-Timeout-Ms after `started`. Raises InvalidInput for what is no time.
+
+    X-Dat-Client is a name that anybody may make up: it has its turn in the queue, and holds nothing.
+    """
     said = request.headers.get("x-dat-timeout-ms")
     deadline = None
     if said is not None:
@@ -192,8 +195,11 @@ def caller_of(request: Request, started: float) -> Caller:
             raise InvalidInput("X-Dat-Timeout-Ms", repr(said), "a whole number of milliseconds, below 10^11")
         deadline = started + int(said) / 1000
     peer = request.client.host if request.client else ""
-    flow = f"{getattr(request.state, 'key_id', '')}/{request.headers.get('x-dat-client', peer)[:64]}"
-    return Caller(flow, deadline)
+    if request.app.state.gather is not None:  # on Ray: HAProxy writes it, whatever the client sent; nobody else may
+        peer = request.headers.get("x-forwarded-for", peer)
+    key_id = getattr(request.state, "key_id", "")
+    holder = f"key/{key_id}" if key_id else f"peer/{peer[:64]}"
+    return Caller(f"{key_id}/{request.headers.get('x-dat-client', peer)[:64]}", deadline, holder)
 
 
 async def decode(worker: CodecWorker, body: memoryview, header_length: str | None, place: Place) -> wire.Request:
