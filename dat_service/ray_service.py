@@ -282,23 +282,25 @@ class RayService:
 
 @contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Keeps Ctrl-C until the block has ended: Ray, interrupted while it starts, crashes at its shutdown."""
+    """Keeps Ctrl-C, and what a closed terminal says, until the block has ended: Ray, interrupted while it starts,
+    crashes when it is shut down.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted = False
-
-    def note(*_: object) -> None:
-        nonlocal noted
-        noted = True
-
-    old = signal.signal(signal.SIGINT, note)
+    noted: list[int] = []
+    # the default, and what is ignored, stays so: neither raises
+    handlers = {n: handler for n in (signal.SIGINT, signal.SIGHUP) if callable(handler := signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
-        if noted:
-            raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, handler in handlers.items():
+            if number in noted:
+                handler(number, None)
 
 
 def shared(settings: Settings, replicas: int) -> int:
