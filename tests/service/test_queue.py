@@ -176,7 +176,7 @@ def status_from(url: str, source: str = "127.0.0.1", key: str = "") -> int:
 
 @pytest.mark.parametrize(("gather", "holder"), [(None, "peer/10.0.0.1"), (object(), "peer/10.0.0.7")])
 def test_the_address_is_haproxys_word_on_ray_alone(gather: object, holder: str) -> None:
-    """Without HAProxy before it X-Forwarded-For is the stranger's own word; on another host of a cluster it is not."""
+    """Without HAProxy before it X-Forwarded-For is the stranger's own word."""
     asked = Request(
         {
             "type": "http",

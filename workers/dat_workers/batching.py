@@ -37,8 +37,8 @@ class Batcher:
 
     A batch holds rows of one task, from any requests, and leaves when it is full or its first row has waited
     `max_wait_s` (None: 2 ms on CUDA; 0 on a CPU, whose batches of up to 4, two beside each other, are made of what
-    waits already). What is longer than `max_queue_s` from its turn is refused. A batch that takes `watchdog_s` has hung. `on_batch` is told rows,
-    capacity and seconds of each batch.
+    waits already). What is longer than `max_queue_s` from its turn is refused. A batch that takes `watchdog_s` has
+    hung. `on_batch` is told rows, capacity and seconds of each batch.
     """
 
     def __init__(
