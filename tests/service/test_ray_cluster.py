@@ -6,6 +6,7 @@ Slow: `python -m pytest -m slow tests/service/test_ray_cluster.py`
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,8 @@ def cluster() -> Iterator[dict[str, str]]:
     port, serve_port = free_port(), free_port()
     block = take_block(serve_port)
     environment = os.environ | haproxy.environment(folder, "127.0.0.1", serve_port, block.getsockname()[1] + 1)
+    # what joins a cluster has to know its token, which is Ray's default
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process = subprocess.Popen(
         [
             BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}/ray",
