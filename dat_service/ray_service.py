@@ -269,7 +269,7 @@ class RayService:
             variables |= haproxy.environment(Path(self._folder.name), self.host, self.port, first) | REPLICA
             variables["RAY_worker_niceness"] = "0"  # Ray's own choice is 15: anything beside it comes first
             # Ray would keep a record of its last 100,000 calls, of which Serve makes some a second by itself, and
-            # figures of its own for each series that HAProxy logs: 20 MB after 20,000 requests. Ours are in /metrics.
+            # figures of what HAProxy logs: 20 MB more after 20,000 requests. Ours are in /metrics.
             variables["RAY_task_events_report_interval_ms"] = "0"
             variables["RAY_enable_metrics_collection"] = "0"
         # what the operator has set stands
@@ -278,7 +278,7 @@ class RayService:
 
 @contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Keeps Ctrl-C until the block has ended: Ray, interrupted while it starts, crashes when it is shut down."""
+    """Keeps Ctrl-C until the block has ended: Ray, interrupted while it starts, crashes at its shutdown."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
