@@ -95,8 +95,8 @@ def precompute(
             summary = run(
                 source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
                 resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
-                seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers, ray=ray,
-                gpus=gpus, skip=on_error == "skip", overwrite=overwrite, check_hashes=check_hashes,
+                seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers,
+                ray=ray, gpus=gpus, skip=on_error == "skip", overwrite=overwrite, check_hashes=check_hashes,
                 pictures_a_shard=pictures_a_shard, engine=engine, device=device, dtype=dtype, tricks=tricks,
                 threads=threads, report=report,
             )  # fmt: skip

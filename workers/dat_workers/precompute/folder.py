@@ -54,6 +54,7 @@ class Entry:
     def to_json(self) -> bytes:
         said = asdict(self)
         said |= {
+            "bytes": said.pop("nbytes"),
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
             "source": {"name": self.source[0], "bytes": self.source[1]},
         }
@@ -64,6 +65,7 @@ class Entry:
         """Raises ValueError, KeyError or TypeError for what is no entry."""
         said = json.loads(text)
         said["skipped"] = tuple((one["key"], one["reason"]) for one in said["skipped"])
+        said["nbytes"] = said.pop("bytes")
         said["source"] = (said["source"]["name"], said["source"]["bytes"])
         return cls(**said)
 
