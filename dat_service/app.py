@@ -59,6 +59,8 @@ def create_app(worker: CodecWorker, *, gather: Gather | None = None) -> FastAPI:
         version=__version__,
         description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
         lifespan=lifespan,
+        redoc_url=None,  # /docs shows the same
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would go to whatever Host the client named
     )
     app.state.worker = worker

@@ -12,7 +12,7 @@ from typing import Any
 
 import dat_client.wire as wire
 from dat_service.app import reason_of, status_of
-from dat_service.inference import Caller, infer
+from dat_service.inference import Caller, infer, size
 from dat_service.logs import REQUEST_ID
 from dat_service.observe import REASONS
 from dat_service.protocol import SERVER_METADATA, UnknownCodec, metadata
@@ -71,8 +71,9 @@ async def answer(worker: CodecWorker, payload: dict[str, Any]) -> dict[str, Any]
     inputs = payload["inputs"]
     outputs = [wire.RequestedOutput(name) for name in payload["outputs"]]
     request = wire.Request(inputs, payload["id"], payload["parameters"], outputs, binary_default=True)
-    caller = Caller(f"/{payload['client']}", started + payload["timeout_ms"] / 1000)
-    with worker.admit(caller.flow, sum(size(array) for array in inputs.values())) as place:
+    flow = f"/{payload['client']}"
+    caller = Caller(flow, started + payload["timeout_ms"] / 1000, holder=flow)
+    with worker.admit(caller.holder, sum(size(array) for array in inputs.values())) as place:
         made = await infer(worker, request, caller, place)
     return {
         "outputs": made.outputs,
@@ -85,11 +86,6 @@ async def answer(worker: CodecWorker, payload: dict[str, Any]) -> dict[str, Any]
             "total": time.monotonic() - started,
         },
     }
-
-
-def size(array: Any) -> int:
-    """Bytes of an array; of one of encoded pictures, of the pictures."""
-    return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
 
 
 def refusal(error: Exception) -> dict[str, Any]:

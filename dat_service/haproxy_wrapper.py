@@ -22,7 +22,7 @@ MARK = "# amended by dat-haproxy\n"
 
 # Serve reads these headers itself, and decodes some of them without a look: one byte above 127 would be a 500.
 # With `disconnect-disabled` it leaves the body to the app; without, it reads all of it before the app's limits are
-# looked at.
+# looked at. Its list of routes names what is served, without a key.
 FRONTEND = """
     http-request set-header x-request-disconnect-disabled ?1
     http-request del-header x-request-timeout-seconds
@@ -38,6 +38,7 @@ FRONTEND = """
     option forwardfor
     http-request set-var(txn.dat_method) method
     http-request set-var(txn.dat_method) str(OTHER) unless { method GET HEAD POST PUT PATCH DELETE OPTIONS }
+    http-request deny deny_status 404 if { path -i /-/routes }
     timeout http-request 15s
 """
 

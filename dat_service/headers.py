@@ -1,6 +1,6 @@
 """Limits on headers for `dat serve --local`: uvicorn takes them of any size, and waits for them for ever.
 
-On Ray HAProxy has these limits.
+On Ray HAProxy has limits of its own: about 15 KiB, and 15 s as here.
 """
 
 from __future__ import annotations

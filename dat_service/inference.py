@@ -19,7 +19,7 @@ from dat_workers.perturbation import Step, number
 from dat_workers.pictures import decode_pictures
 from dat_workers.pieces import Result
 from dat_workers.transfer import Array
-from dat_workers.work import Task, Work, check_outputs, default_outputs
+from dat_workers.work import OUTPUTS, Task, Work, check_outputs, default_outputs
 
 PARAMETERS = ("preset", "base", "alpha", "normalize", "epsilon", "replace_fraction", "seed", "output_dtype")
 INPUTS = ("images", "gradients", "gradient_scales")
@@ -27,10 +27,13 @@ INPUTS = ("images", "gradients", "gradient_scales")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: `flow` for fairness, `deadline` by time.monotonic(), None for none."""
+    """Who asks: `flow` has its turn in the queue, `deadline` by time.monotonic(), None for none; `holder` shares
+    places and bytes with the others.
+    """
 
     flow: str = ""
     deadline: float | None = None
+    holder: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,12 @@ async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Result:
 
 def prepare(discretizer: Discretizer, request: wire.Request, settings: Settings, place: Place) -> Work:
     """The request as work, every limit and value checked, and room held for its answer."""
+    check_names(request)
     parameters, inputs = request.parameters, request.inputs
-    for name in parameters:
-        if name not in PARAMETERS:
-            raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
     names = [o.name for o in request.outputs]
-    if "images" in inputs and set(inputs) <= set(INPUTS):
+    if "images" in inputs:
         work = images_work(discretizer, request, names, settings, place)
-    elif list(inputs) == ["indices"]:
+    else:
         others = sorted(set(parameters) - {"output_dtype"})
         if others:
             raise InvalidInput("parameters", others, "output_dtype alone, where tokens are decoded")
@@ -101,11 +102,27 @@ def prepare(discretizer: Discretizer, request: wire.Request, settings: Settings,
         pixels = indices.size * discretizer.spec.factor**2
         check_json_outputs(request, ["reconstruction"], pixels, discretizer.spec.factor, settings)
         work = discretizer.decode_work(indices, output_dtype=parameters.get("output_dtype"))
-    else:
-        raise InvalidInput("inputs", sorted(inputs), f"either indices alone, or {', '.join(INPUTS)}")
     if work.result is None:
         place.grow(work.rows * output_bytes(work.task, discretizer.spec.factor))
     return work
+
+
+def check_names(request: wire.Request) -> None:
+    """Raises InvalidInput for parameters, inputs and outputs that no codec has, and parameters of many parts."""
+    for name, value in request.parameters.items():
+        if name not in PARAMETERS:
+            raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
+        if isinstance(value, list | dict):
+            raise InvalidInput(name, "a JSON " + ("list" if isinstance(value, list) else "object"), "one value")
+    inputs = list(request.inputs)
+    if inputs != ["indices"] and not ("images" in inputs and set(inputs) <= set(INPUTS)):
+        raise InvalidInput("inputs", sorted(inputs[:9]), f"either indices alone, or {', '.join(INPUTS)}")
+    check_outputs([o.name for o in request.outputs], OUTPUTS)
+
+
+def size(array: Array) -> int:
+    """Bytes of an array; of one of encoded pictures, of the pictures."""
+    return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
 
 
 def images_work(

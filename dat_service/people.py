@@ -47,7 +47,7 @@ async def reconstruct(request: Request) -> Response:
     length = announced_length(request, settings.max_body_bytes)
     caller = caller_of(request, time.monotonic())
     with ExitStack() as held:
-        place = held.enter_context(worker.admit(caller.flow, length or 0))
+        place = held.enter_context(worker.admit(caller.holder, length or 0))
         body = await read_body(
             request, length, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s, grow=place.grow
         )
@@ -62,6 +62,7 @@ async def reconstruct_png(worker: CodecWorker, encoded: memoryview, caller: Call
     assert discretizer is not None
 
     def prepare() -> Work:
+        place.grow(len(encoded))  # Pillow reads a copy
         picture = decode_picture(
             bytes(encoded), max_pixels=worker.settings.max_image_pixels, field="body", upright=True
         )

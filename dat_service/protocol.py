@@ -9,14 +9,15 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 import dat_client.wire as wire
 from dat_service import __version__
 from dat_service.body import BuffersResponse, announced_length, read_body, while_connected
-from dat_service.inference import Answer, Caller, infer
+from dat_service.inference import Answer, Caller, check_names, infer, size
 from dat_service.security import require_key
-from dat_service.worker import CodecWorker
+from dat_service.worker import CodecWorker, Place
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput, TooLarge
 
@@ -155,14 +156,14 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
     length = announced_length(request, settings.max_body_bytes)
     caller = caller_of(request, started)
     with ExitStack() as held:
-        place = held.enter_context(worker.admit(caller.flow, length or 0))
+        place = held.enter_context(worker.admit(caller.holder, length or 0))
         body = await read_body(
             request, length, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s, grow=place.grow
         )
         read = time.monotonic()
 
         async def reply() -> tuple[wire.Encoded, Answer]:
-            asked = await decode(worker, body, request.headers.get(wire.HEADER_LENGTH))
+            asked = await decode(worker, body, request.headers.get(wire.HEADER_LENGTH), place)
             answer = await infer(worker, asked, caller, place)
             return await encode(worker, asked, answer), answer
 
@@ -183,7 +184,10 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
 
 
 def caller_of(request: Request, started: float) -> Caller:
-    """Who asks, and until when: X-Dat-Timeout-Ms after `started`. Raises InvalidInput for what is no time."""
+    """Who asks, and until when: X-Dat-Timeout-Ms after `started`. Raises InvalidInput for what is no time.
+
+    X-Dat-Client is a name that anybody may make up: it has its turn in the queue, and holds nothing.
+    """
     said = request.headers.get("x-dat-timeout-ms")
     deadline = None
     if said is not None:
@@ -191,12 +195,19 @@ def caller_of(request: Request, started: float) -> Caller:
             raise InvalidInput("X-Dat-Timeout-Ms", repr(said), "a whole number of milliseconds, below 10^11")
         deadline = started + int(said) / 1000
     peer = request.client.host if request.client else ""
-    flow = f"{getattr(request.state, 'key_id', '')}/{request.headers.get('x-dat-client', peer)[:64]}"
-    return Caller(flow, deadline)
+    if request.app.state.gather is not None:  # on Ray: HAProxy writes it, whatever the client sent; nobody else may
+        peer = request.headers.get("x-forwarded-for", peer)
+    key_id = getattr(request.state, "key_id", "")
+    holder = f"key/{key_id}" if key_id else f"peer/{peer[:64]}"
+    return Caller(f"{key_id}/{request.headers.get('x-dat-client', peer)[:64]}", deadline, holder)
 
 
-async def decode(worker: CodecWorker, body: memoryview, header_length: str | None) -> wire.Request:
-    """The request in a body; beside the event loop where its JSON part is long."""
+async def decode(worker: CodecWorker, body: memoryview, header_length: str | None, place: Place) -> wire.Request:
+    """The request in a body; beside the event loop where its JSON part is long.
+
+    Parsed JSON is up to 24 times its text. What is returned is small, but for tensors, and `place` holds those that
+    are not views of the body.
+    """
     settings = worker.settings
     said = (header_length or "").strip()
     json_bytes = int(said) if said.isdecimal() and len(said) < 20 else len(body)
@@ -204,7 +215,10 @@ async def decode(worker: CodecWorker, body: memoryview, header_length: str | Non
         raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
 
     def parse() -> wire.Request:
-        return wire.decode_request(body, header_length, max_strings=settings.max_images)
+        request = wire.decode_request(body, header_length, max_strings=settings.max_images)
+        check_names(request)  # here: on its way to another thread it would wait beside all others
+        place.grow(sum(size(array) for array in request.inputs.values() if not np.may_share_memory(array, body)))
+        return request
 
     # encoded pictures are copied out of the body
     quick = json_bytes <= SMALL_JSON and b"BYTES" not in body[:json_bytes].tobytes()

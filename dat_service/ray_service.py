@@ -128,16 +128,20 @@ class RayService:
         import ray
         from ray import serve
 
-        from dat_service.applications import REPLICA, application, gpus_of, has_room, replica_range
+        from dat_service.applications import REPLICA, application, gpus_of, replica_range, taken
         from dat_service.replica import CodecReplica
 
         if self._stopping or not ray.is_initialized():  # Serve would start another Ray
             raise ServeFailed("the service is stopping")
         present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         gpus = {codec: gpus_of(s, present) for codec, s in self.settings.items()}
-        asked = sum(gpus[codec] * replica_range(s)[1] for codec, s in self.settings.items())
+        asked = sum(taken(gpus[codec], replica_range(s)[1]) for codec, s in self.settings.items())
         if self.own_cluster and asked > present:
             raise ServeFailed(f"replicas ask for {asked:g} GPUs, and this machine has {present:g}; see --gpus")
+        # the codecs' extra replicas may share one place: whose turn it is gives it back
+        spare = present - asked
+        if not self.own_cluster:  # others' work has its GPUs too
+            spare = min(spare, ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         on_cpu = sum(replica_range(s)[1] for codec, s in self.settings.items() if not gpus[codec])
         targets = []
         for codec, settings in self.settings.items():
@@ -151,7 +155,7 @@ class RayService:
                 settings,
                 gpus=gpus[codec],
                 cpus=cpus,
-                surge=has_room(settings, gpus[codec], present),
+                surge=not gpus[codec] or taken(gpus[codec]) <= spare + 1e-4,  # what Ray resolves
                 environment=None if self.own_cluster else REPLICA,
                 replica=self._replica_class or CodecReplica,
             )
@@ -278,23 +282,25 @@ class RayService:
 
 @contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Keeps Ctrl-C until the block has ended: Ray, interrupted while it starts, crashes at its shutdown."""
+    """Keeps Ctrl-C, and what a closed terminal says, until the block has ended: Ray, interrupted while it starts,
+    crashes when it is shut down.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted = False
-
-    def note(*_: object) -> None:
-        nonlocal noted
-        noted = True
-
-    old = signal.signal(signal.SIGINT, note)
+    noted: list[int] = []
+    # the default, and what is ignored, stays so: neither raises
+    handlers = {n: handler for n in (signal.SIGINT, signal.SIGHUP) if callable(handler := signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
-        if noted:
-            raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, handler in handlers.items():
+            if number in noted:
+                handler(number, None)
 
 
 def shared(settings: Settings, replicas: int) -> int:

@@ -1,10 +1,10 @@
-"""What flows share of a capacity: none may hold more than is still free beside it."""
+"""What holders share of a capacity: none may hold more than is still free beside it."""
 
 from __future__ import annotations
 
 
 class Shares:
-    """Dynamic thresholds (Choudhury and Hahne, 1998): a flow's limit is what nobody holds yet.
+    """Dynamic thresholds (Choudhury and Hahne, 1998): a holder's limit is what nobody holds yet.
 
     One flood alone gets half, two a third each, and there is always room left for somebody new. Whoever holds
     nothing yet may take whatever is free.
@@ -19,33 +19,33 @@ class Shares:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.held = 0
-        self._flows: dict[str, int] = {}
+        self._holders: dict[str, int] = {}
 
-    def take(self, flow: str, amount: int) -> bool:
-        """Holds `amount` more for the flow, or says False and holds nothing."""
-        own, free = self._flows.get(flow, 0), self.capacity - self.held
+    def take(self, holder: str, amount: int) -> bool:
+        """Holds `amount` more for the holder, or says False and holds nothing."""
+        own, free = self._holders.get(holder, 0), self.capacity - self.held
         if amount > free or (own and own + amount > free):
             return False
-        self._hold(flow, amount)
+        self._hold(holder, amount)
         return True
 
-    def change(self, flow: str, old: int, new: int) -> bool:
+    def change(self, holder: str, old: int, new: int) -> bool:
         """Holds `new` instead of `old` that was taken, judged as if it were taken anew; or leaves all as it is."""
-        self.give(flow, old)
-        if self.take(flow, new):
+        self.give(holder, old)
+        if self.take(holder, new):
             return True
-        self._hold(flow, old)
+        self._hold(holder, old)
         return False
 
-    def _hold(self, flow: str, amount: int) -> None:
+    def _hold(self, holder: str, amount: int) -> None:
         self.held += amount
-        self._flows[flow] = self._flows.get(flow, 0) + amount
+        self._holders[holder] = self._holders.get(holder, 0) + amount
 
-    def give(self, flow: str, amount: int) -> None:
+    def give(self, holder: str, amount: int) -> None:
         """Lets go of `amount` that was taken."""
         self.held -= amount
-        left = self._flows.get(flow, 0) - amount
+        left = self._holders.get(holder, 0) - amount
         if left:
-            self._flows[flow] = left
+            self._holders[holder] = left
         else:
-            self._flows.pop(flow, None)
+            self._holders.pop(holder, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -97,15 +98,15 @@ class CodecWorker:
         """Bytes of requests and answers that are held."""
         return self.bytes.held
 
-    def admit(self, flow: str, nbytes: int) -> Place:
-        """A place and so many bytes for a request of a flow. Raises Full, or Unhealthy where nothing is served."""
+    def admit(self, holder: str, nbytes: int) -> Place:
+        """A place and so many bytes for a holder's request. Raises Full, or Unhealthy where nothing is served."""
         if not self.ready:
             why = "the service is shutting down" if self._stopped else "the codec is not loaded"
             raise Unhealthy(self.why_unhealthy or why)
         with self.lock:
-            if not self.places.take(flow, 1):
+            if not self.places.take(holder, 1):
                 raise Full(f"{self.held} requests are held", f"at most {self.places.capacity}, in fair shares", 1)
-        place = Place(self, flow)
+        place = Place(self, holder)
         try:
             place.grow(nbytes)
         except BaseException:
@@ -119,7 +120,15 @@ class CodecWorker:
 
     async def aside(self, task: Callable[[], T]) -> T:
         """`task()` on a thread beside the codec's."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, task)
+
+        def run() -> T:
+            try:
+                return task()
+            except BaseException as error:
+                forget_frames(error)
+                raise
+
+        return await asyncio.get_running_loop().run_in_executor(self._aside, run)
 
     def stop(self) -> None:
         """Ends the threads once their present task is done; what waits is refused."""
@@ -128,11 +137,19 @@ class CodecWorker:
         self._aside.shutdown(wait=False, cancel_futures=True)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Lets go of what the functions that an error ended hold: it waits for its turn, and they may hold much."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+
+
 class Place:
     """What one request holds, until it is closed; closing twice is once."""
 
-    def __init__(self, worker: CodecWorker, flow: str) -> None:
-        self.worker, self.flow = worker, flow
+    def __init__(self, worker: CodecWorker, holder: str) -> None:
+        self.worker, self.holder = worker, holder
         self.nbytes = 0
         self.open = True
 
@@ -147,7 +164,7 @@ class Place:
             shares, total = self.worker.bytes, self.nbytes + nbytes
             if total > shares.capacity:
                 raise TooLarge("request", f"{total} bytes", f"at most {shares.capacity} bytes held")
-            if not shares.change(self.flow, self.nbytes, total):  # its own bytes do not stand in its way
+            if not shares.change(self.holder, self.nbytes, total):  # its own bytes do not stand in its way
                 held = f"{shares.held} bytes are held and {nbytes} more wanted"
                 raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
             self.nbytes = total
@@ -156,8 +173,8 @@ class Place:
         with self.worker.lock:
             if self.open:
                 self.open = False
-                self.worker.bytes.give(self.flow, self.nbytes)
-                self.worker.places.give(self.flow, 1)
+                self.worker.bytes.give(self.holder, self.nbytes)
+                self.worker.places.give(self.holder, 1)
 
     def __enter__(self) -> Self:
         return self

@@ -63,16 +63,3 @@ def as_flag(value: Any, field: str) -> bool:
     if not isinstance(value, bool):
         malformed("neither true nor false", field, value)
     return value
-
-
-def plain(value: Any) -> Any:
-    """The value itself where it is short JSON, else its repr cut to 80 characters."""
-    is_plain = isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value)
-    )
-    try:
-        if is_plain and len(json.dumps(value, allow_nan=False)) <= 80:
-            return value
-    except ValueError:
-        pass
-    return shown(value)

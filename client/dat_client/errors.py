@@ -17,6 +17,7 @@ All of them survive pickling (a DataLoader worker sends its exception to the tra
 
 from __future__ import annotations
 
+import json
 import reprlib
 from typing import Any
 
@@ -53,6 +54,19 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an int of more than 4300 digits has no repr
         text = f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def plain(value: Any) -> Any:
+    """The value itself where it is short JSON, else its repr cut to 80 characters."""
+    is_plain = isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value)
+    )
+    try:
+        if is_plain and len(json.dumps(value, allow_nan=False)) <= 80:
+            return value
+    except ValueError:
+        pass
+    return shown(value)
 
 
 class DatError(Exception):
@@ -112,7 +126,8 @@ class WireError(InvalidRequest):
         malformed: bool = False,
     ) -> None:
         status = 400 if malformed else 422
-        super().__init__(message, field=field, value=value, limit=limit, status=status)
+        # not what was parsed, which may be large: an error outlives the request
+        super().__init__(message, field=field, value=plain(value), limit=limit, status=status)
         self.malformed = malformed
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ._json import as_flag, as_list, get_name, get_object, get_text, parse, plain
+from ._json import as_flag, as_list, get_name, get_object, get_text, parse
 from ._tensors import (
     DATATYPES,
     Array,
@@ -39,7 +39,7 @@ from ._tensors import (
     to_buffer,
     to_json,
 )
-from .errors import WireError, shown
+from .errors import WireError, plain, shown
 
 __all__ = [
     "DATATYPES",

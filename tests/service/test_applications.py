@@ -12,10 +12,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
-from dat_service.applications import build, gpus_of, has_room, options, replica_range, routes
+from dat_service.applications import build, gpus_of, options, replica_range, routes
 from dat_service.autoscale import ByQueuedImages
 from dat_service.cli.main import app
-from dat_service.ray_service import RayService, shared
+from dat_service.ray_service import RayService, ServeFailed, shared
 from dat_service.settings import Settings, SettingsError
 from tests.conftest import free_port
 
@@ -60,12 +60,63 @@ def test_range_of_replicas() -> None:
             replica_range(Settings(autoscale=wrong))
 
 
-def test_room_for_an_update() -> None:
-    assert has_room(Settings(replicas=3), gpus=0, present=0)
-    assert not has_room(Settings(replicas=1), gpus=1, present=1)
-    assert has_room(Settings(replicas=1), gpus=0.5, present=1)
-    assert not has_room(Settings(autoscale="1:4"), gpus=1, present=4)
-    assert options(Settings(), gpus=1, cpus=1, surge=False)["max_surge_percent"] == 0
+@pytest.mark.parametrize(
+    ("present", "several", "surge"),
+    [
+        (0, [{"replicas": 3}], [1]),
+        (1, [{}], [0]),
+        (1, [{"gpus": 0.5}], [1]),
+        (1, [{"gpus": 0.1, "replicas": 9}], [1]),
+        (4, [{"autoscale": "1:4"}], [0]),
+        (5, [{"autoscale": "1:4"}], [1]),
+        (2, [{}, {}], [0, 0]),  # either by itself would have room
+        (3, [{}, {}], [1, 1]),  # one after the other
+        (3, [{"gpus": 2}, {}], [0, 0]),
+        (4, [{"gpus": 2}, {}], [0, 1]),
+        (2, [{}, {}, {"gpus": 0}], [0, 0, 1]),
+        (2, [{"gpus": 0.4, "replicas": 4}], [0]),  # 0.4 are left over, of each GPU 0.2
+    ],
+)
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_room_for_an_update(
+    present: float,
+    several: list[dict[str, Any]],
+    surge: list[int],
+    address: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert updated(several, present, present, address, monkeypatch) == surge
+
+
+def test_gpus_of_others_on_the_cluster_are_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert updated([{}], 8, 0, "10.0.0.1:6379", monkeypatch) == [0]
+    assert updated([{}], 8, 1, "10.0.0.1:6379", monkeypatch) == [1]
+
+
+def updated(
+    several: list[dict[str, Any]], present: float, free: float, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """max_surge_percent of each of several codecs, as an update asks for them on so many GPUs."""
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": present})
+    monkeypatch.setattr("ray.available_resources", lambda: {"GPU": free})
+    asked: list[Any] = []
+    monkeypatch.setattr("ray.serve.run_many", lambda targets, **_: asked.extend(targets))
+    service = RayService(*(Settings(codec=f"c{i}", **settings) for i, settings in enumerate(several)))
+    service.prefixes = routes(list(service.settings), alone=False)
+    with service._folder:
+        service._deploy()
+    return [target.target._bound_deployment._deployment_config.max_surge_percent for target in asked]
+
+
+def test_more_replicas_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings in ({"replicas": 3}, {"gpus": 0.6, "replicas": 3}):  # of 0.6 one fits on a GPU
+        with pytest.raises(ServeFailed, match="replicas ask for 3 GPUs, and this machine has 2"):
+            updated([settings], 2, 2, None, monkeypatch)
 
 
 def test_replicas_on_one_machine_share_its_cores() -> None:
@@ -140,7 +191,7 @@ def test_serve_config_is_what_serve_deploys(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("present", "gpus", "images", "surge"), [(0.0, 0, 16, 1), (2.0, 1, 256, 0), (5.0, 1, 256, 1)]
+    ("present", "gpus", "images", "surge"), [(0.0, 0, 16, 1), (2.0, 1, 256, 0), (5.0, 1, 256, 0)]
 )
 def test_built_for_what_the_cluster_has(
     present: float, gpus: float, images: int, surge: int, monkeypatch: pytest.MonkeyPatch

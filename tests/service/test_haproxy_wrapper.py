@@ -177,6 +177,29 @@ def test_what_strangers_send_does_not_reach_serve(tmp_path: Path, replica: Stand
             assert "x-request-id" not in dict(got), ids
 
 
+def test_headers_have_their_limit(tmp_path: Path, replica: StandInReplica) -> None:
+    """Of HAProxy's buffer, 16 KiB, one is kept for what it adds itself (README.md, "Safety")."""
+    port = free_port()
+    with running(ray_config(tmp_path, port, replica.server_port), port):
+        assert get(port, headers=[("X-Large", b"x" * 15_000)])[0] == 200
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
+            s.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 15_400 + b"\r\n\r\n")
+            assert s.recv(1000).startswith(b"HTTP/1.1 4")
+
+
+def test_serves_list_of_routes_is_not_for_strangers(tmp_path: Path, replica: StandInReplica) -> None:
+    port = free_port()
+    path = ray_config(tmp_path, port, replica.server_port)
+    assert "/-/routes" in path.read_text()  # Ray's own answer to it
+    with running(path, port):
+        for asked in ("/-/routes", "/-/ROUTES"):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", asked)
+            response = connection.getresponse()
+            assert (response.status, b"toy" in response.read()) == (404, False)
+            connection.close()
+
+
 def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandInReplica) -> None:
     """One series for each method of strangers, for ever, would be a leak."""
     port = free_port()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -126,6 +127,23 @@ def test_scopes(serve_app: Callable[..., str], tmp_path_factory: pytest.TempPath
     refused = send(url, "GET", "/metrics", None, bearer("user"))
     assert "asks for admin" in refused.error["error"]
     assert "www-authenticate" not in refused.headers
+
+
+def test_what_is_open_without_a_key(serve_app: Callable[..., str], file: Path) -> None:
+    """README.md, "Safety", lists it."""
+    file.write_text("user\n")
+    url = serve_app(codec="identity", api_key_file=file)
+    described = json.loads(send(url, "GET", "/openapi.json").body)["paths"]
+    asked = {
+        (m.upper(), path.replace("{codec}", "identity")) for path, methods in described.items() for m in methods
+    }
+    asked |= {("GET", path) for path in ("/", "/docs", "/openapi.json", "/redoc", "/docs/oauth2-redirect")}
+    statuses = {path: send(url, method, path).status for method, path in asked}
+    assert {path for path, status in statuses.items() if status == 200} == {
+        "/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready",
+    }  # fmt: skip
+    assert {path for path, status in statuses.items() if status == 404} == {"/redoc", "/docs/oauth2-redirect"}
+    assert set(statuses.values()) == {200, 401, 404}
 
 
 def test_without_a_key_file_all_is_open(serve_app: Callable[..., str]) -> None:

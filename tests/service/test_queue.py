@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from dat_client import Client
+from dat_service.protocol import caller_of
 from dat_service.worker import CodecWorker
 from tests.conftest import crop
 from tests.service.http import Reply, infer_images, send, tensor
@@ -121,3 +128,62 @@ def test_nothing_stays_held_after_refusals(monkeypatch: pytest.MonkeyPatch, serv
     for body, headers in [(b"{", {}), (b"\x80\x04K\x01.", {}), request_of(np.zeros((3, 3, 8, 8), np.uint8))]:
         assert send(url, "POST", "/v2/models/identity/infer", body, headers).status in (400, 413)
     wait_until(lambda: workers[0].held == 0 and workers[0].held_bytes == 0)
+
+
+def test_places_are_not_had_by_made_up_names(serve_app: Callable[..., str], tmp_path: Path) -> None:
+    """An address holds half of them at most, whatever names it gives itself; so does a key, from any address."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret-one infer one\nsecret-two infer two\n")
+    for more, others in (({}, {"source": "127.0.0.2"}), ({"api_key_file": keys}, {"key": "secret-two"})):
+        url = serve_app(codec="identity", max_requests=8, body_timeout_s=60, **more)
+        parts = urlsplit(url)
+        auth = "Authorization: Bearer secret-one\r\n" if more else ""
+        with ExitStack() as held:
+            holding = []
+            for i in range(8):
+                s = held.enter_context(
+                    socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
+                )
+                s.sendall(
+                    f"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nX-Dat-Client: name-{i}\r\n{auth}"
+                    f"Content-Length: 1000\r\n\r\n".encode()
+                )
+                holding.append(s)
+            while len(holding) > 4:
+                refused, _, _ = select.select(holding, [], [], 30)
+                assert refused, len(holding)
+                for s in refused:
+                    assert s.recv(1000).startswith(b"HTTP/1.1 503")
+                    holding.remove(s)
+            assert len(holding) == 4
+            assert status_from(url, **others) == 200
+
+
+def status_from(url: str, source: str = "127.0.0.1", key: str = "") -> int:
+    """The status of one small request from that address, with that key."""
+    parts = urlsplit(url)
+    body, headers = request_of(np.zeros((1, 3, 8, 8), np.uint8))
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    connection = http.client.HTTPConnection(
+        parts.hostname or "", parts.port, source_address=(source, 0), timeout=60
+    )
+    try:
+        connection.request("POST", "/v2/models/identity/infer", body, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(("gather", "holder"), [(None, "peer/10.0.0.1"), (object(), "peer/10.0.0.7")])
+def test_the_address_is_haproxys_word_on_ray_alone(gather: object, holder: str) -> None:
+    """Without HAProxy before it X-Forwarded-For is the stranger's own word."""
+    asked = Request(
+        {
+            "type": "http",
+            "client": ("10.0.0.1", 1),
+            "headers": [(b"x-forwarded-for", b"10.0.0.7"), (b"x-dat-client", b"me")],
+            "app": SimpleNamespace(state=SimpleNamespace(gather=gather)),
+        }
+    )
+    caller = caller_of(asked, 0.0)
+    assert (caller.holder, caller.flow) == (holder, "/me")

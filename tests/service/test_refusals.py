@@ -312,6 +312,7 @@ def test_json_larger_than_taken(serve_app: Callable[..., str]) -> None:
         ("POST", "/v2/models/other/infer", 404),
         ("GET", "/v2/models/identity/versions/7", 404),
         ("GET", "/nothing", 404),
+        ("GET", "/redoc", 404),
         ("GET", "/v2/models/identity/infer", 405),
         ("DELETE", "/v2", 405),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from dat_service.cli.serve import no_updates, updates
 from dat_service.ports import BLOCK, is_free, take_block
-from dat_service.ray_service import RayService, ServeFailed
+from dat_service.ray_service import RayService, ServeFailed, interrupted_later
 from dat_service.settings import Settings
 
 
@@ -114,6 +114,30 @@ def test_signal_for_an_update_while_it_starts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dat_service.cli.serve.has_terminal", lambda: terminal.pop(0))
     with pytest.raises(KeyboardInterrupt), no_updates():
         os.kill(os.getpid(), signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_neither_ctrl_c_nor_a_closed_terminal_interrupts_rays_start(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal: list[bool] = []
+    monkeypatch.setattr("dat_service.cli.serve.has_terminal", lambda: terminal.pop(0))
+    started = []
+
+    def start(why: Exception | None) -> None:
+        with no_updates():
+            with interrupted_later():
+                os.kill(os.getpid(), number)
+                started.append("ray")
+                if why is not None:
+                    raise why
+            started.append("serve")
+
+    for why in (None, RuntimeError("Ray did not start")):
+        terminal[:] = [True, False]
+        with pytest.raises(KeyboardInterrupt):
+            start(why)
+    assert started == ["ray", "ray"]
 
 
 def test_a_block_of_ports_is_one_services() -> None:

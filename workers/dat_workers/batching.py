@@ -36,10 +36,10 @@ class Batcher:
     >>> batcher.submit(discretizer.work(images), flow="a").result().outputs            # doctest: +SKIP
 
     A batch holds rows of one task, from any requests, and leaves when it is full or its first row has waited
-    `max_wait_s` (None: 2 ms on CUDA; 0 on a CPU, which gains nothing from larger batches). What is longer than
-    `max_queue_s` from its turn is refused. A batch that takes `watchdog_s` has hung. `on_batch` is told rows,
-    capacity and seconds of each batch. Where `padded` is set every batch is computed with its capacity of rows: for
-    a GPU, whose kernels and their rounding depend on the number.
+    `max_wait_s` (None: 2 ms on CUDA; 0 on a CPU, whose batches of up to 4, two beside each other, are made of what
+    waits already). What is longer than `max_queue_s` from its turn is refused. A batch that takes `watchdog_s` has
+    hung. `on_batch` is told rows, capacity and seconds of each batch. Where `padded` is set every batch is computed
+    with its capacity of rows: for a GPU, whose kernels and their rounding depend on the number.
     """
 
     def __init__(

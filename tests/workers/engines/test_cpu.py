@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.engines import create
 from dat_workers.engines.cpu_engine import CpuEngine, FastDecoder, FoldedUpsample, normed
 from dat_workers.errors import EngineError
+from dat_workers.threads import Threads
 from dat_workers.verify import compare
 
 
@@ -46,8 +45,8 @@ def test_two_at_a_time_are_as_one_after_the_other(engine: CpuEngine, photographs
     images = torch.from_numpy(photographs[[0, 1, 2, 3, 1], :, :64, :96]).float() / 255
     other = create("cpu", load_model("tiny-f8"), device="cpu")
     assert isinstance(other, CpuEngine)
-    other.pool = None
-    engine.pool = engine.pool or ThreadPoolExecutor(2)
+    other.threads = None
+    engine.threads = engine.threads or Threads(2, "codec")
     indices = other.encode(images)
     pictures = other.decode(indices)
     for _ in range(10):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from dat_workers.codecs.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsampl
 from dat_workers.engines import mark_non_finite
 from dat_workers.engines.groups import GroupSearch
 from dat_workers.engines.tricks import Tricks
+from dat_workers.threads import Threads
 
 CHANNELS_LAST = torch.channels_last
 
@@ -47,7 +47,7 @@ class CpuEngine:
         self.search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
         # torch's threads wait for each other after every layer: what one image leaves idle, another one takes
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
-        self.pool = ThreadPoolExecutor(2, "codec") if all_cores else None
+        self.threads = Threads(2, "codec") if all_cores else None
         keep_freed_memory()
 
     def warm_up(self, side: int) -> None:
@@ -73,7 +73,7 @@ class CpuEngine:
         """`compute` of each row [1,...], joined: CPU kernels add in another order for another batch size."""
         apply = torch.inference_mode()(compute)  # of the thread that it runs in
         parts = torch.split(rows, 1)
-        apply_all = map if self.pool is None or len(parts) == 1 else self.pool.map
+        apply_all = map if self.threads is None or len(parts) == 1 else self.threads.map
         with torch.inference_mode():
             return torch.cat(list(apply_all(apply, parts)))
 

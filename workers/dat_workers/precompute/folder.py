@@ -207,7 +207,11 @@ class Folder:
 
     def _written(self, file: Any) -> Iterator[ShardWriter]:
         writer = ShardWriter(file)
-        yield writer
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            raise
         writer.close()
         file.flush()
         os.fsync(file.fileno())
@@ -287,6 +291,11 @@ class ShardWriter:
         self.samples += 1
 
     def close(self) -> None:
+        self._tar.close()
+
+    def abandon(self) -> None:
+        """Writes nothing more: tarfile would, when it is collected."""
+        self._file = io.BytesIO()
         self._tar.close()
 
     @property
