@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 try:
-    import fsspec
     import numpy as np
     import torch
     import webdataset as wds
+    from fsspec.core import url_to_fs
     from PIL import Image
     from torch.utils.data import IterableDataset
     from webdataset import shardlists, tariterators, utils
@@ -126,7 +126,7 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The finished shards of DST, sorted by name: samples, bytes, sha256, what was skipped and why."""
-    fs, folder = fsspec.url_to_fs(f"{_address(dst)}/manifest")
+    fs, folder = url_to_fs(f"{_address(dst)}/manifest")
     try:
         found = sorted(path for path in fs.find(folder) if path.endswith(".json"))
     except FileNotFoundError:
@@ -305,7 +305,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
 
 def _read(url: str) -> Iterator[dict[str, Any]]:
     """The samples of one shard, their fields as bytes."""
-    fs, path = fsspec.url_to_fs(url)
+    fs, path = url_to_fs(url)
     with fs.open(path, "rb") as stream:
         files = tariterators.tar_file_expander([{"url": url, "stream": stream}])
         try:
@@ -360,7 +360,7 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def _bytes(url: str) -> bytes:
-    fs, path = fsspec.url_to_fs(url)
+    fs, path = url_to_fs(url)
     content: bytes = fs.cat_file(path)
     return content
 

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from dat_client import InvalidDataset
 from dat_client.webdataset import load, prepared, read_manifest, read_settings, view_of
 
-from .precomputed import encoded, npy, picture, write_pair
+from .precomputed import encoded, npy, picture, write_pair, write_shard
 
 NAMES = [f"train-{i:06}.tar" for i in range(5)]
 
@@ -400,6 +400,14 @@ def test_shards_that_changed_are_said(own: tuple[Path, Path]) -> None:
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000000.tar"):
         list(load(dst))
+
+
+def test_two_files_of_one_name(own: tuple[Path, Path]) -> None:
+    shard = own[1] / NAMES[0]
+    samples = [{"__key__": "0000", "png": b"", "cls": b"0"}] * 2
+    write_shard(shard, samples)
+    with pytest.raises(InvalidDataset, match=r"train-000000.tar: 0000.cls: duplicate file name"):
+        list(load(own[1]))
 
 
 def test_a_field_that_precompute_should_have_written(own: tuple[Path, Path]) -> None:
