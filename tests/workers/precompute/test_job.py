@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput
@@ -60,11 +60,12 @@ def test_every_key_once_with_its_other_fields(tmp_path: Path) -> None:
         assert (entry["samples"], entry["bytes"]) == (5, (dst / name).stat().st_size)
         assert entry["sha256"] == contents(dst)[name]
     assert (dst / "contact-sheet.html").stat().st_size > 1000
-    dataset = webdataset.DataPipeline(
-        webdataset.SimpleShardList([str(path) for path in sorted(dst.glob("*.tar"))]),
-        webdataset.tarfile_to_samples(),
-    )
-    assert [sample["__key__"] for sample in dataset] == [f"{i:04d}" for i in range(15)]
+    keys = []
+    for path in sorted(dst.glob("*.tar")):
+        with path.open("rb") as stream:
+            samples = group_by_keys(tar_file_expander([{"stream": stream, "url": str(path)}]))
+            keys += [sample["__key__"] for sample in samples]
+    assert keys == [f"{i:04d}" for i in range(15)]
 
 
 def test_pictures_and_tokens_are_those_of_the_discretizer(tmp_path: Path) -> None:
@@ -305,13 +306,10 @@ def test_a_full_disk_ends_the_job_and_nothing_half_is_left(tmp_path: Path, monke
     assert run(source, dst, picture="png").samples == 15
 
 
-@pytest.mark.parametrize("below", [".", "inside", ".."])
+@pytest.mark.parametrize("below", [".", ".."])
 def test_source_and_target_are_apart(tmp_path: Path, below: str) -> None:
     source = write_shards(tmp_path / "a" / "src")
     before = contents(tmp_path)
-    if below == "inside":
-        run(source, source / "inside")  # its shards are listed before
-        return
     with pytest.raises(InvalidInput, match="apart from the source"):
         run(source, (source / below).resolve())
     assert contents(tmp_path) == before
