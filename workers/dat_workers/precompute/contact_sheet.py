@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -70,16 +71,12 @@ def pairs(
     shard: Shard, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array], number: int
 ) -> list[tuple[str, Array, Array]]:
     """(key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
-    made: list[Sample] = []
-    for sample in Reader(Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)):
-        if len(made) == number:
-            break
-        made.append(sample)
-    wanted = {sample.key: sample for sample in made}
+    output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
+    wanted = {sample.key: sample for sample in islice(Reader(output), number)}
     found: list[tuple[str, Array, Array]] = []
     try:
         for sample in Reader(shard, recipe.classes):
-            if len(found) == len(made):
+            if not wanted:
                 break
             if not sample.problem and sample.key in wanted:
                 x = first_view(sample, recipe)

@@ -208,6 +208,7 @@ class Job:
     def _make(self, missing: deque[Shard]) -> None:
         busy: dict[Future[Entry], tuple[int, Shard]] = {}
         tries: Counter[str] = Counter()
+        told = 0.0
         while missing or busy:
             load = Counter(worker for worker, _ in busy.values())
             worker = min(range(self.pool.workers), key=lambda i: load[i])
@@ -229,7 +230,10 @@ class Job:
                         raise
                     log.warning("%s; %s is made again", error, shard.name)
                     missing.appendleft(shard)
-            self.report(self.state())
+            if time.monotonic() - told >= TICK_S:
+                self.report(self.state())
+                told = time.monotonic()
+        self.report(self.state())
 
     def _enter(self, shard: Shard, entry: Entry) -> None:
         if self.folder.entry(shard.name) != entry:

@@ -13,6 +13,7 @@ from dat_workers.precompute.pool import WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, Progress, Worker
+from dat_workers.signals import interrupted_later
 from dat_workers.transfer import Array
 
 ANSWER_S = 1.0  # a worker that says nothing of its progress for so long is left out of this count
@@ -37,10 +38,11 @@ class RayPool:
 
         self._ray: Any = ray
         shared = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=shared or "local", include_dashboard=False, configure_logging=False,
-            log_to_driver=False, namespace="dat",
-        )  # fmt: skip
+        with interrupted_later():
+            ray.init(
+                address=shared or "local", include_dashboard=False, configure_logging=False, log_to_driver=False,
+                namespace="dat",
+            )  # fmt: skip
         try:
             if gpus is None:
                 present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
