@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--parts", default="codec,identity,shards")
     parser.add_argument("--markdown", type=Path, help="write the result to this file too")
     arguments = parser.parse_args()
-    lines = ["# dat precompute", "", f"Machine: {len(os.sched_getaffinity(0))} cores {cpu_name()}, torch {torch.__version__}", ""]
+    machine = f"{len(os.sched_getaffinity(0))} cores {cpu_name()}, torch {torch.__version__}"
+    lines = ["# dat precompute", "", f"Machine: {machine}", ""]
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts.split(","):
             text = PARTS[part](arguments.shards, Path(folder), arguments.rounds)
@@ -164,8 +165,8 @@ def shards(sources: list[Path], folder: Path, rounds: int) -> str:
     memory = [statistics.median(mb for done, _, mb in seen if a <= done <= b) for a, b in ((50, 150), (850, 1000))]
     return (
         f"{SHARDS} shards of {SAMPLES} pictures: {ms[0]:.1f} ms a shard among the first hundred, {ms[1]:.1f} among "
-        f"the last ({ms[1] / ms[0]:.2f} times); {memory[0]:.1f} MB resident at the first hundred, {memory[1]:.1f} at "
-        f"the last ({memory[1] / memory[0] - 1:+.2%})"
+        f"the last ({ms[1] / ms[0]:.2f} times); {memory[0]:.1f} MB resident at the first hundred, {memory[1]:.1f} "
+        f"at the last ({memory[1] / memory[0] - 1:+.2%})"
     )
 
 

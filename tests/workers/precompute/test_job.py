@@ -324,10 +324,10 @@ def test_what_the_codec_cannot_do_is_said_before_anything_is_written(tmp_path: P
         run(source, tmp_path / "dst", workers=0)
 
 
-def test_a_picture_too_large_for_the_codec_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_for_the_codec_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MAX_VIEW_PIXELS", 1000)
     source = write_shards(tmp_path / "src", 1)
-    with pytest.raises(SampleFailed, match="40x40 = 1600 pixels .* --resize or --crop"):
+    with pytest.raises(SampleFailed, match=r"40x40 = 1600 pixels .* --resize or --crop"):
         run(source, tmp_path / "dst")
 
 

@@ -93,7 +93,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
             break
         finish(start(source, dst, *how))
         assert contents(dst) == undisturbed
-    print(f"\n{' '.join(how)}: {kills} kills, {cut} of them within the work, {folders} folders, {takes_s:.1f} s each")
+    print(f"\n{' '.join(how)}: {kills} kills, {cut} within the work, {folders} folders, {takes_s:.1f} s each")
     assert cut > KILLS // 4
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 from dat_workers.errors import InvalidInput
 from dat_workers.precompute.recipe import Recipe
@@ -26,7 +26,7 @@ def test_resize_and_crop_are_torchvisions(number: int, resize: int | None, crop:
 
 
 def test_a_picture_smaller_than_the_crop_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="40x40 pixels .* 48 or more, the crop"):
+    with pytest.raises(InvalidInput, match=r"40x40 pixels .* 48 or more, the crop"):
         prepared(Recipe("c", crop=48), picture(0))
 
 
@@ -43,11 +43,10 @@ def test_random_crops_depend_on_key_view_and_seed_alone() -> None:
 def test_random_crops_are_spread_as_torchvisions() -> None:
     """Means of 2,000 draws: area, ratio and place as RandomResizedCrop.get_params draws them."""
     width, height, number = 320, 240, 2000
-    crops = [crop for i in range(number) for crop in crops_of(Recipe("c", crop=32, augment=1), str(i), width, height)]
+    recipe = Recipe("c", crop=32, augment=1)
+    crops = [crop for i in range(number) for crop in crops_of(recipe, str(i), width, height)]
     ours = np.array([crop.box for crop in crops], float)
     torch.manual_seed(0)
-    from torchvision.transforms import RandomResizedCrop
-
     image = torch.zeros(3, height, width)
     theirs = np.array(
         [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(number)], float
