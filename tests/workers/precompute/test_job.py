@@ -306,13 +306,17 @@ def test_a_full_disk_ends_the_job_and_nothing_half_is_left(tmp_path: Path, monke
     assert run(source, dst, picture="png").samples == 15
 
 
-@pytest.mark.parametrize("below", [".", ".."])
-def test_source_and_target_are_apart(tmp_path: Path, below: str) -> None:
-    source = write_shards(tmp_path / "a" / "src")
+@pytest.mark.parametrize("dst", ["src", "src/within", "src/../src"])
+def test_source_and_target_are_apart(tmp_path: Path, dst: str) -> None:
+    source = write_shards(tmp_path / "src")
     before = contents(tmp_path)
-    with pytest.raises(InvalidInput, match="apart from the source"):
-        run(source, (source / below).resolve())
+    with pytest.raises(InvalidInput, match="the source"):
+        run(source, tmp_path / dst)
+    with pytest.raises(InvalidInput, match="the source"):
+        run(f"{source}/*.tar", source)
     assert contents(tmp_path) == before
+    assert run(f"{source}/*.tar", source / "within").samples == 15
+    assert run(source / "train-000000.tar", tmp_path).samples == 5
 
 
 def test_what_the_codec_cannot_do_is_said_before_anything_is_written(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class Folder:
         self.job = job or secrets.token_hex(4)
         self._lock: IO[str] | None = None
 
+    @property
+    def full_address(self) -> str:
+        """With its protocol, and absolute: the same in every process."""
+        return str(self.fs.unstrip_protocol(self.path))
+
     def at(self, name: str) -> str:
         return f"{self.path}/{name}"
 

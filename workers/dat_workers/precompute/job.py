@@ -14,7 +14,7 @@ from dat_workers.precompute.contact_sheet import contact_sheet
 from dat_workers.precompute.folder import Entry, Folder
 from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import PICTURES_A_SHARD, Shard, Source, find, opened
+from dat_workers.precompute.sources import PICTURES_A_SHARD, Shard, Source, find
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders
 
 log = logging.getLogger("dat_workers")
@@ -140,13 +140,14 @@ def precompute(
 
 
 def check_apart(source: Source, folder: Folder) -> None:
-    """Raises InvalidInput where DST is where the shards come from: they would be overwritten, or read as input."""
+    """Raises InvalidInput where a shard would overwrite its source, or be found as input by the next run."""
+    dst = folder.full_address
+    for searched in source.folders:
+        if f"{dst}/".startswith(f"{searched.rstrip('/')}/"):
+            raise InvalidInput("dst", folder.address, f"a folder that is not within the source, {searched}")
     for shard in source.shards:
-        fs, path = opened(shard.address)
-        below = shard.files and f"{folder.path}/".startswith(f"{path}/")
-        inside = f"{path}/".startswith(f"{folder.path}/") or below
-        if fs == folder.fs and inside:
-            raise InvalidInput("dst", folder.address, f"a folder apart from the source, {shard.address}")
+        if f"{dst}/{shard.name}" == shard.address:
+            raise InvalidInput("dst", folder.address, f"another folder than that of the source, {shard.address}")
 
 
 class Job:
@@ -162,7 +163,7 @@ class Job:
         report: Callable[[State], None],
     ) -> None:
         self.source, self.folder, self.recipe, self.pool = source, folder, recipe, pool
-        self.orders = Orders(recipe, folder.address, folder.job, skip)
+        self.orders = Orders(recipe, folder.full_address, folder.job, skip)
         self.report = report
         self.began = time.monotonic()
         self.done: dict[str, Entry] = {}

@@ -33,9 +33,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """All shards, sorted by name; `classes`: folders that become `cls`, where SRC is a folder of pictures."""
+    """All shards, sorted by name; `folders`: those that were searched; `classes`: folders that become `cls`."""
 
     shards: tuple[Shard, ...]
+    folders: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
 
 
@@ -51,6 +52,7 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     """
     given = [source] if isinstance(source, str) else list(source)
     tars: dict[str, int] = {}
+    folders = []
     for pattern in given:
         for address in expanded(pattern):
             fs, path = opened(address)
@@ -61,12 +63,13 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
                     if len(given) > 1:
                         raise InvalidInput("source", address, "a folder with shards, beside other sources")
                     return pictures(fs, path, found, pictures_a_shard)
+                folders.append(fs.unstrip_protocol(path))
                 tars |= {fs.unstrip_protocol(p): size for p, size in inside.items()}
             elif fs.isfile(path):
                 tars[fs.unstrip_protocol(path)] = fs.size(path) or 0
             else:
                 raise FileNotFoundError(f"{address}: no such shard or folder")
-    return Source(tuple(sorted(named(tars), key=lambda shard: shard.name)))
+    return Source(tuple(sorted(named(tars), key=lambda shard: shard.name)), tuple(folders))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -145,4 +148,4 @@ def pictures(fs: Any, folder: str, found: dict[str, int], number: int) -> Source
         part = tuple(names[start : start + number])
         nbytes = sum(files[name] for name in part)
         shards.append(Shard(f"{i:06d}.tar", fs.unstrip_protocol(folder), nbytes, part))
-    return Source(tuple(shards), classes or None)
+    return Source(tuple(shards), (fs.unstrip_protocol(folder),), classes or None)

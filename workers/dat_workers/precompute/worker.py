@@ -151,7 +151,8 @@ class Worker:
         folder, recipe = Folder(orders.dst, orders.job), orders.recipe
         skipped: list[tuple[str, str]] = []
         pending: deque[Pending] = deque()
-        window = 4 * (self.discretizer.engine.batch if self.discretizer.engine else 16) + 16
+        batch = self.discretizer.engine.batch if self.discretizer.engine else 16
+        window = max(4, (4 * batch + 16) // recipe.views)
 
         def skip(key: str, reason: str) -> None:
             if not orders.skip:
