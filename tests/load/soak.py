@@ -35,8 +35,8 @@ SECONDS = float(os.environ.get("DAT_SOAK_S", "1800"))
 WARM_UP = 0.25  # of the time
 WINDOW = 0.15  # of the time: what is compared is the median of so long a stretch
 BAR = 1.02
-# HAProxy's threads keep what they free, each for itself, and fill up slowly: by connections alone it went from 13.5 to
-# 14.3 MB in 160,000 of them, and stayed there to 235,000. It is held to this in half an hour, which 2 % are not.
+# HAProxy's threads keep what they free, each for itself, and fill up slowly: by connections alone it went from 13.5
+# to 14.3 MB in 160,000 of them, and stayed there to 235,000. It is held to this in half an hour, which 2 % are not.
 ROOM = {"haproxy": 4e6}
 BAR_FDS = 2  # a connection more or less at the moment of looking
 SETTLED_S = 600.0  # in less time allocators are still growing, and 2 % would say nothing
