@@ -84,10 +84,8 @@ def precompute(
         raise typer.Exit(1)
 
     from dat_workers.codecs.spec import CodecError
-    from dat_workers.errors import EngineError
     from dat_workers.precompute import SampleFailed
     from dat_workers.precompute import precompute as run
-    from dat_workers.precompute.pool import WorkerLost
 
     typer.echo(f"loading {codec} ...", err=True)
     try:
@@ -103,7 +101,7 @@ def precompute(
     except SampleFailed as error:
         typer.echo(f"dat precompute: {error}\n--on-error skip leaves such samples out", err=True)
         raise typer.Exit(1) from None
-    except (CodecError, EngineError, WorkerLost, ValueError, OSError, RuntimeError) as error:
+    except (CodecError, ValueError, OSError, RuntimeError) as error:
         typer.echo("\n".join([f"dat precompute: {error}", *getattr(error, "__notes__", ())]), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -124,6 +122,8 @@ def say(summary: Summary, dst: str) -> None:
     )
     if summary.workers_lost:
         typer.echo(f"{summary.workers_lost} times a worker ended, and its shard was made again")
+    if summary.others:
+        typer.echo(f"{summary.others} more shards in {dst}/manifest are not of this source")
     if summary.skipped:
         typer.echo(f"{summary.skipped} samples skipped:")
         for shard, key, reason in summary.skipped_first:

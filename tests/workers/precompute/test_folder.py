@@ -35,7 +35,7 @@ def write(folder: Folder, name: str = SHARD.name, recipe: Recipe = RECIPE) -> En
 def test_a_shard_is_done_when_entry_recipe_source_and_file_agree(address: str) -> None:
     folder = Folder(address)
     folder.begin()
-    folder.settle(RECIPE)
+    folder.settle(RECIPE, [SHARD])
     assert folder.done(SHARD, RECIPE) is None
     entry = write(folder)
     assert folder.done(SHARD, RECIPE, hashes=True) == entry
@@ -101,21 +101,66 @@ def test_an_error_leaves_nothing_and_the_old_file_as_it_was(address: str) -> Non
 def test_another_recipe_is_refused_unless_told(address: str) -> None:
     folder = Folder(address)
     folder.begin()
-    folder.settle(RECIPE)
-    folder.settle(RECIPE)
+    folder.settle(RECIPE, [SHARD])
+    folder.settle(RECIPE, [SHARD])
     old, other = write(folder), replace(RECIPE, quality=80)
     with pytest.raises(OtherRecipe, match=r"quality: 95, now 80.*--overwrite"):
-        folder.settle(other)
+        folder.settle(other, [SHARD])
     assert folder.recipe() == RECIPE
     new = write(folder, "new.tar", other)
-    folder.settle(other, overwrite=True)
+    folder.settle(other, [SHARD], overwrite=True)
     assert folder.recipe() == other
     assert list(folder.entries()) == [new]
     assert not folder.has(old.shard)
     folder.fs.pipe_file(folder.at("precompute.json"), b"not ours")
     with pytest.raises(OtherRecipe, match="not of this version"):
-        folder.settle(other)
+        folder.settle(other, [SHARD])
     folder.end()
+
+
+def test_what_is_there_and_not_ours_is_not_overwritten(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.fs.makedirs(folder.at("a"), exist_ok=True)
+    folder.fs.pipe_file(folder.at(SHARD.name), b"photographs")
+    with pytest.raises(OtherRecipe, match=r"a/train-0\.tar is there and was not made by dat"):
+        folder.settle(RECIPE, [SHARD])
+    assert folder.recipe() is None
+    folder.settle(RECIPE, [SHARD], overwrite=True)
+    folder.end()
+
+
+def test_a_shard_of_another_source_is_not_overwritten(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    write(folder)
+    moved = replace(SHARD, address="file:///elsewhere/a/train-0.tar")
+    assert folder.done(moved, RECIPE) is not None
+    with pytest.raises(OtherRecipe, match=r"was made of file:///source/a/train-0\.tar, now file:///elsewhere"):
+        folder.done(replace(moved, nbytes=7), RECIPE)
+    folder.end()
+
+
+def test_a_folder_without_shards_takes_any_recipe(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    folder.settle(replace(RECIPE, quality=80), [SHARD])
+    assert folder.recipe() == replace(RECIPE, quality=80)
+    folder.end()
+
+
+def test_nothing_is_overwritten_while_another_job_writes(tmp_path: Path) -> None:
+    living = Folder(str(tmp_path))
+    living.begin()
+    living.settle(RECIPE, [SHARD])
+    second = Folder(str(tmp_path))
+    second.begin()
+    with pytest.raises(OtherRecipe, match="is being written by another job"):
+        second.settle(replace(RECIPE, quality=80), [SHARD], overwrite=True)
+    second.end()
+    living.end()
 
 
 def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) -> None:
@@ -123,7 +168,7 @@ def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) ->
     first.begin()
     second.begin()
     assert second.recipe() is None  # and now the first one writes it
-    first.settle(RECIPE)
+    first.settle(RECIPE, [SHARD])
     assert not second._create("precompute.json", b"mine")
     assert second.recipe() == RECIPE
     first.end()

@@ -34,8 +34,8 @@ from tests.workers.precompute.shards import (
 )
 
 
-def run(source: Path | str, dst: Path | str, codec: str = "identity", **options: Any) -> Any:
-    return precompute(str(source), str(dst), codec=codec, threads=1, **options)
+def run(source: Path | str, dst: Path | str, codec: str = "identity", threads: int = 1, **options: Any) -> Any:
+    return precompute(str(source), str(dst), codec=codec, threads=threads, **options)
 
 
 def manifest(dst: Path, name: str) -> dict[str, Any]:
@@ -102,12 +102,31 @@ def test_a_rerun_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
     assert contents(dst) == before
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("threads", [0, 1])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, threads: int) -> None:
     source = write_shards(tmp_path / "src", 4, 3)
-    run(source, tmp_path / "one", "tiny-f8")
-    run(source, tmp_path / "other", "tiny-f8", workers=workers)
-    assert contents(tmp_path / "other") == contents(tmp_path / "one")
+    run(source, tmp_path / "one", "tiny-f8", threads)
+    run(source, tmp_path / "three", "tiny-f8", threads, workers=3)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_another_number_of_threads_is_another_recipe(tmp_path: Path) -> None:
+    source, dst = write_shards(tmp_path / "src", 1, 1), tmp_path / "dst"
+    run(source, dst, "tiny-f8", 1)
+    with pytest.raises(OtherRecipe, match="threads: 1, now 2"):
+        run(source, dst, "tiny-f8", 2)
+    run(source, tmp_path / "copies", threads=1)
+    assert run(source, tmp_path / "copies", threads=2).shards_kept == 1  # there is no engine
+
+
+def test_a_sheet_of_what_was_is_made_again(tmp_path: Path) -> None:
+    source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
+    run(source, dst)
+    before = contents(dst)
+    (dst / "contact-sheet.html").write_text("old")
+    (dst / "train-000001.tar").unlink()
+    run(source, dst)
+    assert contents(dst) == before
 
 
 def test_another_recipe_is_refused_and_overwritten_when_told(tmp_path: Path) -> None:

@@ -29,6 +29,31 @@ def test_names_keep_what_is_below_the_common_folder(tmp_path: Path) -> None:
         write_tar(tmp_path / name, [])
     assert names(str(tmp_path)) == ["a/0.tar", "b/0.tar", "b/1.tar", "b/2.tar"]
     assert names(f"{tmp_path}/{{a,b}}/0.tar") == ["a/0.tar", "b/0.tar"]
+    write_tar(tmp_path / "one" / "train" / "0.tar", [])
+    assert names(str(tmp_path / "one")) == ["train/0.tar"]  # as it will be when there is one/val too
+
+
+def test_links_are_followed_and_one_file_has_one_name(tmp_path: Path) -> None:
+    write_shards(tmp_path / "src", 1, 1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "linked").symlink_to(tmp_path / "src")
+    assert names(str(tmp_path / "folder")) == ["linked/train-000000.tar"]
+    wanted = find(str(tmp_path / "src")).shards
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    assert find(str(tmp_path / "link")).shards == wanted
+    assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == wanted
+
+
+def test_other_pictures_are_another_origin(tmp_path: Path) -> None:
+    for name in ("tabby/1.png", "tabby/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"same")
+    (before,) = find(str(tmp_path)).shards
+    (tmp_path / "acorn").mkdir()
+    (tmp_path / "tabby" / "2.png").rename(tmp_path / "acorn" / "2.png")
+    (after,) = find(str(tmp_path)).shards
+    assert before.nbytes == after.nbytes
+    assert before.origin != after.origin
 
 
 def test_an_object_store_is_listed_with_its_sizes(tmp_path: Path) -> None:

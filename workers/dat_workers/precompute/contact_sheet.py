@@ -71,10 +71,10 @@ def pairs(
     shard: Shard, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array], number: int
 ) -> list[tuple[str, Array, Array]]:
     """(key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
-    output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
-    wanted = {sample.key: sample for sample in islice(Reader(output), number)}
     found: list[tuple[str, Array, Array]] = []
+    output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
     try:
+        wanted = {sample.key: sample for sample in islice(Reader(output), number)}
         for sample in Reader(shard, recipe.classes):
             if not wanted:
                 break

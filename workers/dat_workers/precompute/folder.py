@@ -21,7 +21,7 @@ import secrets
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ class Folder:
         self.path = self.path.rstrip("/") or "/"
         self.local = isinstance(self.fs, LocalFileSystem)
         self.job = job or secrets.token_hex(4)
+        self.others = False  # whether another job was writing here when this one began
         self._lock: IO[str] | None = None
 
     @property
@@ -112,6 +113,8 @@ class Folder:
             lock = held(left)
             if lock is not None:  # its job is dead
                 clear(left, lock)
+            else:
+                self.others = True
         while self._lock is None:  # somebody may have cleared it away before it was held
             self._lock = held(self._lock_path)
         self._scratch.mkdir()
@@ -122,20 +125,26 @@ class Folder:
             clear(self._lock_path, self._lock)
             self._lock = None
 
-    def settle(self, recipe: Recipe, *, overwrite: bool = False) -> None:
+    def settle(self, recipe: Recipe, shards: Sequence[Shard], *, overwrite: bool = False) -> None:
         """Writes the recipe, or sees that it is the one that is there. Raises OtherRecipe.
 
         `overwrite` lets another one stand in its place, and removes the shards that were made by it.
         """
         theirs = self.recipe()
+        if theirs is None and not overwrite:
+            there = {self.at(shard.name) for shard in shards} & set(self.fs.find(self.path))
+            if there:
+                raise OtherRecipe(f"{min(there)} is there and was not made by dat; another DST, or --overwrite")
         if theirs is None and self._create(RECIPE, recipe.to_json().encode()):
             return
         theirs = theirs or self.recipe()
         if theirs == recipe:
             return
-        if not overwrite:
-            said = theirs.differences(recipe) if theirs else "none that can be read"
+        said = theirs.differences(recipe) if theirs else "none that can be read"
+        if not overwrite and self.names():
             raise OtherRecipe(f"{self.address} was made with other settings ({said}); another DST, or --overwrite")
+        if self.others:
+            raise OtherRecipe(f"{self.address} is being written by another job with other settings ({said})")
         for entry in list(self.entries()):
             if entry.settings != recipe.id:
                 self.remove(entry.shard)
@@ -152,9 +161,8 @@ class Folder:
 
     def entries(self) -> Iterator[Entry]:
         """All of the manifest that can be read, by name."""
-        root = self.at(MANIFEST)
-        for path in sorted(self.fs.find(root)):
-            entry = self.entry(path.removeprefix(root).lstrip("/").removesuffix(".json"))
+        for name in sorted(self.names()):
+            entry = self.entry(name)
             if entry is not None:
                 yield entry
 
@@ -168,10 +176,16 @@ class Folder:
     def done(self, shard: Shard, recipe: Recipe, *, hashes: bool = False) -> Entry | None:
         """The entry of a shard that need not be made again: entry, recipe, source and file agree.
 
-        The file's length is compared, and with `hashes` its SHA-256 too.
+        Of source and file the length is compared, and with `hashes` the file's SHA-256 too. Raises OtherRecipe for
+        a shard that was made of another source.
         """
         entry = self.entry(shard.name)
-        if entry is None or (entry.settings, entry.source[1]) != (recipe.id, shard.nbytes):
+        if entry is None or entry.settings != recipe.id:
+            return None
+        if entry.source[1] != shard.nbytes or ("#" in shard.origin and entry.source[0] != shard.origin):
+            if entry.source[0].partition("#")[0] != shard.address:
+                made = f"{self.at(shard.name)} was made of {entry.source[0]}"
+                raise OtherRecipe(f"{made}, now {shard.address}; another DST, or remove it")
             return None
         path = self.at(shard.name)
         try:
@@ -188,11 +202,15 @@ class Folder:
                 digest.update(part)
         return digest.hexdigest()
 
+    def names(self) -> set[str]:
+        """Of all shards in the manifest."""
+        root = self.at(MANIFEST)
+        return {path.removeprefix(root).lstrip("/").removesuffix(".json") for path in self.fs.find(root)}
+
     def remove(self, name: str) -> None:
         """A shard and its entry; the entry first, for what has none does not count."""
-        for path in (self.at(f"{MANIFEST}/{name}.json"), self.at(name)):
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(path)
+        self.remove_file(f"{MANIFEST}/{name}.json")
+        self.remove_file(name)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[ShardWriter]:
@@ -202,6 +220,10 @@ class Folder:
                 yield from self._written(file)
                 self.fs.put_file(file.name, self.at(name))
             return
+        if not self._scratch.is_dir():
+            raise OSError(
+                f"{self._scratch} is not on this host: DST must be a folder that all hosts share, or s3://..."
+            )
         temporary = self._temporary()
         try:
             with temporary.open("xb") as file:
@@ -228,6 +250,11 @@ class Folder:
     def has(self, name: str) -> bool:
         """Whether a file is there."""
         return bool(self.fs.exists(self.at(name)))
+
+    def remove_file(self, name: str) -> None:
+        """Removes a file beside the shards, where it is there."""
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(self.at(name))
 
     def write(self, name: str, content: bytes) -> None:
         """A file beside the shards, as a whole."""
@@ -315,14 +342,19 @@ def held(lock: Path) -> IO[str] | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             return file
-    except OSError:  # held, or cleared away by who held it
+    except (BlockingIOError, FileNotFoundError):  # held, or cleared away by who held it
         pass
+    except OSError as error:
+        file.close()
+        raise OSError(f"{lock}: this file system has no locks ({error}); write elsewhere and copy") from error
     file.close()
     return None
 
 
 def clear(lock: Path, file: IO[str]) -> None:
     """Removes the folder of a job that we hold the lock of, and then the lock: nothing is left without one."""
-    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-    lock.unlink(missing_ok=True)
+    folder = lock.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():  # a dying worker may have written into it meanwhile
+        lock.unlink(missing_ok=True)
     file.close()

@@ -51,7 +51,11 @@ class State:
 
 @dataclass(frozen=True)
 class Summary:
-    """What DST holds at the end, and what this run did for it. seconds: without the loading of the codec."""
+    """What DST holds of this source, and what this run did for it.
+
+    seconds: of the making alone. others: shards in DST that are not of this source. skipped_first: (shard, key,
+    reason) of up to 20.
+    """
 
     shards: int
     shards_kept: int
@@ -62,6 +66,7 @@ class Summary:
     seconds: float
     workers_lost: int
     fingerprint: str
+    others: int
     skipped_first: tuple[tuple[str, str, str], ...]
 
 
@@ -116,7 +121,10 @@ def precompute(
     found = find(source, pictures_a_shard=pictures_a_shard)
     if not found.shards:
         raise InvalidInput("source", source, "at least one shard")
-    recipe = replace(recipe, classes=found.classes)
+    if any(shard.files for shard in found.shards):
+        recipe = replace(recipe, classes=found.classes, pictures_a_shard=pictures_a_shard)
+    if "{" in dst:
+        raise InvalidInput("dst", dst, "one folder: shards keep their names")
     folder = Folder(dst)
     check_apart(found, folder)
     folder.begin()
@@ -130,9 +138,8 @@ def precompute(
             pool = LocalPool(choice, workers)
         try:
             recipe = pool.complete(recipe)
-            folder.settle(recipe, overwrite=overwrite)
-            job = Job(found, folder, recipe, pool, skip, report)
-            return job.run(check_hashes)
+            folder.settle(recipe, found.shards, overwrite=overwrite)
+            return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
         finally:
             pool.stop()
     finally:
@@ -160,9 +167,11 @@ class Job:
         recipe: Recipe,
         pool: Pool,
         skip: bool,
+        check_hashes: bool,
         report: Callable[[State], None],
     ) -> None:
         self.source, self.folder, self.recipe, self.pool = source, folder, recipe, pool
+        self.check_hashes = check_hashes
         self.orders = Orders(recipe, folder.full_address, folder.job, skip)
         self.report = report
         self.began = time.monotonic()
@@ -170,13 +179,16 @@ class Job:
         self.kept = self.kept_bytes = self.lost = 0
         self.total = sum(shard.nbytes for shard in source.shards)
 
-    def run(self, check_hashes: bool = False) -> Summary:
+    def run(self) -> Summary:
         missing: deque[Shard] = deque()
         for shard in self.source.shards:
-            if not self._keep(shard, check_hashes):
+            if not self._keep(shard):
                 missing.append(shard)
+        self.began = time.monotonic()
+        if missing:
+            self.folder.remove_file(SHEET)  # it shows what was
         self._make(missing)
-        if self.kept < len(self.source.shards) or not self.folder.has(SHEET):
+        if not self.folder.has(SHEET):
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
         state = self.state()
         entries = [self.done[shard.name] for shard in self.source.shards]
@@ -184,7 +196,7 @@ class Job:
         return Summary(
             len(entries), self.kept, sum(entry.samples for entry in entries), len(skipped),
             sum(entry.nbytes for entry in entries), state.images, state.seconds, self.lost,
-            self.recipe.fingerprint, tuple(skipped[:20]),
+            self.recipe.fingerprint, len(self.folder.names() - set(self.done)), tuple(skipped[:20]),
         )  # fmt: skip
 
     def state(self) -> State:
@@ -196,9 +208,9 @@ class Job:
             self.lost, time.monotonic() - self.began,
         )  # fmt: skip
 
-    def _keep(self, shard: Shard, check_hashes: bool = False) -> bool:
+    def _keep(self, shard: Shard) -> bool:
         """Whether the shard is there, made by a run before or by another job."""
-        entry = self.folder.done(shard, self.recipe, hashes=check_hashes)
+        entry = self.folder.done(shard, self.recipe, hashes=self.check_hashes)
         if entry is None:
             return False
         self.done[shard.name] = entry
@@ -212,12 +224,14 @@ class Job:
         told = 0.0
         while missing or busy:
             load = Counter(worker for worker, _ in busy.values())
-            worker = min(range(self.pool.workers), key=lambda i: load[i])
-            if missing and load[worker] < SHARDS_AT_ONCE:
+            worker = min(self.pool.ready() if missing else (), key=lambda i: load[i], default=None)
+            if worker is not None and load[worker] < SHARDS_AT_ONCE:
                 shard = missing.popleft()
                 if tries[shard.name] or not self._keep(shard):
                     busy[self.pool.submit(worker, shard, self.orders)] = (worker, shard)
                 continue
+            if not busy:  # all workers are being replaced
+                time.sleep(TICK_S)
             ready, _ = wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
             for future in ready:
                 _, shard = busy.pop(future)
@@ -237,9 +251,10 @@ class Job:
         self.report(self.state())
 
     def _enter(self, shard: Shard, entry: Entry) -> None:
-        if self.folder.entry(shard.name) != entry:
+        there = self.folder.entry(shard.name)
+        if there is None or (there.sha256, there.settings) != (entry.sha256, entry.settings):
             raise OSError(
-                f"{shard.name} was written and is not in {self.folder.address}: workers on other hosts need a "
-                "folder that all hosts share, or an address such as s3://"
+                f"{shard.name} was written, and another one is in {self.folder.address}: DST must be a folder that "
+                "all hosts share, and that no other job overwrites"
             )
         self.done[shard.name] = entry

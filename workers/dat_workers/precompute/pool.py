@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -27,6 +28,10 @@ class Pool(Protocol):
 
     def complete(self, recipe: Recipe) -> Recipe:
         """As `Worker.complete`."""
+        ...
+
+    def ready(self) -> Collection[int]:
+        """Workers that can be given shards. Raises WorkerLost where one will never be again."""
         ...
 
     def submit(self, worker: int, shard: Shard, orders: Orders) -> Future[Entry]:
@@ -64,6 +69,9 @@ class LocalPool:
 
     def complete(self, recipe: Recipe) -> Recipe:
         return self._workers[0].complete(recipe)
+
+    def ready(self) -> Collection[int]:
+        return range(self.workers)
 
     def submit(self, worker: int, shard: Shard, orders: Orders) -> Future[Entry]:
         return self._threads.submit(self._workers[worker].shard, shard, orders)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,6 +19,9 @@ from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, P
 from dat_workers.signals import interrupted_later
 from dat_workers.transfer import Array
 
+log = logging.getLogger("dat_workers")
+
+LINE_EVERY_S = 30.0
 ANSWER_S = 1.0  # a worker that says nothing of its progress for so long is left out of this count
 # OpenMP's threads would spin while they wait, and take the cores from decoders and from other workers
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -43,18 +49,27 @@ class RayPool:
                 address=shared or "local", include_dashboard=False, configure_logging=False, log_to_driver=False,
                 namespace="dat",
             )  # fmt: skip
+        said = time.monotonic()
         try:
+            present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             if gpus is None:
-                present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
                 gpus = 1 if present >= 1 and choice.device != "cpu" else 0
+            if gpus * workers > present and not shared:
+                raise RuntimeError(
+                    f"{workers} workers ask for {gpus * workers:g} GPUs, and this machine has {present:g}"
+                )
             actor: Any = ray.remote(Worker).options(
                 num_gpus=gpus, num_cpus=1 if shared and not gpus else 0, max_restarts=-1,
                 max_concurrency=SHARDS_AT_ONCE + 2, scheduling_strategy="SPREAD",
                 runtime_env={"env_vars": ENVIRONMENT},
             )  # fmt: skip
             self._actors: list[Any] = [actor.remote(choice) for _ in range(workers)]
-            for each in self._actors:
-                self._get(each.counts.remote())
+            self._down = {i: each.counts.remote() for i, each in enumerate(self._actors)}
+            while len(self.ready()) < workers:
+                time.sleep(0.2)
+                if time.monotonic() - said > LINE_EVERY_S:
+                    said = time.monotonic()
+                    log.warning("%d of %d workers wait for a place on the cluster", len(self._down), workers)
         except BaseException:
             self.stop()
             raise
@@ -62,6 +77,19 @@ class RayPool:
     def complete(self, recipe: Recipe) -> Recipe:
         done: Recipe = self._get(self._actors[0].complete.remote(recipe))
         return done
+
+    def ready(self) -> Collection[int]:
+        for i, asked in list(self._down.items()):
+            if not self._ray.wait([asked], timeout=0)[0]:
+                continue
+            try:
+                self._ray.get(asked)
+                del self._down[i]
+            except self._ray.exceptions.ActorDiedError as error:
+                raise self._plain(error) from None  # its codec does not load
+            except self._ray.exceptions.RayError:  # it is being started
+                self._down[i] = self._actors[i].counts.remote()
+        return [i for i in range(self.workers) if i not in self._down]
 
     def submit(self, worker: int, shard: Shard, orders: Orders) -> Future[Entry]:
         actor = self._actors[worker]
@@ -77,6 +105,8 @@ class RayPool:
                 with contextlib.suppress(Exception):  # it may have ended by itself
                     self._ray.kill(actor, no_restart=False)
                 why = WorkerLost(str(why))
+            if isinstance(why, WorkerLost):
+                self._down[worker] = actor.counts.remote()
             made.set_exception(why)
 
         actor.shard.remote(shard, orders).future().add_done_callback(settle)
@@ -112,6 +142,9 @@ class RayPool:
         exceptions = self._ray.exceptions
         if isinstance(error, exceptions.RayTaskError):
             return error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
+        if isinstance(error, exceptions.ActorDiedError) and "Error: " in str(error):
+            last = [line.strip() for line in str(error).splitlines() if "Error: " in line][-1]
+            return RuntimeError(f"a worker could not start: {last}")
         if isinstance(error, exceptions.RayError):
             return WorkerLost(str(error).splitlines()[0])
         return error

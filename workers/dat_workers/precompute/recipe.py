@@ -27,13 +27,17 @@ class Recipe:
     resize: the shorter side, crop: the side of the centre crop, in pixels. augment: random crops of `crop` a
     sample, 0 for none. variants: how often `replace_fraction` of a view's tokens are swapped for others. keep: the
     fields that are copied, None for all but the picture. classes: names of the folders that became `cls`.
+    threads: of an engine on the CPU, for their number decides the order of its additions.
     Raises InvalidInput for what does not go together.
     """
 
     codec: str
     fingerprint: str = ""
     engine: str = ""
+    device: str = ""
     dtype: str = ""
+    tricks: str = ""
+    threads: int = 0
     outputs: tuple[str, ...] = ("reconstruction",)
     picture: str = "jpg"
     quality: int = 95
@@ -45,6 +49,7 @@ class Recipe:
     seed: int = 0
     keep: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    pictures_a_shard: int | None = None
 
     def __post_init__(self) -> None:
         for output in self.outputs:
@@ -110,9 +115,15 @@ class Recipe:
         pairs = ((name, value, asdict(other)[name]) for name, value in asdict(self).items())
         return "; ".join(f"{name}: {short(mine)}, now {short(now)}" for name, mine, now in pairs if mine != now)
 
-    def made_by(self, fingerprint: str, description: dict[str, str]) -> Recipe:
-        """The same with what the codec says of itself."""
-        return replace(self, fingerprint=fingerprint, engine=description["engine"], dtype=description["dtype"])
+    def made_by(self, fingerprint: str, said: dict[str, str], threads: int) -> Recipe:
+        """The same with what the codec says of itself (`Discretizer.describe`)."""
+        engine = " ".join(filter(None, (said["engine"], said.get("provider"))))
+        device = said["device"].partition(":")[0]
+        on_cpu = device == "cpu" and engine != "none"
+        return replace(
+            self, fingerprint=fingerprint, engine=engine, device=device, dtype=said["dtype"], tricks=said["tricks"],
+            threads=threads if on_cpu else 0,
+        )  # fmt: skip
 
 
 def short(value: Any) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from dat_workers.pictures import SUFFIXES
 from dat_workers.precompute.sources import Shard, opened
@@ -15,7 +16,9 @@ from dat_workers.precompute.sources import Shard, opened
 # webdataset's rule: a key goes up to the first dot of the file's name, the rest is the field
 NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
 READ_AT_ONCE = 1 << 20
-DAMAGE = (tarfile.TarError, EOFError, zlib.error)
+MAX_FIELD_BYTES = 1 << 30
+# what tarfile raises of headers that are nonsense, and of streams that are
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
 
 
 @dataclass
@@ -66,7 +69,11 @@ class Reader:
             head, _, file = name.rpartition("/")
             stem, _, suffix = file.rpartition(".")
             key = f"{head}/" * bool(head) + stem.replace(".", "_")  # its dots would be taken for the key's end
-            data: bytes = fs.cat_file(f"{folder.rstrip('/')}/{name}")
+            try:
+                data: bytes = fs.cat_file(f"{folder.rstrip('/')}/{name}")
+            except OSError as error:
+                yield Sample(key, problem=str(error))
+                continue
             self.nbytes += len(data)
             fields = {suffix.lower(): data}
             if self.classes:
@@ -89,23 +96,41 @@ class Reader:
                         sample = Sample(key)
                     if suffix in sample.fields:
                         sample.problem = f"the field {suffix} is there twice"
-                    sample.fields[suffix] = data
+                    if data is None:
+                        sample.problem = f"the field {suffix} has more than {MAX_FIELD_BYTES} bytes"
+                    else:
+                        sample.fields[suffix] = data
             except DAMAGE as error:
                 # files of this sample may be missing
                 raise Damaged(f"damaged shard: {error}", sample.key if sample is not None else "") from error
         if sample is not None:
             yield sample
 
-    def _files(self, raw: Counted) -> Iterator[tuple[str, bytes]]:
-        with tarfile.open(fileobj=raw, mode="r|*", bufsize=READ_AT_ONCE) as tar:  # type: ignore[call-overload]
+    def _files(self, raw: Counted) -> Iterator[tuple[str, bytes | None]]:
+        options: dict[str, Any] = {"mode": "r|*", "bufsize": READ_AT_ONCE, "tarinfo": Header}
+        opening: Any = tarfile.open
+        with opening(fileobj=raw, **options) as tar:
             for member in tar:
                 if member.isfile():
                     content = tar.extractfile(member)
-                    yield member.name, content.read()
+                    yield member.name, content.read() if member.size <= MAX_FIELD_BYTES else None
                 tar.members.clear()  # tarfile would keep all it has seen
-            # a tar that was cut between two files looks whole, but for the zeros that end it
-            if tar.fileobj.tell() == tar.offset:
-                raise tarfile.ReadError("the mark at the end of the archive is missing: it was cut off")
+            while rest := tar.fileobj.read(READ_AT_ONCE):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("there is something after the end of the archive")
+
+
+class Header(tarfile.TarInfo):
+    """tarfile takes whatever is no header, and the end of the file, for the end of the archive. Only zeros are."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, where a header or the archive's end should be") from error
 
 
 class Counted:

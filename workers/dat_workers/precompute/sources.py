@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.errors import InvalidInput
 from dat_workers.pictures import SUFFIXES
@@ -30,6 +32,14 @@ class Shard:
     nbytes: int
     files: tuple[str, ...] = ()
 
+    @property
+    def origin(self) -> str:
+        """The address, and for pictures a digest of their names: what the manifest says a shard was made of."""
+        if not self.files:
+            return self.address
+        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape"))
+        return f"{self.address}#{names.hexdigest()[:12]}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -47,29 +57,39 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     'train-000000.tar'
 
     A brace pattern, a glob, a folder of shards or of pictures (in folders by class, as torchvision's ImageFolder),
-    or several of these; each a path or an fsspec address (s3://, gs://, hf://, file://). Names keep what is below
-    the folder that all shards have in common. Raises FileNotFoundError, and InvalidInput for what is no source.
+    or several of these; each a path or an fsspec address (s3://, gs://, hf://, file://). Names are those below the
+    folder, or below the folder that all shards have in common. Raises FileNotFoundError, and InvalidInput for what
+    is no source.
     """
     given = [source] if isinstance(source, str) else list(source)
+    shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
     for pattern in given:
         for address in expanded(pattern):
             fs, path = opened(address)
-            if fs.isdir(path):
-                found = listing(fs, path)
-                inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
-                if not inside:
-                    if len(given) > 1:
-                        raise InvalidInput("source", address, "a folder with shards, beside other sources")
-                    return pictures(fs, path, found, pictures_a_shard)
-                folders.append(fs.unstrip_protocol(path))
-                tars |= {fs.unstrip_protocol(p): size for p, size in inside.items()}
-            elif fs.isfile(path):
-                tars[fs.unstrip_protocol(path)] = fs.size(path) or 0
-            else:
-                raise FileNotFoundError(f"{address}: no such shard or folder")
-    return Source(tuple(sorted(named(tars), key=lambda shard: shard.name)), tuple(folders))
+            try:
+                info = fs.info(path)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{address}: no such shard or folder") from None
+            if info["type"] != "directory":
+                tars[fs.unstrip_protocol(path)] = info.get("size") or 0
+                continue
+            found = listing(fs, path)
+            inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
+            if not inside:
+                if len(given) > 1:
+                    raise InvalidInput("source", address, "a folder with shards, beside other sources")
+                return pictures(fs, path, found, pictures_a_shard)
+            folders.append(fs.unstrip_protocol(path))
+            for p, size in inside.items():
+                below = p.removeprefix(path.rstrip("/") + "/")
+                shards.append(Shard(output_name(below), fs.unstrip_protocol(p), size))
+    shards += named(tars)
+    twice = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
+    if twice:
+        raise InvalidInput("source", twice[:5], "shards of different names: each gives one of the same name")
+    return Source(tuple(sorted(shards, key=lambda shard: shard.name)), tuple(folders))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -95,6 +115,8 @@ def opened(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises InvalidInput where its package is missing."""
     try:
         fs, path = fsspec.core.url_to_fs(address)
+        if isinstance(fs, LocalFileSystem):
+            path = os.path.realpath(path)  # one name for one file
     except ImportError as error:
         raise InvalidInput("address", address, f"an address whose package is installed ({error})") from error
     except ValueError as error:
@@ -103,31 +125,36 @@ def opened(address: str) -> tuple[Any, str]:
 
 
 def listing(fs: Any, folder: str) -> dict[str, int]:
-    """Files below a folder with their bytes, sorted; what begins with a dot is left out."""
+    """Files below a folder with their bytes, sorted; what begins with a dot is left out, links are followed."""
     root = folder.rstrip("/") + "/"
-    found = fs.find(folder, detail=True)
+    if isinstance(fs, LocalFileSystem):
+        walked = (
+            os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names
+        )
+        found = {path: os.stat(path).st_size for path in walked if os.path.isfile(path)}
+    else:
+        found = {path: info.get("size") or 0 for path, info in fs.find(folder, detail=True).items()}
     return {
-        path: info.get("size") or 0
-        for path, info in sorted(found.items())
+        path: size
+        for path, size in sorted(found.items())
         if not any(part.startswith(".") for part in path.removeprefix(root).split("/"))
     }
 
 
 def named(tars: dict[str, int]) -> list[Shard]:
-    """Shards with the names that they have below their common folder, ending in .tar."""
-    if not tars:
-        return []
+    """Shards with the names that they have below their common folder."""
     folders = [address.split("/")[:-1] for address in tars]
     common = os.path.commonprefix(folders)  # noqa: RUF071 - of lists: whole names
-    shards = []
-    for address, nbytes in tars.items():
-        name = "/".join(address.split("/")[len(common) :])
-        suffix = next(s for s in (*TARS[1:], *TARS[:1], "") if name.lower().endswith(s))
-        shards.append(Shard(name[: len(name) - len(suffix)] + ".tar", address, nbytes))
-    twice = [name for name, number in Counter(shard.name for shard in shards).items() if number > 1]
-    if twice:
-        raise InvalidInput("source", twice[:5], "shards of different names: each gives one of the same name")
-    return shards
+    return [
+        Shard(output_name("/".join(address.split("/")[len(common) :])), address, nbytes)
+        for address, nbytes in tars.items()
+    ]
+
+
+def output_name(name: str) -> str:
+    """That of the output shard, ending in .tar."""
+    suffix = next(s for s in (*TARS[1:], *TARS[:1], "") if name.lower().endswith(s))
+    return name[: len(name) - len(suffix)] + ".tar"
 
 
 def pictures(fs: Any, folder: str, found: dict[str, int], number: int) -> Source:

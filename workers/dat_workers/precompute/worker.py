@@ -7,14 +7,18 @@ Several shards are on their way at once and share the queue, so that batches are
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from PIL import Image
 
 from dat_workers.batching import Batcher
 from dat_workers.discretizer import Discretizer
@@ -38,7 +42,8 @@ from dat_workers.work import Work
 
 SHARDS_AT_ONCE = 2
 MAX_VIEW_PIXELS = 2048 * 2048  # of what goes through the codec; the source may be larger and cut
-HELD_BYTES = 64 << 20  # encoded pictures of one shard that are on their way
+HELD_BYTES = 512 << 20  # of samples of one shard that are on their way, x and Q(x) among them
+ON_CPU = "CPUExecutionProvider"  # ONNX Runtime's
 WATCHDOG_S = 600.0
 MAX_WAIT_S = 0.1  # for a batch to be filled: decoders may be behind, and nobody waits for one picture
 
@@ -62,11 +67,15 @@ class CodecChoice:
     tricks: str = "auto"
     threads: int = 0
 
+    @property
+    def all_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
     def make(self) -> Discretizer:
         """The codec, warm; in the thread that will run it."""
         import torch
 
-        torch.set_num_threads(self.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(self.all_threads)
         how = asdict(self)
         del how["codec"], how["threads"]
         discretizer = Discretizer.from_store(self.codec, **how)
@@ -126,8 +135,9 @@ class Worker:
     def __init__(self, choice: CodecChoice) -> None:
         self.batcher = Batcher(max_wait_s=MAX_WAIT_S, max_queue_s=float("inf"), watchdog_s=WATCHDOG_S)
         self.discretizer = self.batcher.start(choice.make)
-        # another number of rows is another kernel there, which may move a near-tie: then all batches are full
-        self.batcher.padded = self.discretizer.device.type == "cuda"
+        self.choice = choice
+        said = self.discretizer.describe()
+        self.on_gpu = said["device"] != "cpu" or said.get("provider", ON_CPU) != ON_CPU
         self.progress = Progress()
         self._counting = threading.Lock()
         self._stopping = threading.Event()
@@ -141,7 +151,9 @@ class Worker:
         spec = self.discretizer.spec
         if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
             raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
-        return recipe.made_by(self.discretizer.fingerprint, self.discretizer.describe())
+        return recipe.made_by(
+            self.discretizer.fingerprint, self.discretizer.describe(), threads=self.choice.all_threads
+        )
 
     def shard(self, shard: Shard, orders: Orders) -> Entry:
         """Makes one output shard and enters it in the manifest.
@@ -153,6 +165,9 @@ class Worker:
         pending: deque[Pending] = deque()
         batch = self.discretizer.engine.batch if self.discretizer.engine else 16
         window = max(4, (4 * batch + 16) // recipe.views)
+        # On a GPU another number of rows is another kernel, which may move a near-tie: there all batches are full.
+        # Not where each picture has a size of its own, and would be computed over and over to fill one.
+        self.batcher.padded = self.on_gpu and recipe.crop is not None
 
         def skip(key: str, reason: str) -> None:
             if not orders.skip:
@@ -185,7 +200,7 @@ class Worker:
             finally:
                 for one in pending:
                     one.fields.cancel()
-        source = (shard.address, shard.nbytes)
+        source = (shard.origin, shard.nbytes)
         entry = Entry(shard.name, out.samples, out.nbytes, out.sha256, recipe.id, tuple(skipped), source)
         folder.enter(entry)
         return entry
@@ -226,7 +241,7 @@ class Worker:
         if recipe.replace_fraction:
             begun = self._variants.submit(self._with_variants, sample, begun, recipe)
         fields = self._encoders.submit(self._fields, sample, begun, recipe)
-        return Pending(sample.key, sample.nbytes, fields)
+        return Pending(sample.key, sample.nbytes + decoded_bytes(sample, recipe), fields)
 
     def _views(self, sample: Sample, recipe: Recipe) -> list[View]:
         """Decodes a sample's picture, and asks the codec for each view of it."""
@@ -303,3 +318,15 @@ class Worker:
                 fields[name] = content
         self._count(images=len(views))
         return fields
+
+
+def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
+    """About what x and Q(x) of a sample's views take, from the picture's header alone."""
+    if recipe.crop is not None:
+        return 6 * recipe.views * recipe.crop**2
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(sample.fields[picture_field(sample)])) as image:
+            warnings.simplefilter("ignore")
+            return 6 * recipe.views * image.width * image.height
+    except Exception:  # whatever it is: who decodes it says so
+        return 0
