@@ -8,18 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dat_service.cli.main import app
 from tests.conftest import DAT
 from tests.workers.precompute.shards import contents, write_shards, write_tar
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*DAT, "precompute", *map(str, arguments)], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = CliRunner().invoke(app, ["precompute", *map(str, arguments), "--threads", "1"])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def run_as_a_process(*arguments: object) -> str:
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command = [*DAT, "precompute", *map(str, arguments), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_dataset_and_again(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
-    first = run(f"{source}/train-{{000000..000001}}.tar", dst)
+    first = run_as_a_process(f"{source}/train-{{000000..000001}}.tar", dst)
     assert f"{dst}: 10 samples in 2 shards" in first
     assert "this run: 2 shards, 10 images in" in first
     assert f"look at {dst}/contact-sheet.html" in first
