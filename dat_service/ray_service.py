@@ -233,15 +233,16 @@ class RayService:
             with self._changes:  # an update that has begun to ask has asked; none begins any more
                 pass
             if started:
+                # Serve's own shutdown ends HAProxy at once, and with it what the replicas are still answering
+                for codec in self._running:
+                    try:
+                        serve.delete(codec)
+                    except Exception as error:  # the others are to end all the same
+                        left[codec] = error
+                self._running = []
                 if self.own_cluster:
+                    left.clear()
                     serve.shutdown()  # type: ignore[no-untyped-call]
-                else:
-                    for codec in self._running:
-                        try:
-                            serve.delete(codec)
-                        except Exception as error:  # the others are to end all the same
-                            left[codec] = error
-                    self._running = []
         finally:
             ours |= self._processes()
             ray.shutdown()

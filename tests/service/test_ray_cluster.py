@@ -20,6 +20,7 @@ import pytest
 
 from dat_client import Client
 from dat_service import haproxy
+from dat_service.ports import take_block
 from tests.conftest import DAT, dat_serve, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,7 +34,8 @@ def cluster() -> Iterator[dict[str, str]]:
     """A Ray of its own, with the variables that the docs ask for; what joins it needs these."""
     folder = Path(tempfile.mkdtemp(prefix="dat-ray-"))  # not pytest's: a socket's path is at most 107 bytes
     port, serve_port = free_port(), free_port()
-    environment = os.environ | haproxy.environment(folder, "127.0.0.1", serve_port)
+    block = take_block(serve_port)
+    environment = os.environ | haproxy.environment(folder, "127.0.0.1", serve_port, block.getsockname()[1] + 1)
     process = subprocess.Popen(
         [
             BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}/ray",
@@ -54,6 +56,7 @@ def cluster() -> Iterator[dict[str, str]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
+        block.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
