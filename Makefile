@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak check format clean
+.PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak test-kills check format clean
 
 help:
 	@echo "make demo    start the service, discretize photographs, draw a picture, stop it"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-cluster   three hosts in network namespaces, as root, 4 min (DAT_CLUSTER_S)"
 	@echo "make test-fuzz   10,000 mutated requests and schemathesis, 15 min (DAT_FUZZ_N)"
 	@echo "make test-soak   half an hour of everything at once (DAT_SOAK_S)"
+	@echo "make test-kills  dat precompute killed at random moments, here and on Ray, 25 min (DAT_KILLS)"
 	@echo "make check   lint, format, types, spelling, version"
 	@echo "make setup   .venv alone;  make format   mend style;  make clean   remove .venv"
 
@@ -47,6 +48,9 @@ test-fuzz: $(INSTALLED)
 
 test-soak: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m slow tests/load/test_soak.py
+
+test-kills: $(INSTALLED)
+	$(BIN)/python -m pytest -s -m slow tests/workers/precompute
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dat_service import haproxy, ports
 from dat_service.processes import Process, children, descendants, end, mentioning
 from dat_service.settings import Settings
+from dat_workers.signals import interrupted_later
 
 if TYPE_CHECKING:
     from dat_service.replica import CodecReplica
@@ -279,29 +277,6 @@ class RayService:
             variables["RAY_enable_metrics_collection"] = "0"
         # what the operator has set stands
         return {name: value for name, value in variables.items() if name not in os.environ}
-
-
-@contextmanager
-def interrupted_later() -> Iterator[None]:
-    """Keeps Ctrl-C, and what a closed terminal says, until the block has ended: Ray, interrupted while it starts,
-    crashes when it is shut down.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted: list[int] = []
-    # the default, and what is ignored, stays so: neither raises
-    handlers = {n: handler for n in (signal.SIGINT, signal.SIGHUP) if callable(handler := signal.getsignal(n))}
-    for number in handlers:
-        signal.signal(number, lambda number, _: noted.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, handler in handlers.items():
-            if number in noted:
-                handler(number, None)
 
 
 def shared(settings: Settings, replicas: int) -> int:

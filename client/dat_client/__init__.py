@@ -16,6 +16,7 @@ from .client import Client
 from .errors import (
     CodecChanged,
     DatError,
+    InvalidDataset,
     InvalidRequest,
     Overloaded,
     ProtocolError,
@@ -32,6 +33,7 @@ __all__ = [
     "CodecChanged",
     "DatError",
     "Discretized",
+    "InvalidDataset",
     "InvalidRequest",
     "Overloaded",
     "ProtocolError",

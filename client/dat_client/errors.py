@@ -1,4 +1,4 @@
-"""Everything that dat_client raises about a request, a server or the way between them.
+"""Everything that dat_client raises about a request, a server or the way between them, and about stored Q(x).
 
     DatError
     ├── InvalidRequest (ValueError)   the request is wrong: repeating it is pointless   400, 422, 4xx
@@ -8,7 +8,8 @@
     ├── Unauthorized                  the key is missing or wrong, not the request      401, 403
     ├── Unavailable                   no good answer arrived: may be repeated           408, 5xx, network
     │   └── Overloaded                the server is full: may be repeated, later        429, 503
-    └── ProtocolError                 what answered does not speak the protocol
+    ├── ProtocolError                 what answered does not speak the protocol
+    └── InvalidDataset (ValueError)   not what `dat precompute` wrote, or it lacks what is asked of it
 
     CodecChanged (UserWarning)        answers come from other weights than before
 
@@ -24,6 +25,7 @@ from typing import Any
 __all__ = [
     "CodecChanged",
     "DatError",
+    "InvalidDataset",
     "InvalidRequest",
     "Overloaded",
     "ProtocolError",
@@ -174,6 +176,10 @@ class Overloaded(Unavailable):
 
 class ProtocolError(DatError):
     """Something answered that does not speak the protocol: a wrong URL, a proxy's page, a mixed-up answer."""
+
+
+class InvalidDataset(DatError, ValueError):
+    """A folder is not what `dat precompute` wrote, or lacks what is asked of it."""
 
 
 class CodecChanged(UserWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from dat_service import __version__
-from dat_service.cli import bench, codecs, discretize, export, serve, train, verify
+from dat_service.cli import bench, codecs, discretize, export, precompute, serve, train, verify
 
 app = typer.Typer(
     name="dat",
@@ -19,6 +19,7 @@ app.add_typer(codecs.app, name="codecs")
 app.add_typer(bench.app, name="bench")
 app.command("serve")(serve.serve)
 app.command("discretize")(discretize.discretize)
+app.command("precompute")(precompute.precompute)
 app.command("export")(export.export)
 app.command("train-codec")(train.train_codec)
 

@@ -39,6 +39,7 @@ class Training:
         collate: samples to a batch, where the default cannot.
         after_step: called after each step, for momentum encoders.
         precomputed: the data hold Q(x).
+        mix: the share of the batches that are attacked; the others are trained on Q(x) in the place of Q(x + δ).
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Training:
     collate: Callable[..., Any] | None = None
     after_step: Callable[[], None] | None = None
     precomputed: bool = False
+    mix: float = 1.0
 
 
 def train(training: Training, options: Namespace, client: Client) -> Progress:
@@ -103,6 +105,7 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
         model=model,
         depth=options.depth,
         precomputed=training.precomputed,
+        mix=training.mix,
         device=device,
         preset=options.preset,
         alpha=options.alpha,
@@ -120,7 +123,8 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
                     if training.after_step is not None:
                         training.after_step()
                     seen = (len(batch.images) * world, batch.waited_s)
-                    progress.count(loss, f"at Q(x) {batch.loss.item():.3f}", batch.tokens_changed, *seen)
+                    beside = "on Q(x)" if batch.loss is None else f"at Q(x) {batch.loss.item():.3f}"
+                    progress.count(loss, beside, batch.tokens_changed, *seen)
                 if progress.step % options.save_every == 0 and progress.step < steps:
                     save(progress.step)
     finally:

@@ -17,6 +17,7 @@ SAMPLES = [
     errors.Unavailable("m", attempts=3, cause="reset"),
     errors.Overloaded("m", attempts=3, cause="503", retry_after_s=1.5),
     errors.ProtocolError("m"),
+    errors.InvalidDataset("m"),
 ]
 
 
@@ -40,6 +41,7 @@ def test_the_tree_is_the_one_drawn_and_every_leaf_is_sampled():
         "Unavailable": "DatError",
         "Overloaded": "Unavailable",
         "ProtocolError": "DatError",
+        "InvalidDataset": "DatError",
     }
     assert sorted([*tree, "CodecChanged"]) == sorted(errors.__all__)
     assert all(name in (errors.__doc__ or "") for name in tree)
@@ -54,6 +56,7 @@ def test_exported_names():
         "CodecChanged",
         "DatError",
         "Discretized",
+        "InvalidDataset",
         "InvalidRequest",
         "Overloaded",
         "ProtocolError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -224,8 +225,6 @@ def test_pictures_and_their_reconstructions_get_the_same_crop() -> None:
 
 def write_shard(path: Path) -> None:
     """Eight pictures with `cls` and the boxes of two patches each."""
-    import json
-
     import webdataset
     from skimage import data
 
@@ -277,3 +276,45 @@ def test_two_processes_train_one_model(service: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert losses(done)[2] == 4
     assert saved_step(out) == 4
+
+
+@pytest.mark.slow
+def test_precomputed(service: str, tmp_path: Path) -> None:
+    """Views that `dat precompute --augment 2` would store, with Q of the service that trains from them."""
+    from dat_client import Client
+    from dat_client.webdataset import view_of
+    from tests.client.precomputed import encoded, write_pair
+
+    def augmented(number: int, x: Image.Image) -> dict[str, bytes]:
+        views = [
+            {"box": [8 * i, 4, 56, 60], "size": [48, 48], "flip": bool(i), "variant": 0, "seed": i} for i in (0, 1)
+        ]
+        made = {"views.json": json.dumps(views).encode()}
+        for i, view in enumerate(views):
+            crop = view_of(x, view)
+            made[f"{i}.image.png"] = encoded(crop)
+            pixels = np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))[None]
+            q = client.discretize(pixels).reconstruction[0]
+            made[f"{i}.png"] = encoded(Image.fromarray(q.transpose(1, 2, 0)))
+        return made
+
+    outputs = ["reconstruction", "image"]
+    with Client(service, "tiny-f8") as client:
+        names = [f"train-{i:06}.tar" for i in range(2)]
+        src, dst = write_pair(
+            tmp_path, names, 12, augmented, size=(72, 64), codec="tiny-f8", augment=2, outputs=outputs
+        )
+    flags = ("--url", service, "--data", dst, "--model", "resnet18", "--classes", 10, "--batch-size", 8)
+    done = run(
+        "precomputed.py", *flags, "--source", src, "--workers", 2, "--steps", 20, "--lr", 0.05, "--preset", "paper"
+    )
+    first, last, steps = losses(done)
+    assert steps == 20
+    assert last < first - 0.2
+    assert "tokens changed" in done.stdout
+    asked_nothing = run("precomputed.py", "--url", "http://127.0.0.1:9", *flags[2:], "--mix", 0, "--epochs", 2)
+    assert losses(asked_nothing)[2] == 6
+    readable(run("precomputed.py", *flags, "--codec", "identity"), "--codec identity", "tiny-f8")
+    (dst / "manifest" / f"{names[0]}.json").unlink()
+    too_many = run("precomputed.py", *flags, "--source", src, "--workers", 2, "--steps", 2)
+    readable(too_many, "1 shards for 1 ranks x 2 workers")

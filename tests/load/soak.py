@@ -35,6 +35,9 @@ SECONDS = float(os.environ.get("DAT_SOAK_S", "1800"))
 WARM_UP = 0.25  # of the time
 WINDOW = 0.15  # of the time: what is compared is the median of so long a stretch
 BAR = 1.02
+# HAProxy's threads keep what they free, each for itself, and fill up slowly: by connections alone it went from 13.5
+# to 14.3 MB in 160,000 of them, and stayed there to 235,000. It is held to this in half an hour, which 2 % are not.
+ROOM = {"haproxy": 4e6}
 BAR_FDS = 2  # a connection more or less at the moment of looking
 SETTLED_S = 600.0  # in less time allocators are still growing, and 2 % would say nothing
 REPLICAS = 2
@@ -120,7 +123,8 @@ def compare(held: dict[int, Held], first: tuple[float, float], last: tuple[float
     for pid, process in sorted(held.items(), key=lambda item: (item[1].role, item[0])):
         before, after = process.between(*first), process.between(*last)
         if before and after:
-            grown = after[0] > BAR * before[0] or after[1] > before[1] + BAR_FDS
+            room = ROOM.get(process.role, (BAR - 1) * before[0])
+            grown = after[0] > before[0] + room or after[1] > before[1] + BAR_FDS
             rows.append({
                 "role": process.role, "pid": pid, "rss_mb": before[0] / 1e6, "rss_end_mb": after[0] / 1e6,
                 "growth": after[0] / before[0] - 1, "fds": before[1], "fds_end": after[1], "grown": grown,

@@ -12,8 +12,9 @@ import pytest
 
 from dat_service.cli.serve import no_updates, updates
 from dat_service.ports import BLOCK, is_free, take_block
-from dat_service.ray_service import RayService, ServeFailed, interrupted_later
+from dat_service.ray_service import RayService, ServeFailed
 from dat_service.settings import Settings
+from dat_workers.signals import interrupted_later
 
 
 @pytest.fixture

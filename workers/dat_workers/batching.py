@@ -38,7 +38,8 @@ class Batcher:
     A batch holds rows of one task, from any requests, and leaves when it is full or its first row has waited
     `max_wait_s` (None: 2 ms on CUDA; 0 on a CPU, whose batches of up to 4, two beside each other, are made of what
     waits already). What is longer than `max_queue_s` from its turn is refused. A batch that takes `watchdog_s` has
-    hung. `on_batch` is told rows, capacity and seconds of each batch.
+    hung. `on_batch` is told rows, capacity and seconds of each batch. Where `padded` is set every batch is computed
+    with its capacity of rows: for a GPU, whose kernels and their rounding depend on the number.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Batcher:
         on_batch: OnBatch = lambda rows, capacity, seconds: None,
     ) -> None:
         self.why_unhealthy = ""
+        self.padded = False
         self._max_wait_s, self._max_queue_s, self._watchdog_s = max_wait_s, max_queue_s, watchdog_s
         self._on_batch = on_batch
         self._queue: FairQueue[Request] = FairQueue()
@@ -179,7 +181,8 @@ class Batcher:
         while True:
             batch = self._next(discretizer)
             if batch is not None:
-                job = joint(batch.pieces, discretizer.compute(batch.pieces[0].request.work.task))
+                rows = batch.capacity if self.padded else 0
+                job = joint(batch.pieces, discretizer.compute(batch.pieces[0].request.work.task), rows)
                 batch = None  # while the thread waits it holds nothing of the last batch
                 yield job
                 del job

@@ -25,6 +25,10 @@ class InvalidInput(ValueError):
         self.field, self.value, self.limit = field, str(value)[:80], limit
         super().__init__(message or f"{field}: {self.value} is not usable; expected {limit}")
 
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str, str]]:
+        """It travels between processes; an exception by itself only with what it gave to `Exception`."""
+        return type(self), (self.field, self.value, self.limit, str(self))
+
 
 class TooLarge(InvalidInput):
     """More or larger than the service takes."""

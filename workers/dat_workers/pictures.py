@@ -21,10 +21,8 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-imag
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def decode_picture(
-    data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False
-) -> npt.NDArray[np.uint8]:
-    """uint8 [3,H,W] of one encoded picture; `upright` obeys the EXIF orientation.
+def open_picture(data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:
+    """One encoded picture as RGB; `upright` obeys the EXIF orientation.
 
     Raises TooLarge from the header alone where it announces more than `max_pixels`, InvalidInput where the
     bytes are no whole picture.
@@ -40,7 +38,7 @@ def decode_picture(
                 raise InvalidInput(field, f"mode {image.mode}", "8 bits a channel")
             if upright:
                 image = ImageOps.exif_transpose(image)
-            array = np.asarray(image.convert("RGB"))
+            return image.convert("RGB")
     except InvalidInput:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
@@ -48,7 +46,14 @@ def decode_picture(
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = f"{len(data)} bytes ({type(error).__name__}: {error})"
         raise InvalidInput(field, reason, "a whole JPEG, PNG or WebP picture") from error
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def decode_picture(
+    data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False
+) -> npt.NDArray[np.uint8]:
+    """uint8 [3,H,W] of one encoded picture; as `open_picture`."""
+    image = open_picture(data, field=field, max_pixels=max_pixels, upright=upright)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def decode_pictures(encoded: Iterable[bytes], *, max_image_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:

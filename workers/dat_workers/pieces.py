@@ -81,9 +81,11 @@ class Batch:
         return self.rows * self.pieces[0].request.work.task.cost
 
 
-def joint(pieces: Sequence[Piece], compute: Compute) -> Job:
-    """The rows of pieces of one task as one job."""
+def joint(pieces: Sequence[Piece], compute: Compute, rows: int = 0) -> Job:
+    """The rows of pieces of one task as one job; its first row again and again, until there are `rows`."""
     arrays = [piece.arrays() for piece in pieces]
+    first = {name: array[:1] for name, array in arrays[0].items()}
+    arrays += [first] * (rows - sum(piece.count for piece in pieces))
     return Job({name: [a[name] for a in arrays] for name in arrays[0]}, compute)
 
 

@@ -27,11 +27,11 @@ class AdversarialBatch(NamedTuple):
     Attributes:
         images: x.
         reconstruction: Q(x).
-        adversarial: Q(x + δ).
+        adversarial: Q(x + δ); Q(x) where the batch was not attacked (`mix`).
         rest: what followed the images in the loader's batch, in its order (labels, targets, a second view).
         position: 0 for the first batch of this pass over the loader.
         tokens_changed: the share of the tokens that the step changed; None where the codec has no tokens.
-        loss: what `loss_fn` gave where the gradient was taken, detached.
+        loss: what `loss_fn` gave where the gradient was taken, detached; None where the batch was not attacked.
         waited_s: seconds for which the loop stood still because the codec had not answered.
     """
 
@@ -41,7 +41,7 @@ class AdversarialBatch(NamedTuple):
     rest: tuple[Any, ...]
     position: int
     tokens_changed: float | None
-    loss: Tensor
+    loss: Tensor | None
     waited_s: float
 
 
@@ -73,6 +73,8 @@ class AdversarialLoader:
         depth: training steps between the attack on a batch and its turn.
         prefetch: batches whose Q(x) is asked for beyond those.
         precomputed: the second of each batch is Q(x) already (`dat precompute`): nothing is asked for twice.
+        mix: the share of the batches that are attacked, spread evenly and alike on all ranks. The others come
+            with Q(x) in the place of Q(x + δ); precomputed, they cost no request.
         device: where pictures and the rest go; None: where the model's first parameter is.
         reduction, random_start, generator, gradient_dtype, output_dtype, timeout_s, parameters: as for
             `adversarial`.
@@ -90,6 +92,7 @@ class AdversarialLoader:
         depth: int = 0,
         prefetch: int = 2,
         precomputed: bool = False,
+        mix: float = 1.0,
         device: torch.device | str | None = None,
         reduction: str = "mean",
         random_start: float | None = None,
@@ -103,6 +106,9 @@ class AdversarialLoader:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 message = f"{name}: must be an integer of 0 or more, got {shown(value)}"
                 raise InvalidRequest(message, field=name, value=value, limit=">= 0")
+        if isinstance(mix, bool) or not isinstance(mix, (int, float)) or not 0 <= mix <= 1:
+            message = f"mix: must be a share, 0..1, got {shown(mix)}"
+            raise InvalidRequest(message, field="mix", value=mix, limit="0..1")
         check_client(client)
         check_reduction(reduction)
         self.loader = loader
@@ -112,6 +118,7 @@ class AdversarialLoader:
         self.depth = depth
         self.prefetch = prefetch
         self.precomputed = precomputed
+        self.mix = mix
         self.reduction = reduction
         self.generator = generator
         self.parameters = parameters
@@ -183,6 +190,9 @@ class AdversarialLoader:
                 turn.reconstruction = turn.answer().reconstruction
             turn.reconstruction = from_wire(turn.reconstruction, device, turn.images.dtype)
             turn.rest = _moved(turn.rest, device)
+            turn.asked, turn.attacked = None, True
+            if int((turn.position + 1) * self.mix) == int(turn.position * self.mix):
+                return
             step = attack(
                 turn.reconstruction,
                 lambda x_hat: self.loss_fn(x_hat, *turn.rest),
@@ -201,20 +211,23 @@ class AdversarialLoader:
                 **self._asking,
                 **step.parameters,
             )
-            turn.attacked = True
 
     def _finish(self, turn: _Turn) -> AdversarialBatch:
         """The batch whose turn it is; raises what went wrong with it."""
         with turn.noting("Q(x + δ)"):
             if turn.error is None:
-                answer = turn.answer()
+                adversarial, tokens_changed = turn.reconstruction, None
+                if turn.asked is not None:
+                    answer = turn.answer()
+                    adversarial = from_wire(answer.adversarial, turn.images.device, turn.images.dtype)
+                    tokens_changed = answer.tokens_changed
                 return AdversarialBatch(
                     turn.images,
                     turn.reconstruction,
-                    from_wire(answer.adversarial, turn.images.device, turn.images.dtype),
+                    adversarial,
                     turn.rest,
                     turn.position,
-                    answer.tokens_changed,
+                    tokens_changed,
                     turn.loss,
                     turn.waited_s,
                 )
@@ -243,12 +256,12 @@ class _Turn:
     sent: Tensor
     reconstruction: Any
     rest: tuple[Any, ...]
-    loss: Tensor
 
     def __init__(self, position: int) -> None:
         self.position = position
         self.asked: Future[Discretized] | None = None
-        self.attacked = False
+        self.attacked = False  # or passed by, by `mix`
+        self.loss: Tensor | None = None
         self.error: Exception | None = None
         self.waited_s = 0.0
 

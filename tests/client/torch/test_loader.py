@@ -144,7 +144,9 @@ def test_batches_of_another_form_are_refused(batch: Any, says: str) -> None:
     assert "batch 0" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("options", [{"depth": -1}, {"depth": 1.0}, {"prefetch": True}, {"random_start": 2}])
+@pytest.mark.parametrize(
+    "options", [{"depth": -1}, {"depth": 1.0}, {"prefetch": True}, {"mix": 1.5}, {"mix": True}, {"random_start": 2}]
+)
 def test_wrong_arguments_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         AdversarialLoader([], HeldBackClient(), attack, model=[], **options)
@@ -180,6 +182,32 @@ def test_precomputed_reconstructions_are_not_asked_for() -> None:
     assert client.order() == ["a0", "a1", "a2"]
     assert all(torch.equal(b.reconstruction, torch.full((2, 3, 8, 8), 100 / 255)) for b in batches)
     assert [b.rest[0][0].item() for b in batches] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize(
+    ("mix", "attacked"), [(0.0, []), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (0.75, [1, 2, 3, 5, 6, 7])]
+)
+def test_a_share_of_the_batches_is_attacked(mix: float, attacked: list[int], depth: int) -> None:
+    client = HeldBackClient()
+    data = [(x, torch.full_like(x, 100), y) for x, y in numbered(8)]
+    loader = AdversarialLoader(data, client, attack, model=[], depth=depth, precomputed=True, mix=mix)
+    batches = list(loader)
+    assert client.order() == [f"a{i}" for i in attacked]
+    for i, batch in enumerate(batches):
+        assert torch.equal(batch.images, torch.full((2, 3, 8, 8), i / 255))
+        assert batch.rest[0][0].item() == i
+        if i in attacked:
+            assert torch.equal(batch.adversarial, batch.images)  # as the stand-in answers
+            assert batch.loss is not None
+            assert batch.tokens_changed == 0.5
+        else:
+            assert torch.equal(batch.adversarial, torch.full((2, 3, 8, 8), 100 / 255))
+            assert (batch.loss, batch.tokens_changed, batch.waited_s) == (None, None, 0)
+    client = HeldBackClient()
+    online = list(AdversarialLoader(numbered(8), client, attack, model=[], depth=depth, mix=mix))
+    assert sorted(client.order()) == sorted([f"r{i}" for i in range(8)] + [f"a{i}" for i in attacked])
+    assert all(torch.equal(batch.adversarial, batch.images) for batch in online)
 
 
 def test_what_follows_the_images_goes_to_the_device() -> None:

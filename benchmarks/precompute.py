@@ -1,0 +1,191 @@
+"""Does `dat precompute` cost more than its codec, and does it stay as fast with many shards?
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/precompute.py SHARD.tar... --markdown benchmarks/results/precompute.md
+
+codec     images/s of a job with `tiny-f8`, pictures at 224², beside the engine alone on the same pictures, decoded
+identity  a job whose codec copies, beside webdataset alone that reads, decodes, encodes alike and writes the same
+          shards; and beside webdataset that copies them without a look at the pictures
+shards    1,000 shards of 10 pictures of 32²: time per shard, first hundred and last; memory of the process
+
+Contestants alternate in one run; the time of a job is without the loading of its codec, as that of the engine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+
+from dat_workers.bench.machine import cpu_name
+from dat_workers.bench.report import columns
+from dat_workers.bench.runner import Timing, alternate, ratio
+from dat_workers.discretizer import Discretizer
+from dat_workers.pictures import centre_crops
+from dat_workers.precompute import State, Summary, precompute
+from dat_workers.transfer import Array
+
+SIDE = 224
+SHARDS, SAMPLES = 1000, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", default="codec,identity,shards")
+    parser.add_argument("--markdown", type=Path, help="write the result to this file too")
+    arguments = parser.parse_args()
+    machine = f"{len(os.sched_getaffinity(0))} cores {cpu_name()}, torch {torch.__version__}"
+    lines = ["# dat precompute", "", f"Machine: {machine}", ""]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts.split(","):
+            text = PARTS[part](arguments.shards, Path(folder), arguments.rounds)
+            print(text, flush=True)
+            lines += [f"## {part}", "", "```", text, "```", ""]
+    if arguments.markdown:
+        lines.insert(3, f"Command: python benchmarks/precompute.py SHARDS --rounds {arguments.rounds}")
+        arguments.markdown.write_text("\n".join(lines))
+
+
+def job(sources: list[Path], dst: Path, codec: str, report: Callable[[State], None] = lambda _: None) -> Summary:
+    """One job into a folder of its own."""
+    shutil.rmtree(dst, ignore_errors=True)
+    side = SIDE if codec == "tiny-f8" else None
+    return precompute([str(path) for path in sources], str(dst), codec=codec, report=report, resize=side, crop=side)
+
+
+def compared(contestants: dict[str, Callable[[], float]], rounds: int, images: int) -> str:
+    """Images/s of each, and how many times as fast the first one is."""
+
+    def told(call: Callable[[], Any], calls: int) -> float:
+        return float(sum(call() for _ in range(calls)))
+
+    timings = alternate(contestants, rounds=rounds, warmup=1, clock=told, least_s=0)
+    first = next(iter(timings.values()))
+    rows = [["", "images/s", "lowest", "highest", "the job is times as fast"]]
+    for name, timing in timings.items():
+        rows.append([name, *spread(timing, images), against(first, timing)])
+    return columns(rows)
+
+
+def spread(timing: Timing, images: int) -> list[str]:
+    if timing.error:
+        return [timing.error, "", ""]
+    return [f"{images / s:.1f}" for s in (timing.median, max(timing.seconds), min(timing.seconds))]
+
+
+def against(first: Timing, other: Timing) -> str:
+    times = ratio(first, other)
+    return f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})" if times else ""
+
+
+def codec(sources: list[Path], folder: Path, rounds: int) -> str:
+    """A job and the engine alone, on the pictures of the first two shards."""
+    sources = sources[:2]
+    pictures = centre_crops(sources, SIDE)
+    engine = Discretizer.from_store("tiny-f8")
+    engine.warm_up()
+
+    def alone() -> float:
+        began = time.perf_counter()
+        engine.discretize(pictures)
+        return time.perf_counter() - began
+
+    contestants = {"dat precompute": lambda: job(sources, folder / "q", "tiny-f8").seconds, "engine alone": alone}
+    return compared(contestants, rounds, len(pictures))
+
+
+def identity(sources: list[Path], folder: Path, rounds: int) -> str:
+    """A job that copies, and webdataset alone."""
+    images = sum(1 for path in sources for name in names(path) if name.endswith(".jpg"))
+    contestants: dict[str, Callable[[], float]] = {
+        "dat precompute, identity": lambda: job(sources, folder / "i", "identity").seconds,
+        "webdataset: read, decode, encode, write": lambda: rewritten(sources, folder / "w", decode=True),
+        "webdataset: read, write": lambda: rewritten(sources, folder / "w", decode=False),
+    }
+    return compared(contestants, rounds, images)
+
+
+def names(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        return tar.getnames()
+
+
+def rewritten(sources: list[Path], folder: Path, *, decode: bool) -> float:
+    """Seconds in which webdataset reads the shards and writes them again, shard by shard."""
+    folder.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    for source in sources:
+        dataset = webdataset.WebDataset(str(source), shardshuffle=False)
+        with webdataset.TarWriter(str(folder / source.name), encoder=False) as writer:
+            for sample in dataset.decode("pil", only="jpg") if decode else dataset:
+                kept = {name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"}
+                if decode:
+                    kept["jpg"] = as_jpeg(kept["jpg"])
+                writer.write(kept)
+    return time.perf_counter() - began
+
+
+def as_jpeg(image: Image.Image) -> bytes:
+    """As `dat precompute` encodes by default."""
+    out = io.BytesIO()
+    image.convert("RGB").save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def shards(sources: list[Path], folder: Path, rounds: int) -> str:
+    """Time per shard and memory, while many small shards are made."""
+    small = folder / "small"
+    small.mkdir()
+    pictures = centre_crops(sources[:1], 32, limit=SAMPLES)
+    for i in range(SHARDS):
+        write_small(small / f"{i:06d}.tar", pictures)
+    process = psutil.Process()
+    seen: list[tuple[int, float, float]] = []
+
+    def watch(state: State) -> None:
+        seen.append((state.shards_done, state.seconds, process.memory_info().rss / 1e6))
+
+    job([small], folder / "many", "identity", watch)
+    marks = [at(seen, number) for number in (0, 100, SHARDS - 100, SHARDS)]
+    ms = [1000 * (marks[i + 1][1] - marks[i][1]) / (marks[i + 1][0] - marks[i][0]) for i in (0, 2)]
+    memory = [statistics.median(mb for done, _, mb in seen if a <= done <= b) for a, b in ((50, 150), (850, 1000))]
+    return (
+        f"{SHARDS} shards of {SAMPLES} pictures: {ms[0]:.1f} ms a shard among the first hundred, {ms[1]:.1f} among "
+        f"the last ({ms[1] / ms[0]:.2f} times); {memory[0]:.1f} MB resident at the first hundred, {memory[1]:.1f} "
+        f"at the last ({memory[1] / memory[0] - 1:+.2%})"
+    )
+
+
+def at(seen: list[tuple[int, float, float]], number: int) -> tuple[int, float, float]:
+    """The first look at which so many shards were done."""
+    return next(look for look in seen if look[0] >= number)
+
+
+def write_small(path: Path, pictures: Array) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, picture in enumerate(pictures):
+            content = as_jpeg(Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))))
+            member = tarfile.TarInfo(f"{path.stem}-{i}.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+PARTS = {"codec": codec, "identity": identity, "shards": shards}
+
+if __name__ == "__main__":
+    main()

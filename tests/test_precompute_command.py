@@ -1,0 +1,99 @@
+"""`dat precompute` as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dat_service.cli.main import app
+from tests.conftest import DAT
+from tests.workers.precompute.shards import contents, write_shards, write_tar
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["precompute", *map(str, arguments), "--threads", "1"])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def run_as_a_process(*arguments: object) -> str:
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command = [*DAT, "precompute", *map(str, arguments), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_dataset_and_again(tmp_path: Path) -> None:
+    source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
+    first = run_as_a_process(f"{source}/train-{{000000..000001}}.tar", dst)
+    assert f"{dst}: 10 samples in 2 shards" in first
+    assert "this run: 2 shards, 10 images in" in first
+    assert f"look at {dst}/contact-sheet.html" in first
+    before = contents(dst)
+    again = run(*sorted(source.glob("*.tar")), dst)  # as a shell expands the braces
+    assert "this run: 0 shards, 0 images" in again
+    assert "2 shards were there" in again
+    assert contents(dst) == before
+    assert "quality: 95, now 90" in run(source, dst, "--quality", "90", code=1)
+
+
+def test_what_goes_wrong_is_one_line(tmp_path: Path) -> None:
+    bad = write_tar(tmp_path / "src" / "a.tar", [("k.png", b"no picture")])
+    said = run(bad, tmp_path / "dst", "--codec", "identity", code=1)
+    assert "a.tar, sample k: png: 10 bytes" in said
+    assert said.splitlines()[-1] == "--on-error skip leaves such samples out"
+    skipped = run(bad, tmp_path / "dst", "--codec", "identity", "--on-error", "skip")
+    assert "1 samples skipped:\n  a.tar, k: png: 10 bytes" in skipped
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--outputs", "pictures"], "outputs: 'pictures' is not usable"),
+        (["--augment", "2"], "augment: 2 is not usable; expected a crop"),
+        (["--on-error", "ignore"], "--on-error is 'ignore', must be fail or skip"),
+        (["--codec", "no-such-codec"], "no-such-codec"),
+        (["--codec", "identity", "--outputs", "indices"], "a codec that has a codebook"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path: Path, options: list[str], said: str) -> None:
+    source = write_shards(tmp_path / "src", 1, 1)
+    out = run(source, tmp_path / "dst", *options, code=1)
+    assert said in out.splitlines()[-1]
+    assert not list(tmp_path.glob("dst/*.*"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = write_shards(tmp_path / "src", 1, 1)
+    assert "file" in run(source, tmp_path / "file" / "dst", "--codec", "identity", code=1).splitlines()[-1]
+
+
+def test_a_disk_that_is_full(tmp_path: Path, small_disk: Path) -> None:
+    source, dst = write_shards(tmp_path / "src", 4, 8, side=64), small_disk / "dst"
+    said = run(source, dst, "--codec", "identity", "--format", "png", code=1)
+    assert "No space left on device" in said.splitlines()[-1]
+    left = contents(dst)
+    whole = [name for name in left if name.endswith(".tar")]
+    assert not [name for name in left if ".precompute-" in name]
+    assert len(whole) < 4
+    assert {f"manifest/{name}.json" for name in whole} == {name for name in left if name.startswith("manifest")}

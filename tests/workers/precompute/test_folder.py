@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import errno
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from dat_workers.precompute.folder import Entry, Folder, OtherRecipe
+from dat_workers.precompute.recipe import Recipe
+from dat_workers.precompute.sources import Shard
+from tests.workers.precompute.shards import contents, read_tar
+
+RECIPE = Recipe("c", "f" * 64)
+SHARD = Shard("a/train-0.tar", "file:///source/a/train-0.tar", 1000)
+
+
+@pytest.fixture(params=["local", "memory"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "dst") if request.param == "local" else f"memory://{tmp_path}/dst"
+
+
+def write(folder: Folder, name: str = SHARD.name, recipe: Recipe = RECIPE) -> Entry:
+    with folder.writing(name) as out:
+        out.add("k", {"jpg": b"picture", "cls": b"7"})
+    entry = Entry(name, out.samples, out.nbytes, out.sha256, recipe.id, (("x", "bad"),), (SHARD.address, 1000))
+    folder.enter(entry)
+    return entry
+
+
+def test_a_shard_is_done_when_entry_recipe_source_and_file_agree(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    assert folder.done(SHARD, RECIPE) is None
+    entry = write(folder)
+    assert folder.done(SHARD, RECIPE, hashes=True) == entry
+    assert folder.done(replace(SHARD, nbytes=999), RECIPE) is None
+    assert folder.done(SHARD, Recipe("c", "e" * 64)) is None
+    folder.fs.pipe_file(folder.at(SHARD.name), b"x" * entry.nbytes)
+    assert folder.done(SHARD, RECIPE) == entry
+    assert folder.done(SHARD, RECIPE, hashes=True) is None
+    folder.fs.pipe_file(folder.at(SHARD.name), b"x")
+    assert folder.done(SHARD, RECIPE) is None
+    folder.fs.rm_file(folder.at(SHARD.name))
+    assert folder.done(SHARD, RECIPE) is None
+    assert list(folder.entries()) == [entry]
+    folder.end()
+
+
+def test_an_entry_that_cannot_be_read_is_none(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    write(folder)
+    half = b'{"skipped": [], "bytes": 1, "source": {"name": "x", "bytes": 1}}'
+    for text in (b"", b"{", b"[]", b"{}", b'{"skipped": 3}', half):
+        folder.fs.pipe_file(folder.at(f"manifest/{SHARD.name}.json"), text)
+        assert folder.entry(SHARD.name) is None
+    folder.end()
+
+
+def test_a_shard_is_bytes_of_its_samples_alone(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "dst"))
+    folder.begin()
+    entry = write(folder)
+    again = write(folder, "b.tar")
+    assert entry.sha256 == again.sha256
+    assert read_tar(tmp_path / "dst" / SHARD.name) == {"k.jpg": b"picture", "k.cls": b"7"}
+    long = "d/" * 300 + "k"
+    with folder.writing("long.tar") as out:
+        out.add(long, {"jpg": b"1"})
+    with tarfile.open(tmp_path / "dst" / "long.tar") as tar:
+        assert tar.getnames() == [f"{long}.jpg"]
+    folder.end()
+    assert set(contents(tmp_path / "dst")) == {SHARD.name, "b.tar", "long.tar"} | {
+        f"manifest/{name}.json" for name in (SHARD.name, "b.tar")
+    }
+
+
+def test_an_error_leaves_nothing_and_the_old_file_as_it_was(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    old = write(folder)
+
+    def fail() -> None:
+        with folder.writing(SHARD.name) as out:
+            out.add("other", {"jpg": b"half"})
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fail()
+    assert folder.done(SHARD, RECIPE, hashes=True) == old
+    folder.end()
+    assert not [path for path in folder.fs.find(folder.path) if ".precompute-" in path]
+
+
+def test_another_recipe_is_refused_unless_told(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    folder.settle(RECIPE, [SHARD])
+    old, other = write(folder), replace(RECIPE, quality=80)
+    with pytest.raises(OtherRecipe, match=r"quality: 95, now 80.*--overwrite"):
+        folder.settle(other, [SHARD])
+    assert folder.recipe() == RECIPE
+    new = write(folder, "new.tar", other)
+    folder.settle(other, [SHARD], overwrite=True)
+    assert folder.recipe() == other
+    assert list(folder.entries()) == [new]
+    assert not folder.has(old.shard)
+    folder.fs.pipe_file(folder.at("precompute.json"), b"not ours")
+    with pytest.raises(OtherRecipe, match="not of this version"):
+        folder.settle(other, [SHARD])
+    folder.end()
+
+
+def test_what_is_there_and_not_ours_is_not_overwritten(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.fs.makedirs(folder.at("a"), exist_ok=True)
+    folder.fs.pipe_file(folder.at(SHARD.name), b"photographs")
+    with pytest.raises(OtherRecipe, match=r"a/train-0\.tar is there and was not made by dat"):
+        folder.settle(RECIPE, [SHARD])
+    assert folder.recipe() is None
+    folder.settle(RECIPE, [SHARD], overwrite=True)
+    folder.end()
+
+
+def test_a_shard_of_another_source_is_not_overwritten(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    write(folder)
+    moved = replace(SHARD, address="file:///elsewhere/a/train-0.tar")
+    assert folder.done(moved, RECIPE) is not None
+    with pytest.raises(OtherRecipe, match=r"was made of file:///source/a/train-0\.tar, now file:///elsewhere"):
+        folder.done(replace(moved, nbytes=7), RECIPE)
+    folder.end()
+
+
+def test_a_folder_without_shards_takes_any_recipe(address: str) -> None:
+    folder = Folder(address)
+    folder.begin()
+    folder.settle(RECIPE, [SHARD])
+    folder.settle(replace(RECIPE, quality=80), [SHARD])
+    assert folder.recipe() == replace(RECIPE, quality=80)
+    folder.end()
+
+
+def test_nothing_is_overwritten_while_another_job_writes(tmp_path: Path) -> None:
+    living = Folder(str(tmp_path))
+    living.begin()
+    living.settle(RECIPE, [SHARD])
+    second = Folder(str(tmp_path))
+    second.begin()
+    with pytest.raises(OtherRecipe, match="is being written by another job"):
+        second.settle(replace(RECIPE, quality=80), [SHARD], overwrite=True)
+    second.end()
+    living.end()
+
+
+def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) -> None:
+    first, second = Folder(str(tmp_path)), Folder(str(tmp_path))
+    first.begin()
+    second.begin()
+    assert second.recipe() is None  # and now the first one writes it
+    first.settle(RECIPE, [SHARD])
+    assert not second._create("precompute.json", b"mine")
+    assert second.recipe() == RECIPE
+    first.end()
+    second.end()
+
+
+def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) -> None:
+    alive = Folder(str(tmp_path), "alive")
+    alive.begin()
+    (tmp_path / ".precompute-alive" / "half").write_bytes(b"x")
+    (tmp_path / ".precompute-dead").mkdir()
+    (tmp_path / ".precompute-dead" / "half").write_bytes(b"x")
+    (tmp_path / ".precompute-dead.lock").write_bytes(b"")
+    pid = os.fork()  # another process: locks are its own
+    if pid == 0:
+        folder = Folder(str(tmp_path), "new")
+        folder.begin()
+        folder.end()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (tmp_path / ".precompute-alive" / "half").exists()
+    assert not list(tmp_path.glob(".precompute-dead*"))
+    assert not list(tmp_path.glob(".precompute-new*"))
+    alive.end()
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+
+
+def test_a_folder_that_cannot_be_written_says_so_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"):
+        Folder(str(tmp_path / "file" / "dst")).begin()
+
+
+def test_an_object_store_sees_whole_shards_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = Folder(f"memory://{tmp_path}/dst")
+    folder.begin()
+    sent: list[tuple[str, int]] = []
+    put = type(folder.fs).put_file
+
+    def noted(self: Any, local: str, remote: str, **options: Any) -> None:
+        sent.append((remote, Path(local).stat().st_size))
+        put(self, local, remote, **options)
+
+    monkeypatch.setattr(type(folder.fs), "put_file", noted)
+    entry = write(folder)
+    assert sent == [(folder.at(SHARD.name), entry.nbytes)]
+    fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)

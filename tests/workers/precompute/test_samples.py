@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import gzip
+import tarfile
+from pathlib import Path
+
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
+from dat_workers.precompute.sources import find
+from tests.workers.precompute.shards import sample_files, write_shards, write_tar
+
+
+def read(path: Path) -> list[Sample]:
+    return list(Reader(find(str(path)).shards[0]))
+
+
+def read_damaged(path: Path) -> tuple[list[str], Damaged]:
+    keys = []
+    with pytest.raises(Damaged) as caught:  # noqa: PT012 - what came before counts
+        for sample in Reader(find(str(path)).shards[0]):
+            keys.append(sample.key)
+    return keys, caught.value
+
+
+def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
+    files = [
+        ("a.b/c.d/one.JPG", b"1"),
+        ("a.b/c.d/one.seg.png", b"2"),
+        ("./two.cls", b"3"),
+        ("three", b"no field"),
+        ("two.v1.png", b"4"),
+        ("two.v2.png", b"5"),
+    ]
+    path = write_tar(tmp_path / "x.tar", files)
+    with path.open("rb") as stream:
+        theirs = [
+            {name: data for name, data in sample.items() if not name.startswith("__")} | {"key": sample["__key__"]}
+            for sample in group_by_keys(tar_file_expander([{"stream": stream, "url": str(path)}]))
+        ]
+    assert [sample.fields | {"key": sample.key} for sample in read(path)] == theirs
+    assert len(theirs) == 3
+
+
+def test_files_that_begin_with_a_dot_are_no_samples(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a/._one.png", b"what macOS adds"), ("a/.two", b""), *sample_files(0)])
+    assert [sample.key for sample in read(path)] == ["0000"]
+
+
+def test_the_source_is_counted_as_it_is_read(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, 1, 4) / "train-000000.tar"
+    reader = Reader(find(str(path)).shards[0])
+    assert [sample.key for sample in reader] == ["0000", "0001", "0002", "0003"]
+    assert reader.nbytes == path.stat().st_size
+
+
+def test_compressed_and_empty_archives(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, 1, 2) / "train-000000.tar"
+    packed = tmp_path / "packed.tar.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [sample.key for sample in read(packed)] == ["0000", "0001"]
+    assert read(write_tar(tmp_path / "empty.tar", [])) == []
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, 512, 700, 3000, -20 * 512])
+def test_an_archive_that_was_cut_off_is_damaged_wherever(tmp_path: Path, left: int) -> None:
+    whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:left])
+    keys, error = read_damaged(cut)
+    assert keys == ["0000", "0001", "0002"][: len(keys)]
+    assert error.key not in keys
+    assert "damaged shard" in str(error)
+
+
+def test_cut_between_two_files_it_would_look_whole(tmp_path: Path) -> None:
+    whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
+    with tarfile.open(whole) as tar:
+        ends = [member.offset for member in tar][4]  # the third sample's picture would come next
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:ends])
+    with tarfile.open(cut) as tar:
+        assert len(tar.getnames()) == 4  # tarfile sees nothing
+    keys, error = read_damaged(cut)
+    assert keys == ["0000"]
+    assert error.key == "0001"
+    assert "empty header" in str(error)
+
+
+@pytest.mark.parametrize("at", [0, 100, 156])
+@pytest.mark.parametrize("member", [1, 2, 3])
+def test_a_header_that_is_none_is_damage(tmp_path: Path, member: int, at: int) -> None:
+    whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
+    with tarfile.open(whole) as tar:
+        start = [found.offset for found in tar][member]
+    content = bytearray(whole.read_bytes())
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(content[: start + 100])
+    keys, error = read_damaged(cut)
+    assert keys == ["0000"][: (member + 1) // 2 - 1]
+    assert error.key == f"{(member - 1) // 2:04d}"
+    content[start + at] ^= 0x55
+    cut.write_bytes(content)
+    assert read_damaged(cut)[0] == keys
+
+
+def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) -> None:
+    whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
+    both = tmp_path / "both.tar"
+    both.write_bytes(whole.read_bytes() * 2)
+    assert "something after the end" in str(read_damaged(both)[1])
+
+
+def test_a_field_beyond_the_limit_is_a_problem_of_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_workers.precompute.samples.MAX_FIELD_BYTES", 100)
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 101), ("a.cls", b"1"), ("b.jpg", b"x" * 100)])
+    assert [sample.problem for sample in read(path)] == ["the field jpg has more than 100 bytes", ""]
+
+
+def test_what_is_no_archive_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"<html>404</html>" * 100)
+    assert read_damaged(tmp_path / "x.tar")[0] == []
+    packed = tmp_path / "y.tar.gz"
+    whole = gzip.compress((write_shards(tmp_path / "z", 1, 3) / "train-000000.tar").read_bytes())
+    packed.write_bytes(whole[: len(whole) // 2])
+    keys, _ = read_damaged(packed)
+    assert len(keys) < 3
+
+
+def test_keys_and_fields_that_come_twice_are_problems(tmp_path: Path) -> None:
+    files = [*sample_files(0), *sample_files(1), *sample_files(0)[:1], *sample_files(2), *sample_files(2)[:1]]
+    problems = {(i, s.key): s.problem for i, s in enumerate(read(write_tar(tmp_path / "x.tar", files)))}
+    assert problems == {
+        (0, "0000"): "",
+        (1, "0001"): "",
+        (2, "0000"): "the key was there before in this shard",
+        (3, "0002"): "the field png is there twice",
+    }
+
+
+def test_the_picture_is_the_one_field_that_is_one() -> None:
+    assert picture_field(Sample("k", {"cls": b"", "jpg": b"", "seg.png": b""})) == "jpg"
+    assert picture_field(Sample("k", {"0001.webp": b"", "json": b""})) == "0001.webp"
+    with pytest.raises(ValueError, match=r"no picture .* cls, json"):
+        picture_field(Sample("k", {"cls": b"", "json": b""}))
+    with pytest.raises(ValueError, match=r"several pictures .* keys end at the first dot"):
+        picture_field(Sample("k", {"1.jpg": b"", "2.jpg": b""}))
+    with pytest.raises(ValueError, match="several pictures"):
+        picture_field(Sample("k", {"jpg": b"", "png": b""}))

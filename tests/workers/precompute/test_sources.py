@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from dat_workers.errors import InvalidInput
+from dat_workers.precompute.sources import find
+from tests.workers.precompute.shards import encoded, picture, write_shards, write_tar
+
+
+def names(source: str | list[str]) -> list[str]:
+    return [shard.name for shard in find(source).shards]
+
+
+def test_braces_globs_folders_and_lists_name_the_same_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path, 3, 1)
+    wanted = [f"train-{i:06d}.tar" for i in range(3)]
+    assert names(f"{tmp_path}/train-{{000000..000002}}.tar") == wanted
+    assert names(f"{tmp_path}/train-*.tar") == wanted
+    assert names(str(tmp_path)) == wanted
+    assert names([f"{tmp_path}/{name}" for name in reversed(wanted)]) == wanted
+    assert names(f"file://{tmp_path}/train-000001.tar") == wanted[1:2]
+
+
+def test_names_keep_what_is_below_the_common_folder(tmp_path: Path) -> None:
+    for name in ("a/0.tar", "b/0.tar", "b/1.tar.gz", "b/.hidden.tar", "b/2.tgz"):
+        write_tar(tmp_path / name, [])
+    assert names(str(tmp_path)) == ["a/0.tar", "b/0.tar", "b/1.tar", "b/2.tar"]
+    assert names(f"{tmp_path}/{{a,b}}/0.tar") == ["a/0.tar", "b/0.tar"]
+    write_tar(tmp_path / "one" / "train" / "0.tar", [])
+    assert names(str(tmp_path / "one")) == ["train/0.tar"]  # as it will be when there is one/val too
+
+
+def test_links_are_followed_and_one_file_has_one_name(tmp_path: Path) -> None:
+    write_shards(tmp_path / "src", 1, 1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "linked").symlink_to(tmp_path / "src")
+    assert names(str(tmp_path / "folder")) == ["linked/train-000000.tar"]
+    wanted = find(str(tmp_path / "src")).shards
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    assert find(str(tmp_path / "link")).shards == wanted
+    assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == wanted
+
+
+def test_other_pictures_are_another_origin(tmp_path: Path) -> None:
+    for name in ("tabby/1.png", "tabby/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"same")
+    (before,) = find(str(tmp_path)).shards
+    (tmp_path / "acorn").mkdir()
+    (tmp_path / "tabby" / "2.png").rename(tmp_path / "acorn" / "2.png")
+    (after,) = find(str(tmp_path)).shards
+    assert before.nbytes == after.nbytes
+    assert before.origin != after.origin
+
+
+def test_an_object_store_is_listed_with_its_sizes(tmp_path: Path) -> None:
+    tar = write_shards(tmp_path, 1, 1) / "train-000000.tar"
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/bucket-of-sources/train/train-000000.tar", tar.read_bytes())
+    (shard,) = find("memory://bucket-of-sources/train").shards
+    assert (shard.name, shard.nbytes) == ("train-000000.tar", tar.stat().st_size)
+
+
+def test_folders_of_pictures_become_classes_and_shards_of_a_number(tmp_path: Path) -> None:
+    for name in ("tabby/1.png", "tabby/2.png", "acorn/x.y.png", "acorn/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(picture(0)))
+    found = find(str(tmp_path), pictures_a_shard=2)
+    assert found.classes == ("acorn", "tabby")
+    assert [(s.name, s.files) for s in found.shards] == [
+        ("000000.tar", ("acorn/x.y.png", "tabby/1.png")),
+        ("000001.tar", ("tabby/2.png",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{tmp}/nothing.tar", "no such shard"),
+        ("{tmp}/no-*.tar", "nothing matches"),
+        ("{tmp}/train-{{0..1.tar", "braces in pairs"),
+        ("{tmp}/empty", "a folder that holds shards or pictures"),
+        ("no-such-protocol://x", "no-such-protocol"),
+    ],
+)
+def test_what_is_no_source_is_said(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((InvalidInput, FileNotFoundError), match=said):
+        find(source.replace("{tmp}", str(tmp_path)).replace("{{", "{"))
+
+
+def test_two_shards_of_one_name_and_loose_pictures_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [])
+    write_tar(tmp_path / "a.tar.gz", [])
+    with pytest.raises(InvalidInput, match=r"a\.tar.*different names"):
+        find(str(tmp_path))
+    (tmp_path / "pictures" / "tabby").mkdir(parents=True)
+    (tmp_path / "pictures" / "tabby" / "1.png").write_bytes(b"")
+    (tmp_path / "pictures" / "loose.png").write_bytes(b"")
+    with pytest.raises(InvalidInput, match=r"loose\.png"):
+        find(str(tmp_path / "pictures"))

@@ -1,0 +1,134 @@
+"""64 samples beside their Q(x), for a person to look at before a model is trained on them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+
+from dat_workers.pictures import open_picture
+from dat_workers.precompute.folder import Folder
+from dat_workers.precompute.recipe import Recipe
+from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
+from dat_workers.precompute.sources import Shard, Source
+from dat_workers.precompute.views import crops_of, pixels, prepared
+from dat_workers.transfer import Array
+
+SAMPLES = 64
+SIDE = 224  # pixels at which they are shown
+AMPLIFIED = 4  # times the difference
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 14px system-ui, sans-serif; margin: 2em; background: #fff; color: #222 }}
+main {{ display: flex; flex-wrap: wrap; gap: 1.2em }}
+figure {{ margin: 0 }} img {{ display: block }} figcaption {{ max-width: {width}px; overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+<p>x, Q(x) and {amplified} times their difference around grey, of {number} samples: the first view of the first
+ones of {shards} shards. Mean PSNR {psnr:.2f} dB.</p>
+<main>
+{figures}
+</main></html>
+"""
+
+
+def contact_sheet(source: Source, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array]) -> bytes:
+    """An HTML page without other files: x, Q(x) and their difference of up to 64 samples, spread over the shards.
+
+    The same for the same shards. `decode` makes pictures uint8 [N,3,H,W] of tokens [N,h,w], where there are only
+    tokens.
+    """
+    number = min(len(source.shards), SAMPLES)
+    chosen = [source.shards[i * len(source.shards) // number] for i in range(number)]
+    share = -(-SAMPLES // number)
+    figures: list[str] = []
+    ratios: list[float] = []
+    for shard in chosen:
+        for key, x, q in pairs(shard, folder, recipe, decode, min(share, SAMPLES - len(figures))):
+            ratio = psnr(x, q)
+            ratios.append(ratio)
+            caption = html.escape(f"{key}: {ratio:.1f} dB".encode("utf-8", "replace").decode())
+            triple = np.concatenate([shown(x), shown(q), shown(difference(x, q))], axis=2)
+            data = base64.b64encode(encode_jpeg(triple)).decode()
+            image = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+            figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    page = PAGE.format(
+        title=html.escape(f"{recipe.codec} {recipe.fingerprint[:12]}"), width=3 * SIDE, amplified=AMPLIFIED,
+        number=len(figures), shards=number, psnr=float(np.mean(ratios)) if ratios else 0.0,
+        figures="\n".join(figures),
+    )  # fmt: skip
+    return page.encode()
+
+
+def pairs(
+    shard: Shard, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array], number: int
+) -> list[tuple[str, Array, Array]]:
+    """(key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
+    found: list[tuple[str, Array, Array]] = []
+    output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
+    try:
+        wanted = {sample.key: sample for sample in islice(Reader(output), number)}
+        for sample in Reader(shard, recipe.classes):
+            if not wanted:
+                break
+            if not sample.problem and sample.key in wanted:
+                x = first_view(sample, recipe)
+                found.append((sample.key, x, reconstruction(wanted.pop(sample.key), recipe, x, decode)))
+    except Damaged:  # what was read of it is there
+        pass
+    return found
+
+
+def first_view(sample: Sample, recipe: Recipe) -> Array:
+    """x of view 0, uint8 [3,H,W]."""
+    picture = open_picture(sample.fields[picture_field(sample)], field=sample.key)
+    crops = crops_of(recipe, sample.key, *picture.size)
+    return pixels(crops[0].of(picture) if crops else prepared(recipe, picture))
+
+
+def reconstruction(made: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:
+    """Q(x) of view 0, uint8 [3,H,W], from an output sample."""
+    prefix = recipe.prefix(0)
+    if "reconstruction" in recipe.outputs:
+        name = f"{prefix}{recipe.picture}"
+        return pixels(open_picture(made.fields[name], field=name))
+    indices = np.load(io.BytesIO(made.fields[f"{prefix}indices.npy"]))
+    height, width = x.shape[1:]
+    picture: Array = decode(indices[None])[0, :, :height, :width]
+    return picture
+
+
+def psnr(x: Array, q: Array) -> float:
+    """Peak signal-to-noise ratio in dB; 99 where they are equal."""
+    error = float(np.mean((x.astype(np.float64) - q) ** 2))
+    return 10 * float(np.log10(255**2 / error)) if error else 99.0
+
+
+def difference(x: Array, q: Array) -> Array:
+    """Around grey, amplified."""
+    moved = 128 + AMPLIFIED * (q.astype(np.int32) - x)
+    return moved.clip(0, 255).astype(np.uint8)
+
+
+def shown(picture: Array) -> Array:
+    """uint8 [3,SIDE,SIDE]: scaled to fit, on white."""
+    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+    scale = SIDE / max(image.size)
+    if scale < 1 or max(image.size) < SIDE // 2:
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    page = Image.new("RGB", (SIDE, SIDE), "white")
+    page.paste(image)
+    return pixels(page)
+
+
+def encode_jpeg(picture: Array) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(out, "JPEG", quality=90)
+    return out.getvalue()
