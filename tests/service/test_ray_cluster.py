@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dat_client import Client
+from dat_client import Client, DatError, UnknownCodec
 from dat_service import haproxy
 from dat_service.ports import take_block
 from tests.conftest import DAT, dat_serve, free_port
@@ -64,7 +64,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 def check(url: str, codec: str) -> None:
-    with Client(url, codec, timeout=120) as client:
+    with Client(url, codec, timeout_s=120) as client:
         q = client.discretize(IMAGES)
         assert q.reconstruction is not None
         assert q.reconstruction.shape == IMAGES.shape
@@ -86,7 +86,7 @@ def test_beside_what_serve_runs(cluster: dict[str, str], tmp_path: Path) -> None
         try:
             check(url, "identity")
             break
-        except Exception:
+        except DatError:
             assert time.monotonic() < deadline
             time.sleep(1)
 
@@ -101,8 +101,8 @@ def test_beside_what_serve_runs(cluster: dict[str, str], tmp_path: Path) -> None
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     check(url, "identity")
-    with Client(f"{url}/tiny-f8", "tiny-f8", timeout=2) as client:
-        assert not client.ready()
+    with Client(f"{url}/tiny-f8", "tiny-f8", timeout_s=2) as client, pytest.raises(UnknownCodec):
+        client.ready()
 
     # and again, now that it is gone
     with dat_serve("--codec", "tiny-f8", env=cluster):
