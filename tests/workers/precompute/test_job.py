@@ -7,12 +7,14 @@ import io
 import json
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dat_workers.discretizer import Discretizer
@@ -32,6 +34,15 @@ from tests.workers.precompute.shards import (
     write_shards,
     write_tar,
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tokens go with the number of threads: what is computed here for comparison has one, as the jobs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(source: Path | str, dst: Path | str, codec: str = "identity", threads: int = 1, **options: Any) -> Any:

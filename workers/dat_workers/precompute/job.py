@@ -188,9 +188,9 @@ class Job:
         if missing:
             self.folder.remove_file(SHEET)  # it shows what was
         self._make(missing)
+        state = self.state()
         if not self.folder.has(SHEET):
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
-        state = self.state()
         entries = [self.done[shard.name] for shard in self.source.shards]
         skipped = [(entry.shard, key, reason) for entry in entries for key, reason in entry.skipped]
         return Summary(
