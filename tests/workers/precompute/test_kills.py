@@ -43,6 +43,13 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "ray::Worker" in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
+
+
 def all_gone(processes: list[psutil.Process]) -> None:
     """What the job had started ends with it."""
     _, alive = psutil.wait_procs(processes, timeout=60)
@@ -107,7 +114,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_shards_made_again(
     while job.poll() is None and len(killed) < 3:
         made = len(list(dst.glob("*.tar")))
         if made > 2 * len(killed):
-            workers = [p for p in family(job.pid) if "ray::Worker" in " ".join(p.cmdline()) and p.pid not in killed]
+            workers = [p for p in family(job.pid) if is_worker(p) and p.pid not in killed]
             if workers:
                 victim = draw.choice(workers)
                 killed.add(victim.pid)
