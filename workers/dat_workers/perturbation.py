@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dat_workers.errors import InvalidInput
+from dat_workers.transfer import Array
 
 Base = Literal["x", "reconstruction"]
 Normalize = Literal["none", "l2", "sign"]
@@ -107,14 +108,17 @@ def replace_tokens(indices: Tensor, images: Tensor, fraction: float, seed: int, 
     round(fraction·h·w) tokens change, and each does change.
     """
     out = indices.clone()
-    count = round(fraction * indices[0].numel())
     for image, changed in zip(images, out, strict=True):
         pixels = np.ascontiguousarray(image.cpu().numpy())
         key = hashlib.sha256(f"{seed}/".encode() + pixels.tobytes()).digest()[:16]
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        where = torch.from_numpy(rng.permutation(changed.numel())[:count])
-        # 1 to K-1 further round the codebook: never the same token again
-        shift = torch.from_numpy(rng.integers(1, codebook_size, count))
+        where, shift = map(torch.from_numpy, swaps(rng, changed.numel(), fraction, codebook_size))
         flat = changed.view(-1)
         flat[where] = (flat[where] + shift.to(flat.device)) % codebook_size
     return out
+
+
+def swaps(rng: np.random.Generator, tokens: int, fraction: float, codebook_size: int) -> tuple[Array, Array]:
+    """Which of so many tokens to swap, and how far round the codebook: 1 to K-1, so never for the same one."""
+    where = rng.permutation(tokens)[: round(fraction * tokens)]
+    return where, rng.integers(1, codebook_size, where.size)

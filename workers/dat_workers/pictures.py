@@ -52,8 +52,17 @@ def decode_picture(
     data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False
 ) -> npt.NDArray[np.uint8]:
     """uint8 [3,H,W] of one encoded picture; as `open_picture`."""
-    image = open_picture(data, field=field, max_pixels=max_pixels, upright=upright)
+    return pixels(open_picture(data, field=field, max_pixels=max_pixels, upright=upright))
+
+
+def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """uint8 [3,H,W] of an RGB picture."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def as_image(picture: npt.NDArray[Any]) -> Image.Image:
+    """An RGB picture of uint8 [3,H,W]."""
+    return Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
 
 
 def decode_pictures(encoded: Iterable[bytes], *, max_image_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -77,7 +86,7 @@ def decode_pictures(encoded: Iterable[bytes], *, max_image_pixels: int, max_pixe
 def encode_png(picture: npt.NDArray[Any]) -> bytes:
     """PNG bytes of uint8 [3,H,W]."""
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(out, "PNG", compress_level=1)
+    as_image(picture).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 
@@ -146,5 +155,4 @@ def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
         return picture
     scale = size / min(height, width)
     target = (max(size, round(width * scale)), max(size, round(height * scale)))
-    image = Image.fromarray(picture.transpose(1, 2, 0)).resize(target, Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return pixels(as_image(picture).resize(target, Image.Resampling.BICUBIC))

@@ -19,11 +19,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput
+from dat_workers.pictures import pixels
 from dat_workers.precompute import OtherRecipe, SampleFailed, State, precompute
 from dat_workers.precompute import worker as worker_module
 from dat_workers.precompute.folder import Folder, ShardWriter
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.views import crops_of, pixels, with_others
+from dat_workers.precompute.views import crops_of, with_others
 from tests.workers.precompute.shards import (
     as_array,
     contents,

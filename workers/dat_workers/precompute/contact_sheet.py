@@ -11,12 +11,12 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from dat_workers.pictures import open_picture
+from dat_workers.pictures import as_image, decode_picture, open_picture, pixels
 from dat_workers.precompute.folder import Folder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
 from dat_workers.precompute.sources import Shard, Source
-from dat_workers.precompute.views import crops_of, pixels, prepared
+from dat_workers.precompute.views import views_of
 from dat_workers.transfer import Array
 
 SAMPLES = 64
@@ -89,8 +89,7 @@ def pairs(
 def first_view(sample: Sample, recipe: Recipe) -> Array:
     """x of view 0, uint8 [3,H,W]."""
     picture = open_picture(sample.fields[picture_field(sample)], field=sample.key)
-    crops = crops_of(recipe, sample.key, *picture.size)
-    return pixels(crops[0].of(picture) if crops else prepared(recipe, picture))
+    return pixels(next(views_of(recipe, sample.key, picture))[0])
 
 
 def reconstruction(made: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:
@@ -98,7 +97,7 @@ def reconstruction(made: Sample, recipe: Recipe, x: Array, decode: Callable[[Arr
     prefix = recipe.prefix(0)
     if "reconstruction" in recipe.outputs:
         name = f"{prefix}{recipe.picture}"
-        return pixels(open_picture(made.fields[name], field=name))
+        return decode_picture(made.fields[name], field=name)
     indices = np.load(io.BytesIO(made.fields[f"{prefix}indices.npy"]))
     height, width = x.shape[1:]
     picture: Array = decode(indices[None])[0, :, :height, :width]
@@ -119,7 +118,7 @@ def difference(x: Array, q: Array) -> Array:
 
 def shown(picture: Array) -> Array:
     """uint8 [3,SIDE,SIDE]: scaled to fit, on white."""
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+    image = as_image(picture)
     scale = SIDE / max(image.size)
     if scale < 1 or max(image.size) < SIDE // 2:
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -130,5 +129,5 @@ def shown(picture: Array) -> Array:
 
 def encode_jpeg(picture: Array) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(out, "JPEG", quality=90)
+    as_image(picture).save(out, "JPEG", quality=90)
     return out.getvalue()

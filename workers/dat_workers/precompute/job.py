@@ -31,7 +31,6 @@ class State:
 
     shards: int
     shards_done: int
-    shards_kept: int
     nbytes: int
     nbytes_done: int
     images: int
@@ -204,7 +203,7 @@ class Job:
         # a shard that was made twice was read twice
         read = min(self.kept_bytes + counts.nbytes, self.total)
         return State(
-            len(self.source.shards), len(self.done), self.kept, self.total, read, counts.images, counts.skipped,
+            len(self.source.shards), len(self.done), self.total, read, counts.images, counts.skipped,
             self.lost, time.monotonic() - self.began,
         )  # fmt: skip
 

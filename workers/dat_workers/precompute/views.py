@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dat_workers.errors import InvalidInput
+from dat_workers.perturbation import swaps
+from dat_workers.pictures import as_image, encode_png
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.transfer import Array
 
@@ -73,6 +76,15 @@ def crops_of(recipe: Recipe, key: str, width: int, height: int) -> list[Crop]:
     return [random_crop(recipe, key, view, width, height) for view in range(recipe.augment)]
 
 
+def views_of(recipe: Recipe, key: str, picture: Image.Image) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+    """Each x of a sample, and what views.json says of it: its random crops, or the one that `prepared` makes."""
+    crops = crops_of(recipe, key, *picture.size)
+    for crop in crops:
+        yield crop.of(picture), crop.described()
+    if not crops:
+        yield prepared(recipe, picture), {}
+
+
 def prepared(recipe: Recipe, picture: Image.Image) -> Image.Image:
     """The picture with its shorter side at `resize`, its middle `crop`: torchvision's Resize and CenterCrop."""
     if recipe.resize is not None:
@@ -91,21 +103,15 @@ def prepared(recipe: Recipe, picture: Image.Image) -> Image.Image:
     return picture
 
 
-def pixels(picture: Image.Image) -> Array:
-    """uint8 [3,H,W]."""
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
-
-
 def encoded(picture: Array, recipe: Recipe) -> bytes:
     """uint8 [3,H,W] in the recipe's format: JPEG in 4:4:4 and WebP with its quality, PNG as it is."""
+    if recipe.picture == "png":
+        return encode_png(picture)
     out = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
     if recipe.picture == "jpg":
-        image.save(out, "JPEG", quality=recipe.quality, subsampling=0)
-    elif recipe.picture == "webp":
-        image.save(out, "WEBP", quality=recipe.quality)
+        as_image(picture).save(out, "JPEG", quality=recipe.quality, subsampling=0)
     else:
-        image.save(out, "PNG", compress_level=1)
+        as_image(picture).save(out, "WEBP", quality=recipe.quality)
     return out.getvalue()
 
 
@@ -123,6 +129,6 @@ def with_others(indices: Array, recipe: Recipe, key: str, view: int, variant: in
     """
     rng = random_of(recipe, key, "tokens", view, variant)
     flat = indices.reshape(-1).astype(np.int64)
-    where = rng.permutation(flat.size)[: round(recipe.replace_fraction * flat.size)]
-    flat[where] = (flat[where] + rng.integers(1, codebook_size, where.size)) % codebook_size
+    where, shift = swaps(rng, flat.size, recipe.replace_fraction, codebook_size)
+    flat[where] = (flat[where] + shift) % codebook_size
     return flat.astype(np.uint16).reshape(indices.shape)

@@ -23,20 +23,13 @@ from PIL import Image
 from dat_workers.batching import Batcher
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
-from dat_workers.pictures import MAX_PIXELS, open_picture
+from dat_workers.pictures import MAX_PIXELS, open_picture, pixels
 from dat_workers.pieces import Result
 from dat_workers.precompute.folder import Entry, Folder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.views import (
-    crops_of,
-    encoded,
-    encoded_tokens,
-    pixels,
-    prepared,
-    with_others,
-)
+from dat_workers.precompute.views import encoded, encoded_tokens, views_of, with_others
 from dat_workers.transfer import Array
 from dat_workers.work import Work
 
@@ -249,12 +242,11 @@ class Worker:
             raise ValueError(sample.problem)
         name = picture_field(sample)
         picture = open_picture(sample.fields[name], field=name, max_pixels=MAX_PIXELS)
-        crops = crops_of(recipe, sample.key, *picture.size)
-        if crops:
-            return [self._view(pixels(crop.of(picture)), crop.described(), None, recipe) for crop in crops]
-        cut = prepared(recipe, picture)
-        original = (name.rpartition(".")[2], sample.fields[name]) if cut is picture else None
-        return [self._view(pixels(cut), {}, original, recipe)]
+        original = name.rpartition(".")[2], sample.fields[name]
+        return [
+            self._view(pixels(x), described, original if x is picture else None, recipe)
+            for x, described in views_of(recipe, sample.key, picture)
+        ]
 
     def _view(
         self, x: Array, described: dict[str, Any], original: tuple[str, bytes] | None, recipe: Recipe
