@@ -17,10 +17,8 @@ import dataclasses
 import io
 import json
 import os
-import posixpath
 import random
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,18 +31,18 @@ try:
     from fsspec.core import url_to_fs
     from PIL import Image
     from torch.utils.data import IterableDataset
-    from webdataset import shardlists, tariterators, utils
+    from webdataset import utils
 except ImportError as error:
     raise ImportError(
         "dat_client.webdataset needs webdataset, fsspec, Pillow and PyTorch: pip install 'dat-client[webdataset]'"
     ) from error
 
+from ._shards import address, field_of, fields_of, of_pictures, originals, origins, picture_of, read_shard, where
 from .errors import InvalidDataset, shown
 
 __all__ = ["load", "prepared", "read_manifest", "read_settings", "view_of"]
 
 FORMAT = 1  # of precompute.json
-PICTURES = ("jpg", "jpeg", "png", "webp")  # fields of a source sample that hold x
 COUNTED = 1024  # worker processes whose epochs are told apart
 LISTED = 16  # manifest entries that are fetched at once
 
@@ -74,8 +72,8 @@ def load(
     Args:
         dst: what `dat precompute` wrote: a folder or an fsspec address. Shards without a manifest entry are not
             read.
-        source: what it was made from: a folder of shards, an fsspec address or a brace pattern. Samples are paired
-            by shard name and key; those that precompute skipped are passed over.
+        source: what it was made from, here or moved: a folder of shards or of pictures, an fsspec address, a brace
+            pattern or a glob. Samples are paired by shard name and key; what precompute skipped is passed over.
         image: give x from DST itself.
         tokens: give indices in place of x̂.
         label: the field with the label, an integer as text.
@@ -104,17 +102,18 @@ def load(
     if len(made_by) > 1:
         message = f"{os.fspath(dst)}: shards of {len(made_by)} different settings: let dat precompute finish"
         raise InvalidDataset(message)
-    sources = None if source is None else _sources(source, list(manifest))
+    sources = None if source is None else origins(source, manifest, of_pictures(settings))
     counts = {shard: int(entry["samples"]) for shard, entry in manifest.items()}
     field = "indices.npy" if tokens else str(settings["picture"])
-    samples = _Samples(_address(dst), settings, counts, sources, image, field, label, view, max(0, shuffle), seed)
+    samples = _Samples(address(dst), settings, counts, sources, image, field, label, view, max(0, shuffle), seed)
     return wds.FluidWrapper(samples)
 
 
 def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
     """DST/precompute.json: codec, outputs, geometry, views. Raises InvalidDataset where there is none."""
+    fs, path = url_to_fs(f"{address(dst)}/precompute.json")
     try:
-        settings: dict[str, Any] = json.loads(_bytes(f"{_address(dst)}/precompute.json"))
+        settings: dict[str, Any] = json.loads(fs.cat_file(path))
     except FileNotFoundError as error:
         message = f"{os.fspath(dst)}: no precompute.json in it, so it is not what dat precompute wrote"
         raise InvalidDataset(message) from error
@@ -126,7 +125,7 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The finished shards of DST, sorted by name: samples, bytes, sha256, what was skipped and why."""
-    fs, folder = url_to_fs(f"{_address(dst)}/manifest")
+    fs, folder = url_to_fs(f"{address(dst)}/manifest")
     try:
         found = sorted(path for path in fs.find(folder) if path.endswith(".json"))
     except FileNotFoundError:
@@ -233,23 +232,23 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
     def _samples(self, shard: str) -> Iterator[dict[str, Any]]:
         """The samples of a shard, each with its x where that comes from the source."""
         url = f"{self.dst}/{shard}"
-        originals = None if self.sources is None else _read(self.sources[shard])
+        origin = self.sources[shard] if self.sources is not None else None
+        original_of = originals(origin, of_pictures(self.settings)) if origin else None
         count = 0
-        for sample in _read(url):
+        for sample in read_shard(url):
             count += 1
-            if originals is not None and self.sources is not None:
-                original = next((o for o in originals if o["__key__"] == sample["__key__"]), None)
-                if original is None:
-                    where = f"not in {self.sources[shard]}, or not in the order of {url}"
-                    raise InvalidDataset(f"source: sample {sample['__key__']} is {where}")
-                sample["__source__"] = original
+            if original_of is not None:
+                sample["__source__"] = original_of(sample["__key__"])
+                if sample["__source__"] is None:
+                    message = f"sample {sample['__key__']} is not in {origin}, or not in the order of {url}"
+                    raise InvalidDataset(f"source: {message}")
             yield sample
         if count != self.counts[shard]:
             raise InvalidDataset(f"{url}: {count} samples, {self.counts[shard]} by the manifest: make it again")
 
     def _views(self, sample: dict[str, Any], epoch: int) -> Iterator[_Item]:
         """The views of a sample that are asked for."""
-        where = _where(sample)
+        place = where(sample)
         if self.field in sample:
             prefixes = [""]
         else:
@@ -262,25 +261,22 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
         else:  # by the key, so that it does not depend on who reads the shard
             chosen = [random.Random(f"{self.seed} {epoch} {sample['__key__']}").randrange(len(prefixes) or 1)]
         if not prefixes:
-            raise InvalidDataset(f"{where}: no {self.field}, only {_fields(sample)}")
+            raise InvalidDataset(f"{place}: no {self.field}, only {fields_of(sample)}")
         if max(chosen) >= len(prefixes):
-            raise InvalidDataset(f"{where}: view {self.view} of {len(prefixes)}, they count from 0")
-        label = _found(where, sample, self.label)
+            raise InvalidDataset(f"{place}: view {self.view} of {len(prefixes)}, they count from 0")
+        label = field_of(sample, self.label)
         if not re.fullmatch(rb"\s*-?\d+\s*", label):
-            raise InvalidDataset(f"{where}: {self.label} is {shown(label)}, must be an integer")
+            raise InvalidDataset(f"{place}: {self.label} is {shown(label)}, must be an integer")
         boxed = self.sources is not None and self.settings["augment"]
-        views = json.loads(_found(where, sample, "views.json")) if boxed else None
+        views = json.loads(field_of(sample, "views.json")) if boxed else None
         for number in chosen:
             prefix, x = prefixes[number], None
             if self.image:
                 stored = f"{prefix}image."
-                x = _found(
-                    where, sample, *(field for field in sample if field.startswith(stored)), what=f"{stored}*"
-                )
+                x = field_of(sample, *([name for name in sample if name.startswith(stored)] or [f"{stored}*"]))
             elif self.sources is not None:
-                original = sample["__source__"]
-                x = _found(_where(original), original, *PICTURES)
-            yield _Item(where, sample[prefix + self.field], x, views and views[number], int(label))
+                x = picture_of(sample["__source__"])
+            yield _Item(place, sample[prefix + self.field], x, views and views[number], int(label))
 
     def _decoded(self, item: _Item) -> tuple[Any, ...]:
         try:
@@ -303,53 +299,6 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
         return x, q, item.label
 
 
-def _read(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, their fields as bytes."""
-    fs, path = url_to_fs(url)
-    with fs.open(path, "rb") as stream:
-        files = tariterators.tar_file_expander([{"url": url, "stream": stream}])
-        try:
-            yield from tariterators.group_by_keys(files)
-        except tarfile.TarError as error:
-            raise InvalidDataset(f"{url}: not a whole tar file: {error.args[0]}") from error
-        except ValueError as error:  # of two files of one name
-            raise InvalidDataset(f"{url}: {error.args[0]}") from error
-
-
-def _sources(source: str | os.PathLike[str], shards: list[str]) -> dict[str, str]:
-    """The address of each shard's source. Raises InvalidDataset where a pattern has none for a shard, or two."""
-    text = os.fspath(source)
-    if "{" not in text and not text.endswith(".tar"):
-        return {shard: f"{_address(text)}/{shard}" for shard in shards}
-    named: dict[str, list[str]] = {}
-    for url in map(_address, shardlists.expand_urls(text)):
-        named.setdefault(posixpath.basename(url), []).append(url)
-    sources = {}
-    for shard in shards:
-        same = [url for url in named.get(posixpath.basename(shard), []) if url.endswith(f"/{shard}")]
-        if len(same) != 1:
-            raise InvalidDataset(f"source: {len(same)} of {text} are named {shard}, must be one")
-        sources[shard] = same[0]
-    return sources
-
-
-def _found(where: str, sample: Mapping[str, Any], *fields: str, what: str | None = None) -> bytes:
-    """The first of the fields that the sample has."""
-    for field in fields:
-        if field in sample:
-            content: bytes = sample[field]
-            return content
-    raise InvalidDataset(f"{where}: no {what or ' or '.join(fields)}, only {_fields(sample)}")
-
-
-def _where(sample: Mapping[str, Any]) -> str:
-    return f"{sample['__url__']}, sample {sample['__key__']}"
-
-
-def _fields(sample: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(field for field in sample if not field.startswith("__"))) or "a key"
-
-
 def _opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
@@ -357,15 +306,3 @@ def _opened(content: bytes) -> Image.Image:
 def _tensor(picture: Image.Image) -> torch.Tensor:
     """uint8 [3,H,W]."""
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
-
-
-def _bytes(url: str) -> bytes:
-    fs, path = url_to_fs(url)
-    content: bytes = fs.cat_file(path)
-    return content
-
-
-def _address(folder: str | os.PathLike[str]) -> str:
-    """An fsspec address, or an absolute path: a worker process may have another working directory."""
-    text = os.fspath(folder)
-    return (text if "://" in text else os.path.abspath(os.path.expanduser(text))).rstrip("/")

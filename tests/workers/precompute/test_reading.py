@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
-from dat_client import Client
+from dat_client import Client, InvalidDataset
 from dat_client.webdataset import load
 from dat_workers.precompute import precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar
@@ -36,6 +38,43 @@ def test_pairs_of_x_and_its_reconstruction(tmp_path: Path) -> None:
     assert sorted(label for _, labels in batches for label in labels.tolist()) == list(range(6))
 
 
+def test_x_from_compressed_shards_and_from_pictures_beside_others(tmp_path: Path) -> None:
+    files = [("0.v1.png", encoded(picture(0))), ("0.cls", b"0"), ("1.png", encoded(picture(1)))]
+    files += [("1.seg.png", encoded(picture(3))), ("1.cls", b"1")]  # the picture is the one with the plainest name
+    whole = write_tar(tmp_path / "a.tar", files)
+    packed = tmp_path / "src" / "part" / "a.tar.gz"
+    packed.parent.mkdir(parents=True)
+    packed.write_bytes(gzip.compress(whole.read_bytes()))
+    dst = tmp_path / "dst"
+    precompute(str(tmp_path / "src"), str(dst), codec="identity", picture="png", keep=["cls"])
+    (tmp_path / "src").rename(tmp_path / "moved")
+    for source in ("moved", "moved/*/*.tar.gz", "moved/{no,part}/a.tar.gz"):
+        found = items(dst, source=f"{tmp_path}/{source}")
+        assert [label for _, _, label in found] == [0, 1]
+        for number, (x, q, _) in enumerate(found):
+            assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))
+            assert np.array_equal(q.numpy(), x.numpy())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_x_from_a_folder_of_pictures(tmp_path: Path, workers: int) -> None:
+    for number, name in enumerate(("a/0.png", "a/1.x.PNG", "b/c/2.png", "b/3.png")):
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(number)))
+    dst = tmp_path / "dst"
+    precompute(
+        str(tmp_path / "src"), str(dst), codec="identity", picture="png", crop=32, augment=2, pictures_a_shard=2
+    )
+    data = load(str(dst), source=str(tmp_path / "src"), view="all", shuffle=3)
+    found = list(DataLoader(data, batch_size=None, num_workers=workers))
+    assert sorted(label for _, _, label in found) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert all(torch.equal(x, q) for x, q, _ in found)
+    (tmp_path / "src" / "b" / "3.png").unlink()
+    with pytest.raises(InvalidDataset, match=r"sample b/3 is not in .*/src"):
+        items(dst, source=str(tmp_path / "src"))
+
+
 def test_crops_are_cut_from_the_source_again(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 2, 3, side=60), tmp_path / "dst"
     precompute(str(source), str(dst), codec="identity", crop=32, augment=3, picture="png")
@@ -58,12 +97,11 @@ def test_variants_are_views(tmp_path: Path) -> None:
 def test_tokens_decoded_by_the_service_are_its_own_pictures(tmp_path: Path, serve_app: Callable[..., str]) -> None:
     source, dst = write_shards(tmp_path / "src", 1, 4), tmp_path / "dst"
     precompute(str(source), str(dst), codec="tiny-f8", threads=1, crop=40, outputs=["indices"])
-    found = items(dst, tokens=True, source=str(source))
-    images, tokens = (np.stack([item[i].numpy() for item in found]) for i in (0, 1))
+    (images, tokens, _), *_ = DataLoader(load(str(dst), tokens=True, source=str(source)), batch_size=4)
     with Client(serve_app(codec="tiny-f8", threads=1), "tiny-f8") as client:
         q = client.discretize(images, outputs=["reconstruction", "indices"])
-        assert np.array_equal(q.indices, tokens)
-        assert np.array_equal(client.decode(tokens), q.reconstruction)
+        assert torch.equal(q.indices, tokens)
+        assert torch.equal(client.decode(tokens, output_dtype="UINT8"), q.reconstruction)
 
 
 def test_a_folder_that_is_not_whole_is_read_as_far_as_it_is(tmp_path: Path) -> None:
