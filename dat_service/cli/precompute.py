@@ -140,6 +140,8 @@ class Rate:
         self._seen: list[State] = []
 
     def line(self, state: State) -> str:
+        if self._seen and state.seconds < self._seen[-1].seconds:
+            self._seen.clear()  # it has looked at what was there, and begins to work
         self._seen.append(state)
         while len(self._seen) > 2 and state.seconds - self._seen[0].seconds > RATE_OVER_S:
             self._seen.pop(0)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,17 @@ from dat_workers.precompute.sources import Shard
 from tests.workers.precompute.shards import contents, read_tar
 
 RECIPE = Recipe("c", "f" * 64)
-SHARD = Shard("a/train-0.tar", "file:///source/a/train-0.tar", 1000)
+BYTES = 1000
+SHARD = Shard("a/train-0.tar", "memory://source/a/train-0.tar", BYTES)
+
+
+@pytest.fixture(autouse=True)
+def source() -> Iterator[None]:
+    """What SHARD says there is."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/source/a/train-0.tar", bytes(BYTES))
+    yield
+    fs.rm("/source", recursive=True)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -27,7 +39,8 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def write(folder: Folder, name: str = SHARD.name, recipe: Recipe = RECIPE) -> Entry:
     with folder.writing(name) as out:
         out.add("k", {"jpg": b"picture", "cls": b"7"})
-    entry = Entry(name, out.samples, out.nbytes, out.sha256, recipe.id, (("x", "bad"),), (SHARD.address, 1000))
+    source = (SHARD.address, BYTES, hashlib.sha256(bytes(BYTES)).hexdigest())
+    entry = Entry(name, out.samples, out.nbytes, out.sha256, recipe.id, (("x", "bad"),), source)
     folder.enter(entry)
     return entry
 
@@ -41,6 +54,11 @@ def test_a_shard_is_done_when_entry_recipe_source_and_file_agree(address: str) -
     assert folder.done(SHARD, RECIPE, hashes=True) == entry
     assert folder.done(replace(SHARD, nbytes=999), RECIPE) is None
     assert folder.done(SHARD, Recipe("c", "e" * 64)) is None
+    fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", b"x" * BYTES)
+    assert folder.done(SHARD, RECIPE) == entry
+    assert folder.done(SHARD, RECIPE, hashes=True) is None
+    fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", bytes(BYTES))
+    assert folder.done(SHARD, RECIPE, hashes=True) == entry
     folder.fs.pipe_file(folder.at(SHARD.name), b"x" * entry.nbytes)
     assert folder.done(SHARD, RECIPE) == entry
     assert folder.done(SHARD, RECIPE, hashes=True) is None
@@ -137,7 +155,7 @@ def test_a_shard_of_another_source_is_not_overwritten(address: str) -> None:
     write(folder)
     moved = replace(SHARD, address="file:///elsewhere/a/train-0.tar")
     assert folder.done(moved, RECIPE) is not None
-    with pytest.raises(OtherRecipe, match=r"was made of file:///source/a/train-0\.tar, now file:///elsewhere"):
+    with pytest.raises(OtherRecipe, match=r"was made of memory://source/a/train-0\.tar, now file:///elsewhere"):
         folder.done(replace(moved, nbytes=7), RECIPE)
     folder.end()
 

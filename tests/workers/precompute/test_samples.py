@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import tarfile
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def test_the_source_is_counted_as_it_is_read(tmp_path: Path) -> None:
     reader = Reader(find(str(path)).shards[0])
     assert [sample.key for sample in reader] == ["0000", "0001", "0002", "0003"]
     assert reader.nbytes == path.stat().st_size
+    assert reader.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_compressed_and_empty_archives(tmp_path: Path) -> None:

@@ -30,9 +30,12 @@ from typing import IO, Any, Self
 from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.precompute.recipe import Recipe
+from dat_workers.precompute.samples import sha256_of
 from dat_workers.precompute.sources import Shard, opened
 
 RECIPE, MANIFEST, JOBS = "precompute.json", "manifest", ".precompute-"
+BUCKETS = {"s3", "gs", "az"}  # have no folders; to make one would make a bucket, of a misspelt name too
+SOURCE = ("name", "bytes", "sha256")
 
 
 class OtherRecipe(ValueError):
@@ -41,7 +44,7 @@ class OtherRecipe(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A shard in the manifest; `skipped`: (key, reason), `source`: (address, bytes) as they were."""
+    """A shard in the manifest; `skipped`: (key, reason), `source`: (address, bytes, SHA-256) as they were."""
 
     shard: str
     samples: int
@@ -49,14 +52,14 @@ class Entry:
     sha256: str
     settings: str
     skipped: tuple[tuple[str, str], ...]
-    source: tuple[str, int]
+    source: tuple[str, int, str]
 
     def to_json(self) -> bytes:
         said = asdict(self)
         said |= {
             "bytes": said.pop("nbytes"),
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
-            "source": {"name": self.source[0], "bytes": self.source[1]},
+            "source": dict(zip(SOURCE, self.source, strict=True)),
         }
         return (json.dumps(said, indent=1) + "\n").encode()
 
@@ -66,7 +69,7 @@ class Entry:
         said = json.loads(text)
         said["skipped"] = tuple((one["key"], one["reason"]) for one in said["skipped"])
         said["nbytes"] = said.pop("bytes")
-        said["source"] = (said["source"]["name"], said["source"]["bytes"])
+        said["source"] = tuple(said["source"][name] for name in SOURCE)
         return cls(**said)
 
 
@@ -104,7 +107,8 @@ class Folder:
 
     def begin(self) -> None:
         """Makes the folder, sees that it can be written, clears away what dead jobs have left. Raises OSError."""
-        self.fs.makedirs(self.at(MANIFEST), exist_ok=True)
+        if not BUCKETS & {self.fs.protocol, *self.fs.protocol}:
+            self.fs.makedirs(self.at(MANIFEST), exist_ok=True)
         if not self.local:
             self._put(f"{MANIFEST}/.{self.job}", b"")  # says at once that it may not be written
             self.fs.rm_file(self.at(f"{MANIFEST}/.{self.job}"))
@@ -176,8 +180,8 @@ class Folder:
     def done(self, shard: Shard, recipe: Recipe, *, hashes: bool = False) -> Entry | None:
         """The entry of a shard that need not be made again: entry, recipe, source and file agree.
 
-        Of source and file the length is compared, and with `hashes` the file's SHA-256 too. Raises OtherRecipe for
-        a shard that was made of another source.
+        Of source and file the length is compared, and with `hashes` the SHA-256 too. Raises OtherRecipe for a shard
+        that was made of another source.
         """
         entry = self.entry(shard.name)
         if entry is None or entry.settings != recipe.id:
@@ -189,7 +193,9 @@ class Folder:
             return None
         path = self.at(shard.name)
         try:
-            if self.fs.size(path) != entry.nbytes or (hashes and self.sha256(path) != entry.sha256):
+            if self.fs.size(path) != entry.nbytes:
+                return None
+            if hashes and (self.sha256(path) != entry.sha256 or sha256_of(shard) != entry.source[2]):
                 return None
         except FileNotFoundError:
             return None
@@ -216,9 +222,9 @@ class Folder:
     def writing(self, name: str) -> Iterator[ShardWriter]:
         """A shard that takes its name when the block has ended well; else nothing is left. Raises OSError."""
         if not self.local:
-            with tempfile.NamedTemporaryFile(prefix="dat-precompute-") as file:
+            with tempfile.TemporaryFile() as file:  # it has no name: nothing of it is left by a job that is killed
                 yield from self._written(file)
-                self.fs.put_file(file.name, self.at(name))
+                self.fs.put_file(f"/dev/fd/{file.fileno()}", self.at(name))
             return
         if not self._scratch.is_dir():
             raise OSError(

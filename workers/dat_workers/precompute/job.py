@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from dat_workers.errors import InvalidInput
@@ -14,7 +15,7 @@ from dat_workers.precompute.contact_sheet import contact_sheet
 from dat_workers.precompute.folder import Entry, Folder
 from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import PICTURES_A_SHARD, Shard, Source, find
+from dat_workers.precompute.sources import LOOKED_AT_ONCE, PICTURES_A_SHARD, Shard, Source, find, reached
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders
 
 log = logging.getLogger("dat_workers")
@@ -117,7 +118,8 @@ def precompute(
     )  # fmt: skip
     if not 1 <= workers <= 1024:
         raise InvalidInput("workers", workers, "1 to 1024")
-    found = find(source, pictures_a_shard=pictures_a_shard)
+    with reached(source):
+        found = find(source, pictures_a_shard=pictures_a_shard)
     if not found.shards:
         raise InvalidInput("source", source, "at least one shard")
     if any(shard.files for shard in found.shards):
@@ -126,7 +128,8 @@ def precompute(
         raise InvalidInput("dst", dst, "one folder: shards keep their names")
     folder = Folder(dst)
     check_apart(found, folder)
-    folder.begin()
+    with reached(dst):
+        folder.begin()
     try:
         choice = CodecChoice(codec, engine, device, dtype, tricks, threads)
         if ray:
@@ -179,14 +182,13 @@ class Job:
         self.total = sum(shard.nbytes for shard in source.shards)
 
     def run(self) -> Summary:
-        missing: deque[Shard] = deque()
-        for shard in self.source.shards:
-            if not self._keep(shard):
-                missing.append(shard)
+        missing = self._missing()
+        if self.folder.others or not self.folder.local:  # each begins with what the others are not at
+            random.Random(self.folder.job).shuffle(missing)
         self.began = time.monotonic()
         if missing:
             self.folder.remove_file(SHEET)  # it shows what was
-        self._make(missing)
+        self._make(deque(missing))
         state = self.state()
         if not self.folder.has(SHEET):
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
@@ -207,9 +209,22 @@ class Job:
             self.lost, time.monotonic() - self.began,
         )  # fmt: skip
 
-    def _keep(self, shard: Shard) -> bool:
-        """Whether the shard is there, made by a run before or by another job."""
-        entry = self.folder.done(shard, self.recipe, hashes=self.check_hashes)
+    def _missing(self) -> list[Shard]:
+        """Shards that are not there yet, or not as they should be."""
+        shards, told = self.source.shards, 0.0
+        with ThreadPoolExecutor(LOOKED_AT_ONCE, "look") as threads:
+            for shard, entry in zip(shards, threads.map(self._look, shards), strict=True):
+                self._keep(shard, entry)
+                if time.monotonic() - told >= TICK_S:
+                    self.report(self.state())
+                    told = time.monotonic()
+        return [shard for shard in shards if shard.name not in self.done]
+
+    def _look(self, shard: Shard) -> Entry | None:
+        return self.folder.done(shard, self.recipe, hashes=self.check_hashes)
+
+    def _keep(self, shard: Shard, entry: Entry | None) -> bool:
+        """Counts a shard that is there, made by a run before or by another job."""
         if entry is None:
             return False
         self.done[shard.name] = entry
@@ -226,7 +241,7 @@ class Job:
             worker = min(self.pool.ready() if missing else (), key=lambda i: load[i], default=None)
             if worker is not None and load[worker] < SHARDS_AT_ONCE:
                 shard = missing.popleft()
-                if tries[shard.name] or not self._keep(shard):
+                if tries[shard.name] or not self._keep(shard, self._look(shard)):
                     busy[self.pool.submit(worker, shard, self.orders)] = (worker, shard)
                 continue
             if not busy:  # all workers are being replaced

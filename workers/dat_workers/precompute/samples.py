@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
@@ -43,7 +45,7 @@ class Damaged(Exception):
 
 
 class Reader:
-    """Samples of a shard, and `nbytes`, how much of the source was read so far.
+    """Samples of a shard, and `nbytes` and `sha256` of what was read of the source so far: in the end, of all.
 
     >>> [sample.key for sample in Reader(shard)]         # doctest: +SKIP
 
@@ -54,6 +56,16 @@ class Reader:
         self.shard = shard
         self.classes = {name: i for i, name in enumerate(classes or ())}
         self.nbytes = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def count(self, data: bytes) -> None:
+        """Takes note of bytes that were read."""
+        self.nbytes += len(data)
+        self._digest.update(data)
 
     def __iter__(self) -> Iterator[Sample]:
         seen: set[str] = set()
@@ -74,7 +86,7 @@ class Reader:
             except OSError as error:
                 yield Sample(key, problem=str(error))
                 continue
-            self.nbytes += len(data)
+            self.count(data)
             fields = {suffix.lower(): data}
             if self.classes:
                 fields["cls"] = str(self.classes[name.split("/")[0]]).encode()
@@ -83,9 +95,10 @@ class Reader:
     def _from_tar(self) -> Iterator[Sample]:
         fs, path = opened(self.shard.address)
         sample: Sample | None = None
-        with fs.open(path, "rb") as raw:
+        with fs.open(path, "rb") as file:
+            raw = Counted(file, self)
             try:
-                for name, data in self._files(Counted(raw, self)):
+                for name, data in self._files(raw):
                     match = NAME.match(name)
                     if match is None:  # no field: webdataset leaves such files out too
                         continue
@@ -101,8 +114,10 @@ class Reader:
                     else:
                         sample.fields[suffix] = data
             except DAMAGE as error:
+                raw.drain()
                 # files of this sample may be missing
                 raise Damaged(f"damaged shard: {error}", sample.key if sample is not None else "") from error
+            raw.drain()
         if sample is not None:
             yield sample
 
@@ -134,15 +149,29 @@ class Header(tarfile.TarInfo):
 
 
 class Counted:
-    """A file that adds what is read of it to its reader's count."""
+    """A file whose reader is told what is read of it."""
 
     def __init__(self, raw: IO[bytes], reader: Reader) -> None:
         self._raw, self._reader = raw, reader
 
     def read(self, size: int = -1) -> bytes:
         data = self._raw.read(size)
-        self._reader.nbytes += len(data)
+        self._reader.count(data)
         return data
+
+    def drain(self) -> None:
+        """Reads what is left."""
+        while self.read(READ_AT_ONCE):
+            pass
+
+
+def sha256_of(shard: Shard) -> str:
+    """Of a source as it is now; what `Reader.sha256` says in the end. Raises OSError."""
+    reader = Reader(shard)
+    with suppress(Damaged):
+        for _ in reader:
+            pass
+    return reader.sha256
 
 
 def picture_field(sample: Sample) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.errors import InvalidInput
 from dat_workers.pictures import SUFFIXES
+from dat_workers.precompute.recipe import short
 
 TARS = (".tar", ".tar.gz", ".tgz")
 PICTURES_A_SHARD = 1000
+LOOKED_AT_ONCE = 16  # shards, whether they are there: each is a question or two to a storage far away
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,8 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
-    for pattern in given:
-        for address in expanded(pattern):
-            fs, path = opened(address)
-            try:
-                info = fs.info(path)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{address}: no such shard or folder") from None
+    with ThreadPoolExecutor(LOOKED_AT_ONCE, "look") as threads:
+        for fs, path, info in threads.map(looked_at, [address for each in given for address in expanded(each)]):
             if info["type"] != "directory":
                 tars[fs.unstrip_protocol(path)] = info.get("size") or 0
                 continue
@@ -79,7 +78,7 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
             inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
             if not inside:
                 if len(given) > 1:
-                    raise InvalidInput("source", address, "a folder with shards, beside other sources")
+                    raise InvalidInput("source", path, "a folder with shards, beside other sources")
                 return pictures(fs, path, found, pictures_a_shard)
             folders.append(fs.unstrip_protocol(path))
             for p, size in inside.items():
@@ -90,6 +89,28 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     if twice:
         raise InvalidInput("source", twice[:5], "shards of different names: each gives one of the same name")
     return Source(tuple(sorted(shards, key=lambda shard: shard.name)), tuple(folders))
+
+
+def looked_at(address: str) -> tuple[Any, str, dict[str, Any]]:
+    """File system, path and what the storage says of it. Raises FileNotFoundError."""
+    fs, path = opened(address)
+    try:
+        return fs, path, fs.info(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{address}: no such shard or folder") from None
+
+
+@contextmanager
+def reached(address: str | Sequence[str]) -> Iterator[None]:
+    """Raises OSError with the address for what a storage says without it: no credentials, no such bucket."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if "://" not in str(address) or (isinstance(error, OSError) and "://" in str(error)):
+            raise
+        raise OSError(f"{short(address)}: {type(error).__name__}: {error}") from error
 
 
 def expanded(pattern: str) -> list[str]:
@@ -114,7 +135,8 @@ def expanded(pattern: str) -> list[str]:
 def opened(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises InvalidInput where its package is missing."""
     try:
-        fs, path = fsspec.core.url_to_fs(address)
+        # no cache: other processes write too, and what it says may be old
+        fs, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
         if isinstance(fs, LocalFileSystem):
             path = os.path.realpath(path)  # one name for one file
     except ImportError as error:

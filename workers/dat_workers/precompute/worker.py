@@ -154,6 +154,7 @@ class Worker:
         Raises SampleFailed, OSError, Unhealthy and OutOfMemory; then nothing of the shard is there.
         """
         folder, recipe = Folder(orders.dst, orders.job), orders.recipe
+        reader = Reader(shard, recipe.classes)
         skipped: list[tuple[str, str]] = []
         pending: deque[Pending] = deque()
         batch = self.discretizer.engine.batch if self.discretizer.engine else 16
@@ -180,7 +181,7 @@ class Worker:
 
         with folder.writing(shard.name) as out:
             try:
-                for sample in self._read(shard, recipe):
+                for sample in self._read(reader):
                     pending.append(self._begin(sample, recipe))
                     while len(pending) > window or sum(one.nbytes for one in pending) > HELD_BYTES:
                         finish(pending.popleft())
@@ -193,7 +194,7 @@ class Worker:
             finally:
                 for one in pending:
                     one.fields.cancel()
-        source = (shard.origin, shard.nbytes)
+        source = (shard.origin, shard.nbytes, reader.sha256)
         entry = Entry(shard.name, out.samples, out.nbytes, out.sha256, recipe.id, tuple(skipped), source)
         folder.enter(entry)
         return entry
@@ -214,12 +215,12 @@ class Worker:
         for pool in (self._decoders, self._variants, self._encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, shard: Shard, recipe: Recipe) -> Iterator[Sample]:
+    def _read(self, reader: Reader) -> Iterator[Sample]:
         """Samples of a shard, what is read being counted. Raises Damaged, OSError and Stopped."""
-        reader, counted = Reader(shard, recipe.classes), 0
+        counted = 0
         for sample in reader:
             if self._stopping.is_set():
-                raise Stopped(shard.name)
+                raise Stopped(reader.shard.name)
             self._count(nbytes=reader.nbytes - counted)
             counted = reader.nbytes
             yield sample
