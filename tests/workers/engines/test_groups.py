@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dat_workers.codecs.store import load_model
@@ -34,6 +34,7 @@ def as_latents(rows: torch.Tensor) -> torch.Tensor:
     away=st.sampled_from([0.0, 1.0, 30.0]),
     grid=st.booleans(),
 )
+@example(seed=399661485, size=6144, dim=4, flat=3, scale=1.8698147791624233, away=30.0, grid=False)
 def test_index_is_that_of_the_plain_search(
     seed: int, size: int, dim: int, flat: int, scale: float, away: float, grid: bool
 ) -> None:
@@ -50,6 +51,19 @@ def test_index_is_that_of_the_plain_search(
     rows = torch.cat([picked, picked + 0.1 * scale * noise, picked + scale * noise, halfway, -5 * picked[:20]])
     plain = codebook(vectors)
     assert torch.equal(GroupSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
+
+
+def test_no_block_of_vectors_is_too_short_to_round_as_the_whole() -> None:
+    """MKL rounds products of a few rows otherwise; the published quantizer has one product."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(8192, 4, generator=generator)
+    vectors[:, :3] *= 1e-3  # on a line, and away from zero: ties that rounding decides
+    vectors = (vectors + 30) * 3.7
+    for count in (513, 514, 515, 1027):  # blocks hold 512
+        rows = (vectors[:count] + vectors[-count:]) / 2
+        norms = rows.square().sum(1, keepdim=True) + vectors.square().sum(1)
+        whole = torch.addmm(norms, rows, vectors.t(), alpha=-2.0).argmin(1)
+        assert torch.equal(codebook(vectors).nearest(as_latents(rows))[0, 0], whole)
 
 
 def test_tokens_of_photographs(photographs: np.ndarray) -> None:

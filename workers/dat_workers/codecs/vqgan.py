@@ -219,9 +219,10 @@ class Codebook(nn.Module):
         # |z|² is the same for every e and could be left out. It stays, and so does the order of the additions,
         # because the published quantizer rounds this way: with K = 16384 and d = 4 one token in a thousand is
         # nearer to a tie than fp32 tells apart, and there the same rounding is the same token (seen on CPUs).
+        # MKL rounds a product of a few rows otherwise, so no block is much shorter than the others.
         parts = [
             torch.addmm(rows.square().sum(1, keepdim=True) + norms, rows, vectors.t(), alpha=-2.0).argmin(1)
-            for rows in torch.split(flat, chunk)
+            for rows in torch.tensor_split(flat, -(-len(flat) // chunk))
         ]
         return torch.cat(parts).view(n, height, width)
 
