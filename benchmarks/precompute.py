@@ -45,7 +45,7 @@ SHARDS, SAMPLES = 1000, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", default="codec,identity,shards")
     parser.add_argument("--markdown", type=Path, help="write the result to this file too")
     arguments = parser.parse_args()
@@ -94,8 +94,8 @@ def against(first: Timing, other: Timing) -> str:
 
 
 def codec(sources: list[Path], folder: Path, rounds: int) -> str:
-    """A job and the engine alone, on the pictures of the first two shards."""
-    sources = sources[:2]
+    """A job and the engine alone, on the pictures of the first shard."""
+    sources = sources[:1]
     pictures = centre_crops(sources, SIDE)
     engine = Discretizer.from_store("tiny-f8")
     engine.warm_up()

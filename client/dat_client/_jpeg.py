@@ -29,13 +29,16 @@ def encoded(images: npt.NDArray[Any], quality: int) -> npt.NDArray[Any]:
         raise ImportError("jpeg_quality needs Pillow: pip install 'dat-client[jpeg]'") from error
 
     def encode(image: npt.NDArray[Any]) -> bytes:
-        file = io.BytesIO()
-        pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
-        # subsampling=0: colour at half the resolution costs more tokens than the bytes are worth
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=0)
-        return file.getvalue()
+        picture = Image.merge("RGB", [Image.fromarray(channel) for channel in image])
+        # a file without a disk: into a BytesIO Pillow encodes with the GIL held, one picture at a time
+        memory = os.fdopen(os.memfd_create("jpeg"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+        with memory as file:
+            # subsampling=0: colour at half the resolution costs more tokens than the bytes are worth
+            picture.save(file, "JPEG", quality=quality, subsampling=0)
+            file.seek(0)
+            return file.read()
 
     files = np.empty(len(images), object)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:  # Pillow's encoder lets go of the GIL
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         files[:] = list(threads.map(encode, images))
     return files

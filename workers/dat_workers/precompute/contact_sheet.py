@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from dat_workers.pictures import as_image, decode_picture, open_picture, pixels
+from dat_workers.pictures import as_image, decode_picture, encode_jpeg, open_picture, pixels
 from dat_workers.precompute.folder import Folder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
@@ -56,7 +56,7 @@ def contact_sheet(source: Source, folder: Folder, recipe: Recipe, decode: Callab
             ratios.append(ratio)
             caption = html.escape(f"{key}: {ratio:.1f} dB".encode("utf-8", "replace").decode())
             triple = np.concatenate([shown(x), shown(q), shown(difference(x, q))], axis=2)
-            data = base64.b64encode(encode_jpeg(triple)).decode()
+            data = base64.b64encode(encode_jpeg(triple, quality=90)).decode()
             image = f'<img alt="" src="data:image/jpeg;base64,{data}">'
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     page = PAGE.format(
@@ -125,9 +125,3 @@ def shown(picture: Array) -> Array:
     page = Image.new("RGB", (SIDE, SIDE), "white")
     page.paste(image)
     return pixels(page)
-
-
-def encode_jpeg(picture: Array) -> bytes:
-    out = io.BytesIO()
-    as_image(picture).save(out, "JPEG", quality=90)
-    return out.getvalue()

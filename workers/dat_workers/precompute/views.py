@@ -14,7 +14,7 @@ from PIL import Image
 
 from dat_workers.errors import InvalidInput
 from dat_workers.perturbation import swaps
-from dat_workers.pictures import as_image, encode_png
+from dat_workers.pictures import as_image, encode_jpeg, encode_png
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.transfer import Array
 
@@ -107,11 +107,10 @@ def encoded(picture: Array, recipe: Recipe) -> bytes:
     """uint8 [3,H,W] in the recipe's format: JPEG in 4:4:4 and WebP with its quality, PNG as it is."""
     if recipe.picture == "png":
         return encode_png(picture)
-    out = io.BytesIO()
     if recipe.picture == "jpg":
-        as_image(picture).save(out, "JPEG", quality=recipe.quality, subsampling=0)
-    else:
-        as_image(picture).save(out, "WEBP", quality=recipe.quality)
+        return encode_jpeg(picture, recipe.quality)
+    out = io.BytesIO()
+    as_image(picture).save(out, "WEBP", quality=recipe.quality)
     return out.getvalue()
 
 

@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,9 +136,10 @@ class Worker:
         self._counting = threading.Lock()
         self._stopping = threading.Event()
         threads = max(2, len(os.sched_getaffinity(0)))
-        self._decoders = ThreadPoolExecutor(threads, "decode")
+        begin = None if self.on_gpu else let_others_first
+        self._decoders = ThreadPoolExecutor(threads, "decode", begin)
         self._variants = ThreadPoolExecutor(1, "variants")
-        self._encoders = ThreadPoolExecutor(threads, "encode")
+        self._encoders = ThreadPoolExecutor(threads, "encode", begin)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with what this codec says of itself. Raises InvalidInput for what it cannot do."""
@@ -181,9 +183,12 @@ class Worker:
 
         with folder.writing(shard.name) as out:
             try:
+                held = 0
                 for sample in self._read(reader):
                     pending.append(self._begin(sample, recipe))
-                    while len(pending) > window or sum(one.nbytes for one in pending) > HELD_BYTES:
+                    held += pending[-1].nbytes
+                    while len(pending) > window or held > HELD_BYTES:
+                        held -= pending[0].nbytes
                         finish(pending.popleft())
                 while pending:
                     finish(pending.popleft())
@@ -311,6 +316,12 @@ class Worker:
                 fields[name] = content
         self._count(images=len(views))
         return fields
+
+
+def let_others_first() -> None:
+    """Gives this thread what the codec's leave of the cores: those wait for each other after every layer."""
+    with suppress(OSError):  # a system whose threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
