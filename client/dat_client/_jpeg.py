@@ -31,12 +31,16 @@ def encoded(images: npt.NDArray[Any], quality: int) -> npt.NDArray[Any]:
     def encode(image: npt.NDArray[Any]) -> bytes:
         picture = Image.merge("RGB", [Image.fromarray(channel) for channel in image])
         # a file without a disk: into a BytesIO Pillow encodes with the GIL held, one picture at a time
-        memory = os.fdopen(os.memfd_create("jpeg"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+        try:
+            memory: Any = os.fdopen(os.memfd_create("jpeg"), "w+b")
+        except (AttributeError, OSError):  # not every system has it, or lets it be used
+            memory = io.BytesIO()
         with memory as file:
             # subsampling=0: colour at half the resolution costs more tokens than the bytes are worth
             picture.save(file, "JPEG", quality=quality, subsampling=0)
             file.seek(0)
-            return file.read()
+            data: bytes = file.read()
+        return data
 
     files = np.empty(len(images), object)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:

@@ -6,6 +6,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -53,12 +54,15 @@ def origins(source: str | os.PathLike[str], manifest: Mapping[str, Any], picture
     text = os.fspath(source)
     if pictures:
         return dict.fromkeys(manifest, address(text))
-    if not any(c in text for c in "{*?[") and not text.endswith(TARS):
+    pattern = any(c in text for c in "{*?[") and not _exists(text)
+    if not pattern and not text.lower().endswith(TARS):
         return {shard: f"{address(text)}/{_its_name(shard, entry)}" for shard, entry in manifest.items()}
     named: dict[str, list[str]] = {}
-    for pattern in map(address, shardlists.expand_urls(text)):
-        fs, path = url_to_fs(pattern)
-        urls = [fs.unstrip_protocol(p) for p in fs.glob(path)] if any(c in path for c in "*?[") else [pattern]
+    for one in map(address, shardlists.expand_urls(text) if pattern else [text]):
+        fs, path = url_to_fs(one)
+        urls = (
+            [fs.unstrip_protocol(p) for p in fs.glob(path)] if pattern and any(c in path for c in "*?[") else [one]
+        )
         for url in urls:
             named.setdefault(posixpath.basename(url), []).append(url)
     found = {}
@@ -72,39 +76,48 @@ def origins(source: str | os.PathLike[str], manifest: Mapping[str, Any], picture
 
 
 def _its_name(shard: str, entry: Mapping[str, Any]) -> str:
-    """That of the shard it was made from: a compressed one gave a plain one."""
-    made_from = str(entry["source"].get("name", shard)).lower()
-    suffix = next((suffix for suffix in TARS if made_from.endswith(suffix)), ".tar")
-    return shard.removesuffix(".tar") + suffix
+    """That of the shard it was made from: of any suffix, or none."""
+    stem = shard.removesuffix(".tar")
+    made_from = posixpath.basename(str(entry["source"].get("name", shard)))
+    return stem + made_from[len(posixpath.basename(stem)) :]
+
+
+def _exists(text: str) -> bool:
+    fs, path = url_to_fs(address(text))
+    return bool(fs.exists(path))
 
 
 def originals(origin: str, pictures: bool) -> Callable[[str], Sample | None]:
     """Gives the original of a key, None where there is none; keys are asked for in the order they were read in."""
     if pictures:
-        return _Folder(origin)
+        return partial(_in_folder, origin)
     samples = read_shard(origin)
     return lambda key: next((sample for sample in samples if sample["__key__"] == key), None)
 
 
-class _Folder:
-    """Pictures by key, the path without its suffix, whose dots are written `_`. One folder is listed at a time."""
+def _in_folder(origin: str, key: str) -> Sample | None:
+    """The picture of a key: its path without the suffix, dots in its name written `_`."""
+    folder, _, stem = key.rpartition("/")
+    url = f"{origin}/{folder}".rstrip("/")
+    paths = _pictures_of(url).get(stem, [])
+    if len(paths) > 1:
+        raise InvalidDataset(f"source: {len(paths)} files of {url} have the key {key}, must be one")
+    if not paths:
+        return None
+    fs, path = url_to_fs(f"{url}/{paths[0]}")
+    return {"__key__": key, "__url__": url, posixpath.splitext(path)[1][1:].lower(): fs.cat_file(path)}
 
-    def __init__(self, origin: str) -> None:
-        self.fs, self.root = url_to_fs(origin)
-        self.listed, self.paths = "/", dict[str, str]()
 
-    def __call__(self, key: str) -> Sample | None:
-        folder, _, stem = key.rpartition("/")
-        if folder != self.listed:
-            paths = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
-            parts = ((posixpath.splitext(posixpath.basename(path)), path) for path in sorted(paths, reverse=True))
-            self.paths = {s.replace(".", "_"): path for (s, suffix), path in parts if suffix.lower() in PICTURES}
-            self.listed = folder
-        path = self.paths.get(stem)
-        if path is None:
-            return None
-        suffix = posixpath.splitext(path)[1][1:].lower()
-        return {"__key__": key, "__url__": f"{self.root}/{folder}", suffix: self.fs.cat_file(path)}
+@lru_cache(maxsize=1)  # keys come folder by folder; one folder may have those of many shards
+def _pictures_of(url: str) -> dict[str, list[str]]:
+    """Names of the pictures in a folder, by the last part of their key."""
+    fs, path = url_to_fs(url)
+    found: dict[str, list[str]] = {}
+    for name in map(posixpath.basename, fs.ls(path, detail=False)):
+        stem, suffix = posixpath.splitext(name)
+        if suffix.lower() in PICTURES and not name.startswith("."):
+            found.setdefault(stem.replace(".", "_"), []).append(name)
+    return found
 
 
 def where(sample: Sample) -> str:

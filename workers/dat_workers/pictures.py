@@ -96,11 +96,15 @@ def encode_jpeg(picture: npt.NDArray[Any], quality: int) -> bytes:
 
     Through a file without a disk: into a BytesIO Pillow encodes with the GIL held, and other threads would wait.
     """
-    memory = os.fdopen(os.memfd_create("jpeg"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+    try:
+        memory: Any = os.fdopen(os.memfd_create("jpeg"), "w+b")
+    except (AttributeError, OSError):  # not every system has it, or lets it be used
+        memory = io.BytesIO()
     with memory as out:
         as_image(picture).save(out, "JPEG", quality=quality, subsampling=0)
         out.seek(0)
-        return out.read()
+        encoded: bytes = out.read()
+    return encoded
 
 
 def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:

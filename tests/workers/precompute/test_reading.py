@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dat_client import Client, InvalidDataset
+from dat_client._shards import _pictures_of
 from dat_client.webdataset import load
 from dat_workers.precompute import precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar
@@ -56,6 +57,16 @@ def test_x_from_compressed_shards_and_from_pictures_beside_others(tmp_path: Path
             assert np.array_equal(q.numpy(), x.numpy())
 
 
+@pytest.mark.parametrize("name", ["a.TAR.GZ", "a", "[2012] a.tar"])
+def test_x_from_shards_of_any_name(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "[x] *" / name
+    write_tar(source, sample_files(0))
+    precompute(str(source), str(tmp_path / "dst"), codec="identity", picture="png")
+    for given in (source.parent, source) if "." in name else (source.parent,):
+        ((x, q, _),) = items(tmp_path / "dst", source=str(given))
+        assert torch.equal(x, q)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_x_from_a_folder_of_pictures(tmp_path: Path, workers: int) -> None:
     for number, name in enumerate(("a/0.png", "a/1.x.PNG", "b/c/2.png", "b/3.png")):
@@ -70,7 +81,15 @@ def test_x_from_a_folder_of_pictures(tmp_path: Path, workers: int) -> None:
     found = list(DataLoader(data, batch_size=None, num_workers=workers))
     assert sorted(label for _, _, label in found) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert all(torch.equal(x, q) for x, q, _ in found)
+    (tmp_path / "src" / "b" / "._3.png").write_bytes(b"what macOS adds")
+    assert len(items(dst, source=str(tmp_path / "src"))) == 4
+    (tmp_path / "src" / "b" / "3.jpg").write_bytes(b"x")
+    _pictures_of.cache_clear()
+    with pytest.raises(InvalidDataset, match=r"2 files of .*/src/b have the key b/3, must be one"):
+        items(dst, source=str(tmp_path / "src"))
+    (tmp_path / "src" / "b" / "3.jpg").unlink()
     (tmp_path / "src" / "b" / "3.png").unlink()
+    _pictures_of.cache_clear()
     with pytest.raises(InvalidDataset, match=r"sample b/3 is not in .*/src"):
         items(dst, source=str(tmp_path / "src"))
 

@@ -44,6 +44,15 @@ def test_links_are_followed_and_one_file_has_one_name(tmp_path: Path) -> None:
     assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == wanted
 
 
+def test_several_folders_of_pictures_are_not_taken_for_one(tmp_path: Path) -> None:
+    for name in ("train/tabby/1.png", "val/tabby/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    for pattern in ("{train,val}", "*"):
+        with pytest.raises(InvalidInput, match="a folder with shards, beside other sources"):
+            find(f"{tmp_path}/{pattern}")
+
+
 def test_other_pictures_are_another_origin(tmp_path: Path) -> None:
     for name in ("tabby/1.png", "tabby/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

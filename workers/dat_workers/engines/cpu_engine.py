@@ -23,7 +23,7 @@ from dat_workers.engines.tricks import Tricks
 from dat_workers.threads import Threads
 
 CHANNELS_LAST = torch.channels_last
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
 
 
 class CpuEngine:
@@ -165,9 +165,11 @@ def keep_freed_memory() -> None:
 
     By itself it returns what is free above 12.8 MB or so, and a thread's heap of 64 MiB whenever it is empty. Every
     activation of 6.4 MB is then mapped and zeroed anew: 7,800 page faults for one pass of the encoder of `tiny-f8`,
-    a sixth of its time. An empty heap is kept where the padding is larger than a heap.
+    a sixth of its time. An empty heap is kept where the padding is larger than a heap. Each of the arenas, which
+    threads share, then stays as large as it ever was: so there are fewer of them than glibc's 8 a core.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc may not have it
     if mallopt is not None:
+        mallopt(M_ARENA_MAX, max(6, len(os.sched_getaffinity(0))))
         for what, nbytes in ((M_MMAP_THRESHOLD, 32 << 20), (M_TOP_PAD, 64 << 20), (M_TRIM_THRESHOLD, 128 << 20)):
             mallopt(what, nbytes)

@@ -7,7 +7,8 @@
     DST/.precompute-JOB.lock               held as long as the job lives
 
 An entry a shard, and no list of all: writing one takes the same time whatever number there is, and jobs that
-share a folder do not write the same file, but where they make the same shard, with the same bytes.
+share a folder do not write the same file, but where they make the same shard, with the same bytes (on hosts of one
+kind: another processor may round otherwise).
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import sha256_of
-from dat_workers.precompute.sources import Shard, opened
+from dat_workers.precompute.sources import BUCKETS, Shard, opened
 
 RECIPE, MANIFEST, JOBS = "precompute.json", "manifest", ".precompute-"
-BUCKETS = {"s3", "gs", "az"}  # have no folders; to make one would make a bucket, of a misspelt name too
 SOURCE = ("name", "bytes", "sha256")
 
 
@@ -107,7 +107,9 @@ class Folder:
 
     def begin(self) -> None:
         """Makes the folder, sees that it can be written, clears away what dead jobs have left. Raises OSError."""
-        if not BUCKETS & {self.fs.protocol, *self.fs.protocol}:
+        if (
+            self.full_address.partition("://")[0] not in BUCKETS
+        ):  # there it would make a bucket, of a misspelt name too
             self.fs.makedirs(self.at(MANIFEST), exist_ok=True)
         if not self.local:
             self._put(f"{MANIFEST}/.{self.job}", b"")  # says at once that it may not be written

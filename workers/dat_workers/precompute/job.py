@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
 from dat_workers.errors import InvalidInput
@@ -17,6 +17,7 @@ from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import LOOKED_AT_ONCE, PICTURES_A_SHARD, Shard, Source, find, reached
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders
+from dat_workers.threads import Threads
 
 log = logging.getLogger("dat_workers")
 
@@ -140,8 +141,9 @@ def precompute(
             pool = LocalPool(choice, workers)
         try:
             recipe = pool.complete(recipe)
-            folder.settle(recipe, found.shards, overwrite=overwrite)
-            return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
+            with reached(dst):
+                folder.settle(recipe, found.shards, overwrite=overwrite)
+                return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
         finally:
             pool.stop()
     finally:
@@ -211,13 +213,12 @@ class Job:
 
     def _missing(self) -> list[Shard]:
         """Shards that are not there yet, or not as they should be."""
-        shards, told = self.source.shards, 0.0
-        with ThreadPoolExecutor(LOOKED_AT_ONCE, "look") as threads:
-            for shard, entry in zip(shards, threads.map(self._look, shards), strict=True):
+        shards, threads = self.source.shards, Threads(LOOKED_AT_ONCE, "look")
+        for start in range(0, len(shards), LOOKED_AT_ONCE):
+            some = shards[start : start + LOOKED_AT_ONCE]
+            for shard, entry in zip(some, threads.map(self._look, some), strict=True):
                 self._keep(shard, entry)
-                if time.monotonic() - told >= TICK_S:
-                    self.report(self.state())
-                    told = time.monotonic()
+            self.report(self.state())
         return [shard for shard in shards if shard.name not in self.done]
 
     def _look(self, shard: Shard) -> Entry | None:

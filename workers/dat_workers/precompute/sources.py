@@ -19,7 +19,9 @@ from dat_workers.errors import InvalidInput
 from dat_workers.pictures import SUFFIXES
 from dat_workers.precompute.recipe import short
 
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}  # stores of objects: they have no folders
 TARS = (".tar", ".tar.gz", ".tgz")
+OWN = ("builtins", "dat_workers", "ray")  # packages whose errors are no storage's
 PICTURES_A_SHARD = 1000
 LOOKED_AT_ONCE = 16  # shards, whether they are there: each is a question or two to a storage far away
 
@@ -65,12 +67,12 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     folder, or below the folder that all shards have in common. Raises FileNotFoundError, and InvalidInput for what
     is no source.
     """
-    given = [source] if isinstance(source, str) else list(source)
+    given = [address for one in ([source] if isinstance(source, str) else source) for address in expanded(one)]
     shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
     with ThreadPoolExecutor(LOOKED_AT_ONCE, "look") as threads:
-        for fs, path, info in threads.map(looked_at, [address for each in given for address in expanded(each)]):
+        for fs, path, info in threads.map(looked_at, given):
             if info["type"] != "directory":
                 tars[fs.unstrip_protocol(path)] = info.get("size") or 0
                 continue
@@ -105,10 +107,10 @@ def reached(address: str | Sequence[str]) -> Iterator[None]:
     """Raises OSError with the address for what a storage says without it: no credentials, no such bucket."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        if "://" not in str(address) or (isinstance(error, OSError) and "://" in str(error)):
+        of_storage = isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in OWN
+        said = isinstance(error, OSError) and "://" in str(error)
+        if not of_storage or said or "://" not in str(address):
             raise
         raise OSError(f"{short(address)}: {type(error).__name__}: {error}") from error
 
@@ -136,7 +138,8 @@ def opened(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises InvalidInput where its package is missing."""
     try:
         # no cache: other processes write too, and what it says may be old
-        fs, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+        options = {"use_listings_cache": False} if address.partition("://")[0] in BUCKETS else {}
+        fs, path = fsspec.core.url_to_fs(address, **options)
         if isinstance(fs, LocalFileSystem):
             path = os.path.realpath(path)  # one name for one file
     except ImportError as error:
