@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import sha256_of
-from dat_workers.precompute.sources import BUCKETS, Shard, opened
+from dat_workers.precompute.sources import Shard, file_sha256, of_objects, opened
 
 RECIPE, MANIFEST, JOBS = "precompute.json", "manifest", ".precompute-"
 SOURCE = ("name", "bytes", "sha256")
@@ -107,9 +107,7 @@ class Folder:
 
     def begin(self) -> None:
         """Makes the folder, sees that it can be written, clears away what dead jobs have left. Raises OSError."""
-        if (
-            self.full_address.partition("://")[0] not in BUCKETS
-        ):  # there it would make a bucket, of a misspelt name too
+        if not of_objects(self.full_address):  # there it would make a bucket, of a misspelt name too
             self.fs.makedirs(self.at(MANIFEST), exist_ok=True)
         if not self.local:
             self._put(f"{MANIFEST}/.{self.job}", b"")  # says at once that it may not be written
@@ -197,18 +195,11 @@ class Folder:
         try:
             if self.fs.size(path) != entry.nbytes:
                 return None
-            if hashes and (self.sha256(path) != entry.sha256 or sha256_of(shard) != entry.source[2]):
+            if hashes and (file_sha256(self.fs, path) != entry.sha256 or sha256_of(shard) != entry.source[2]):
                 return None
         except FileNotFoundError:
             return None
         return entry
-
-    def sha256(self, path: str) -> str:
-        digest = hashlib.sha256()
-        with self.fs.open(path, "rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-        return digest.hexdigest()
 
     def names(self) -> set[str]:
         """Of all shards in the manifest."""

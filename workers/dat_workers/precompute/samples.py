@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
 from dat_workers.pictures import SUFFIXES
-from dat_workers.precompute.sources import Shard, opened
+from dat_workers.precompute.sources import Shard, file_sha256, opened
 
 # webdataset's rule: a key goes up to the first dot of the file's name, the rest is the field
 NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
@@ -166,14 +166,11 @@ class Counted:
 
 def sha256_of(shard: Shard) -> str:
     """Of a source as it is now; what `Reader.sha256` says in the end. Raises OSError."""
+    if not shard.files:
+        return file_sha256(*opened(shard.address))
     reader = Reader(shard)
-    if shard.files:
-        for _ in reader:
-            pass
-    else:
-        fs, path = opened(shard.address)
-        with fs.open(path, "rb") as file:
-            Counted(file, reader).drain()
+    for _ in reader:
+        pass
     return reader.sha256
 
 

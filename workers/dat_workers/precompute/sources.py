@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 from dat_workers.errors import InvalidInput
 from dat_workers.pictures import SUFFIXES
 from dat_workers.precompute.recipe import short
+from dat_workers.threads import Threads
 
-BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}  # stores of objects: they have no folders
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
 TARS = (".tar", ".tar.gz", ".tgz")
 OWN = ("builtins", "dat_workers", "ray")  # packages whose errors are no storage's
 PICTURES_A_SHARD = 1000
@@ -71,21 +71,20 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
-    with ThreadPoolExecutor(LOOKED_AT_ONCE, "look") as threads:
-        for fs, path, info in threads.map(looked_at, given):
-            if info["type"] != "directory":
-                tars[fs.unstrip_protocol(path)] = info.get("size") or 0
-                continue
-            found = listing(fs, path)
-            inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
-            if not inside:
-                if len(given) > 1:
-                    raise InvalidInput("source", path, "a folder with shards, beside other sources")
-                return pictures(fs, path, found, pictures_a_shard)
-            folders.append(fs.unstrip_protocol(path))
-            for p, size in inside.items():
-                below = p.removeprefix(path.rstrip("/") + "/")
-                shards.append(Shard(output_name(below), fs.unstrip_protocol(p), size))
+    for fs, path, info in Threads(LOOKED_AT_ONCE, "look").map(looked_at, given):
+        if info["type"] != "directory":
+            tars[fs.unstrip_protocol(path)] = info.get("size") or 0
+            continue
+        found = listing(fs, path)
+        inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
+        if not inside:
+            if len(given) > 1:
+                raise InvalidInput("source", path, "a folder with shards, beside other sources")
+            return pictures(fs, path, found, pictures_a_shard)
+        folders.append(fs.unstrip_protocol(path))
+        for p, size in inside.items():
+            below = p.removeprefix(path.rstrip("/") + "/")
+            shards.append(Shard(output_name(below), fs.unstrip_protocol(p), size))
     shards += named(tars)
     twice = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
     if twice:
@@ -134,11 +133,16 @@ def expanded(pattern: str) -> list[str]:
     return found
 
 
+def of_objects(address: str) -> bool:
+    """Whether it is in a store of objects, which has no folders."""
+    return address.partition("://")[0] in BUCKETS
+
+
 def opened(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises InvalidInput where its package is missing."""
     try:
         # no cache: other processes write too, and what it says may be old
-        options = {"use_listings_cache": False} if address.partition("://")[0] in BUCKETS else {}
+        options = {"use_listings_cache": False} if of_objects(address) else {}
         fs, path = fsspec.core.url_to_fs(address, **options)
         if isinstance(fs, LocalFileSystem):
             path = os.path.realpath(path)  # one name for one file
@@ -147,6 +151,12 @@ def opened(address: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InvalidInput("address", address, f"a path or an fsspec address ({error})") from error
     return fs, path
+
+
+def file_sha256(fs: Any, path: str) -> str:
+    """Of a file's content. Raises OSError."""
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listing(fs: Any, folder: str) -> dict[str, int]:
