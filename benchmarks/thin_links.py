@@ -25,10 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dat_client._arrays import gradient_tensors
-from dat_client._jpeg import encoded
 from dat_workers.discretizer import Discretizer
 from dat_workers.perturbation import PRESETS
-from dat_workers.pictures import centre_crops
+from dat_workers.pictures import centre_crops, encode_jpeg
 
 Array = npt.NDArray[Any]
 QUALITIES = (75, 85, 90, 95, 98)
@@ -45,8 +44,15 @@ def decoded(files: Array) -> Array:
     return np.stack(pictures).transpose(0, 3, 1, 2).copy()
 
 
+def encoded(images: Array, quality: int) -> Array:
+    """uint8 [N,3,H,W] as N JPEG files in 4:4:4."""
+    files = np.empty(len(images), object)
+    files[:] = [encode_jpeg(image, quality) for image in images]
+    return files
+
+
 def half_colour(images: Array, quality: int) -> Array:
-    """As dat_client sends them, but 4:2:0: colour at half the resolution."""
+    """As `encoded`, but 4:2:0: colour at half the resolution."""
     files = np.empty(len(images), object)
     for number, image in enumerate(images):
         file = io.BytesIO()

@@ -37,12 +37,6 @@ class CodecReplica:
 
         return create_app(self.worker, gather=Gather(self.worker.metrics, serve.get_replica_context().app_name))
 
-    async def infer(self, payload: Any) -> Any:
-        """A request by DeploymentHandle, of a trainer in the same cluster."""
-        from dat_service.handle import infer_call
-
-        return await infer_call(self.worker, payload)
-
     async def check_health(self) -> None:
         """Raises where the codec has hung or died: Serve then replaces the replica."""
         if not self.worker.healthy:

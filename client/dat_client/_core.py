@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from . import wire
 from ._arrays import Kind, gradient_tensors, images_tensor, indices_tensor
-from ._jpeg import encoded
 from .errors import (
     DatError,
     InvalidRequest,
@@ -141,7 +140,6 @@ def discretize_call(
     images: Any,
     gradients: Any,
     gradient_dtype: str,
-    jpeg_quality: int | None,
     outputs: Sequence[str] | None,
     output_dtype: str | None,
     parameters: Mapping[str, Any],
@@ -149,7 +147,7 @@ def discretize_call(
     """The request of `Client.discretize`; raises InvalidRequest for what the server would refuse anyway."""
     tensor, kind = images_tensor(images)
     shape = tensor.shape if tensor.ndim == 4 else None
-    inputs = {"images": tensor if jpeg_quality is None else encoded(tensor, jpeg_quality)}
+    inputs = {"images": tensor}
     if gradients is not None:
         inputs |= gradient_tensors(gradients, shape, gradient_dtype)
     return Call(inputs, _parameters(parameters, output_dtype), _outputs(outputs), kind, image_shape=shape)

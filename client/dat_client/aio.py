@@ -54,14 +54,13 @@ class AsyncClient:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
-        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Discretized:
         """As `Client.discretize`; many at once with `asyncio.gather`, so there is no `submit`."""
-        arguments = (images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters)
+        arguments = (images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         return await self._run(lambda: self._client._answer(timeout_s, discretize_call, *arguments))
 
     async def decode(

@@ -22,7 +22,6 @@ from ._fingerprint import Watch
 from ._http import HttpWay, check_url
 from ._profile import Profile, sample
 from ._repeat import repeat
-from ._serve import SCHEME, ServeWay, check_application
 from ._version import __version__
 from .errors import DatError, InvalidRequest, ProtocolError, Unauthorized, Unavailable, UnknownCodec, shown
 
@@ -45,9 +44,7 @@ class Client:
     own. A submitted call runs in a thread of this process.
 
     Args:
-        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one; or
-            `serve://APP` where the trainer lives in the Ray cluster of the service: arrays then go through the
-            object store, and numpy answers are read-only. Needs Ray: pip install 'dat-client[serve]'.
+        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one.
         codec: name of the codec, as in `GET /v2/models/{codec}`.
         timeout_s: total time of a call with all its repetitions, in seconds.
         connect_timeout_s: time for making one connection, and for `live()` and `ready()`.
@@ -73,10 +70,7 @@ class Client:
         max_in_flight: int = 1,
         api_key: str | None = None,
     ) -> None:
-        in_cluster = isinstance(url, str) and url.startswith(SCHEME)
-        if in_cluster:
-            check_application(url)
-        self.url = url if in_cluster else check_url(url)
+        self.url = check_url(url)
         self.codec = codec
         self.timeout_s = positive("timeout_s", timeout_s)
         self.connect_timeout_s = positive("connect_timeout_s", connect_timeout_s)
@@ -88,10 +82,6 @@ class Client:
             raise InvalidRequest(f"codec: not a name, got {shown(codec)}", field="codec", value=codec)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise InvalidRequest("api_key: must be printable ASCII", field="api_key")
-        if api_key is not None and in_cluster:
-            raise InvalidRequest(
-                "api_key: serve:// asks for none, who is in the cluster is let in", field="api_key"
-            )
         self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
         self._watch = Watch()
         self._open()
@@ -104,12 +94,10 @@ class Client:
         self._executor: ThreadPoolExecutor | None = None
         self._parts_executor: ThreadPoolExecutor | None = None
         self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without
-        self._way: HttpWay | ServeWay = self._make_way()
+        self._way: HttpWay = self._make_way()
         _clients.add(self)
 
-    def _make_way(self) -> HttpWay | ServeWay:
-        if self.url.startswith(SCHEME):
-            return ServeWay(self.url, self.codec, self._id)
+    def _make_way(self) -> HttpWay:
         headers = {"User-Agent": f"dat-client/{__version__}", "X-Dat-Client": self._id}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -127,7 +115,6 @@ class Client:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
-        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -147,8 +134,6 @@ class Client:
             gradient_dtype: how they travel: FP16 with a scale for each sample, so that 1e-9 survives (and what
                 is far below the sample's largest does not: FP32 for normalize="sign"); FP32; or INT8 with a
                 scale for each sample, half the bytes of FP16 (docs/thin-links.md says what it costs in tokens).
-            jpeg_quality: 1 to 100, for thin links: uint8 images travel as JPEG files of this quality, and Q sees
-                what comes out of them. Needs Pillow: pip install 'dat-client[jpeg]'.
             outputs: some of reconstruction, indices, adversarial, adversarial_indices; None for the server's
                 default (reconstruction, with gradients adversarial too).
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
@@ -166,7 +151,7 @@ class Client:
             ProtocolError: what answered does not speak the Open Inference Protocol.
         """
         self._check_open()
-        arguments = (images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters)
+        arguments = (images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         return self._answer(timeout_s, _core.discretize_call, *arguments)
 
     def submit(
@@ -175,7 +160,6 @@ class Client:
         gradients: Any = None,
         *,
         gradient_dtype: str = "FP16",
-        jpeg_quality: int | None = None,
         outputs: Sequence[str] | None = None,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
@@ -192,9 +176,7 @@ class Client:
         up.
         """
         begun_s = time.perf_counter()
-        call = _core.discretize_call(
-            images, gradients, gradient_dtype, jpeg_quality, outputs, output_dtype, parameters
-        )
+        call = _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         made_s = time.perf_counter() - begun_s
         return self._spawn(lambda: self._infer(call, timeout_s, made_s))
 

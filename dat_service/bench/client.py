@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dat bench client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="http://host:port, or serve://APP")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="http://host:port")
     parser.add_argument("--codec", default="tiny-f8")
     parser.add_argument("--batch", type=int, default=128, help="images a call")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")

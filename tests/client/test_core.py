@@ -27,7 +27,6 @@ def call(images, **kwargs):
         images,
         kwargs.pop("gradients", None),
         kwargs.pop("gradient_dtype", "FP16"),
-        kwargs.pop("jpeg_quality", None),
         kwargs.pop("outputs", None),
         kwargs.pop("output_dtype", None),
         kwargs,
