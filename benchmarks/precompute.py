@@ -30,13 +30,13 @@ import torch
 import webdataset
 from PIL import Image
 
+from dat_workers.batching.device_copies import Array
 from dat_workers.bench.machine import cpu_name
 from dat_workers.bench.report import columns
-from dat_workers.bench.runner import Timing, alternate, ratio
 from dat_workers.discretizer import Discretizer
-from dat_workers.pictures import centre_crops
+from dat_workers.images.crops import centre_crops
 from dat_workers.precompute import State, Summary, precompute
-from dat_workers.transfer import Array
+from dat_workers.system.timing import Timing, alternate, ratio
 
 SIDE = 224
 SHARDS, SAMPLES = 1000, 10

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dat_workers.discretizer import Discretizer
-from dat_workers.pictures import centre_crops
+from dat_workers.images.crops import centre_crops
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def sleeping_codec(sleep_s: float, workers: int) -> Iterator[str]:
 def main() -> None:
     import uvicorn
 
-    from dat_service.app import create_app
+    from dat_service.http.app import create_app
     from dat_service.settings import Settings
     from dat_service.worker import CodecWorker
     from dat_workers.discretizer import Discretizer

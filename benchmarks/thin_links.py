@@ -24,10 +24,11 @@ from tokens_changed import SIDE, trained
 from torch import nn
 from torch.nn import functional as F
 
-from dat_client._arrays import gradient_tensors
+from dat_client.calls.arrays import gradient_tensors
 from dat_workers.discretizer import Discretizer
+from dat_workers.images.crops import centre_crops
+from dat_workers.images.encoded import encode_jpeg
 from dat_workers.perturbation import PRESETS
-from dat_workers.pictures import centre_crops, encode_jpeg
 
 Array = npt.NDArray[Any]
 QUALITIES = (75, 85, 90, 95, 98)

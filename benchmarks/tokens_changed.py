@@ -28,7 +28,7 @@ from torchvision.models import resnet18
 
 from dat_client import Client
 from dat_client.torch import adversarial
-from dat_workers.pictures import centre_crops
+from dat_workers.images.crops import centre_crops
 
 SIDE = 224
 ALPHAS = (0.0, 0.1, 0.2, 0.4)

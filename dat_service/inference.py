@@ -13,13 +13,13 @@ import numpy as np
 import dat_client.wire as wire
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Place
+from dat_workers.batching.device_copies import Array
+from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
+from dat_workers.images.encoded import decode_pictures
 from dat_workers.perturbation import Step, number
-from dat_workers.pictures import decode_pictures
-from dat_workers.pieces import Result
-from dat_workers.transfer import Array
-from dat_workers.work import OUTPUTS, Task, Work, check_outputs, default_outputs
+from dat_workers.request import OUTPUTS, Task, Work, check_outputs, default_outputs
 
 PARAMETERS = ("preset", "base", "alpha", "normalize", "epsilon", "replace_fraction", "seed", "output_dtype")
 INPUTS = ("images", "gradients", "gradient_scales")

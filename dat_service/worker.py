@@ -12,14 +12,14 @@ from typing import Self, TypeVar
 
 import torch
 
-from dat_service.metrics import Metrics
+from dat_service.admission import Shares
+from dat_service.observability.metrics import Metrics
 from dat_service.settings import Settings
-from dat_service.shares import Shares
-from dat_workers.batching import Batcher
+from dat_workers.batching.batcher import Batcher
+from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import Full, TooLarge, Unhealthy
-from dat_workers.pieces import Result
-from dat_workers.work import Work
+from dat_workers.request import Work
 
 T = TypeVar("T")
 

@@ -124,7 +124,7 @@ def app_in_thread(**settings: Any) -> Iterator[str]:
     """The app under uvicorn in a thread of the test, with settings of its own."""
     import uvicorn
 
-    from dat_service.app import create_app
+    from dat_service.http.app import create_app
     from dat_service.settings import Settings
     from dat_service.worker import CodecWorker
 

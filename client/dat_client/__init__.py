@@ -9,11 +9,11 @@
 Importing this loads numpy, neither torch nor ray.
 """
 
-from ._core import Discretized
-from ._version import __version__
-from .aio import AsyncClient
-from .client import Client
-from .errors import (
+from dat_client._version import __version__
+from dat_client.aio import AsyncClient
+from dat_client.calls.core import Discretized
+from dat_client.client import Client
+from dat_client.errors import (
     CodecChanged,
     DatError,
     InvalidDataset,

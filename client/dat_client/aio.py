@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from ._core import Array, Discretized, decode_call, discretize_call
-from ._profile import Profile
-from .client import Client
+from dat_client.calls.core import Array, Discretized, decode_call, discretize_call
+from dat_client.calls.profile import Profile
+from dat_client.client import Client
 
 T = TypeVar("T")
 

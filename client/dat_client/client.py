@@ -15,15 +15,24 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from . import _core, _parts
-from ._checks import positive, whole
-from ._core import Array, Call, Discretized, Exchange
-from ._fingerprint import Watch
-from ._http import HttpWay, check_url
-from ._profile import Profile, sample
-from ._repeat import repeat
-from ._version import __version__
-from .errors import DatError, InvalidRequest, ProtocolError, Unauthorized, Unavailable, UnknownCodec, shown
+from dat_client._version import __version__
+from dat_client.calls import core
+from dat_client.calls.checks import positive, whole
+from dat_client.calls.codec_watch import Watch
+from dat_client.calls.core import Array, Call, Discretized, Exchange
+from dat_client.calls.profile import Profile, sample
+from dat_client.errors import (
+    DatError,
+    InvalidRequest,
+    ProtocolError,
+    Unauthorized,
+    Unavailable,
+    UnknownCodec,
+    shown,
+)
+from dat_client.transports import split
+from dat_client.transports.http import HttpWay, check_url
+from dat_client.transports.retry import repeat
 
 T = TypeVar("T")
 
@@ -152,7 +161,7 @@ class Client:
         """
         self._check_open()
         arguments = (images, gradients, gradient_dtype, outputs, output_dtype, parameters)
-        return self._answer(timeout_s, _core.discretize_call, *arguments)
+        return self._answer(timeout_s, core.discretize_call, *arguments)
 
     def submit(
         self,
@@ -176,7 +185,7 @@ class Client:
         up.
         """
         begun_s = time.perf_counter()
-        call = _core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
+        call = core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         made_s = time.perf_counter() - begun_s
         return self._spawn(lambda: self._infer(call, timeout_s, made_s))
 
@@ -195,7 +204,7 @@ class Client:
         `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
         """
         self._check_open()
-        return self._answer(timeout_s, _core.decode_call, indices, output_dtype, parameters).reconstruction
+        return self._answer(timeout_s, core.decode_call, indices, output_dtype, parameters).reconstruction
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -310,7 +319,7 @@ class Client:
         """The answer to a call that was made, in `made_s`, just now."""
         begun_s = time.perf_counter()
         exchange, sent_s = self._exchange(call, timeout_s)
-        answer = _core.discretized(call, exchange.response)
+        answer = core.discretized(call, exchange.response)
         if self._profiles:
             taken = sample(call, exchange, sent_s, made_s + time.perf_counter() - begun_s)
             for profile in self._profiles:
@@ -328,11 +337,11 @@ class Client:
             return patiently(attempt, wait=closed.wait), sent_s
 
         def one(part: Call, stop: threading.Event) -> Exchange:
-            answered: Exchange = patiently(way.sending(part), wait=functools.partial(_parts.wait_for, stop, closed))
+            answered: Exchange = patiently(way.sending(part), wait=functools.partial(split.wait_for, stop, closed))
             return answered
 
         def attempt_parts(deadline: float, number: int) -> Exchange | DatError:
-            return _parts.infer(call, self.max_in_flight, one, self._spawn_part)
+            return split.infer(call, self.max_in_flight, one, self._spawn_part)
 
         sent_s = time.perf_counter()
         answer = patiently(attempt_parts, wait=closed.wait)

@@ -37,8 +37,18 @@ except ImportError as error:
         "dat_client.webdataset needs webdataset, fsspec, Pillow and PyTorch: pip install 'dat-client[webdataset]'"
     ) from error
 
-from ._shards import address, field_of, fields_of, of_pictures, originals, origins, picture_of, read_shard, where
-from .errors import InvalidDataset, shown
+from dat_client.errors import InvalidDataset, shown
+from dat_client.shards import (
+    address,
+    field_of,
+    fields_of,
+    of_pictures,
+    originals,
+    origins,
+    picture_of,
+    read_shard,
+    where,
+)
 
 __all__ = ["load", "prepared", "read_manifest", "read_settings", "view_of"]
 

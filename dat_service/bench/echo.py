@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from dat_client import Client
-from dat_client._connections import Connections
+from dat_client.transports.connections import Connections
 from dat_service.bench.peers.socket_echo import LENGTH
 from dat_service.bench.processes import DidNotStart, dat_serve, started
-from dat_service.ports import free_port
-from dat_workers.bench.runner import alternate, one_line, ratio
+from dat_service.ray.ports import free_port
+from dat_workers.system.timing import alternate, one_line, ratio
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Call = Callable[[], object]

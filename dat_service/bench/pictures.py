@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dat_workers.pictures import sample_crops
+from dat_workers.images.crops import sample_crops
 
 
 def pictures(number: int, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from dat_service.ports import free_port
+from dat_service.ray.ports import free_port
 
 DAT = (sys.executable, "-m", "dat_service.cli")
 READY = "ready"  # a line that begins so says that a process answers

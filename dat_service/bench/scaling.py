@@ -19,7 +19,7 @@ from dat_client import Client
 from dat_service.bench.processes import CpuShare, started
 from dat_service.bench.sleeping import BATCH, name_of
 from dat_service.bench.throughput import closed_loop
-from dat_service.ports import free_port
+from dat_service.ray.ports import free_port
 
 REPLICAS = (1, 2, 4, 8)
 SLEEP_MS = 100.0

@@ -32,7 +32,7 @@ from dat_service.bench import echo, scaling, throughput
 from dat_service.bench.processes import DidNotStart
 from dat_service.bench.tables import as_markdown, as_text, table
 from dat_workers.bench import machine
-from dat_workers.files import write_atomically
+from dat_workers.system.files import write_atomically
 
 PARTS = ("bytes", "codec", "small", "scaling")
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dat_service.replica import CodecReplica
+from dat_service.ray.replica import CodecReplica
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines.tricks import Tricks
+from dat_workers.engines.torch.tricks import Tricks
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -81,10 +81,8 @@ class SleepingReplica(CodecReplica):
 
 
 def main() -> None:
-    from dat_service.bench.sleeping import (
-        SleepingReplica,  # by this name its replicas can import it, not as __main__
-    )
-    from dat_service.ray_service import RayService
+    from dat_service.bench.sleeping import SleepingReplica
+    from dat_service.ray.service import RayService
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, required=True)

@@ -22,7 +22,7 @@ import numpy as np
 from dat_client import Client
 from dat_service.bench.pictures import pictures
 from dat_service.bench.processes import READY, DidNotStart, clean_environment, dat_serve
-from dat_workers.bench.runner import Timing, ratio
+from dat_workers.system.timing import Timing, ratio
 
 MIXED = (1, 7, 16, 40)
 SMALL = (1,) * 16

@@ -27,9 +27,9 @@ def discretize(
     from dat_workers.codecs.spec import CodecError
     from dat_workers.discretizer import Discretizer
     from dat_workers.errors import EngineError, InvalidInput
-    from dat_workers.files import write_atomically
-    from dat_workers.pictures import decode_picture, encode_png
-    from dat_workers.work import check_outputs
+    from dat_workers.images.encoded import decode_picture, encode_png
+    from dat_workers.request import check_outputs
+    from dat_workers.system.files import write_atomically
 
     stems = [p.stem for p in pictures]
     twice = sorted({s for s in stems if stems.count(s) > 1})

@@ -18,7 +18,7 @@ def export(
     """Write a codec as ONNX: encoder.onnx, codebook.onnx, decoder.onnx and codec.json, checked by running them."""
     from dat_workers.codecs.spec import CodecError
     from dat_workers.codecs.store import CodecStore, load_model
-    from dat_workers.onnx_export import write_export
+    from dat_workers.engines.onnx.export import write_export
 
     try:
         file = CodecStore().load(codec)

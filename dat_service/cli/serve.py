@@ -18,7 +18,7 @@ import typer
 from dat_service.settings import Settings, SettingsError, make_settings
 
 if TYPE_CHECKING:
-    from dat_service.ray_service import RayService
+    from dat_service.ray.service import RayService
 
 
 def serve(
@@ -100,7 +100,7 @@ def write_serve_config(settings: list[Settings], path: str) -> None:
     """Serve's YAML into a file, or on stdout for "-"."""
     import yaml
 
-    from dat_service.applications import serve_config
+    from dat_service.ray.deployments import serve_config
 
     text = yaml.safe_dump(serve_config(settings), sort_keys=False)
     if path == "-":
@@ -111,10 +111,10 @@ def write_serve_config(settings: list[Settings], path: str) -> None:
 
 def check_startable(all_settings: list[Settings], *, local: bool) -> None:
     """Raises what would only show later, and slowly: an unknown codec or trick, a taken port, bad keys, ..."""
-    from dat_service import tracing
-    from dat_service.security import read_keys
+    from dat_service.http.auth import read_keys
+    from dat_service.observability import tracing
     from dat_workers.codecs.store import CodecStore
-    from dat_workers.engines.tricks import Tricks
+    from dat_workers.engines.torch.tricks import Tricks
 
     settings = all_settings[0]
     if local and (
@@ -122,7 +122,7 @@ def check_startable(all_settings: list[Settings], *, local: bool) -> None:
     ):
         raise SettingsError("--local is one process with one codec: no replicas, autoscale or gpus")
     if not local:
-        from dat_service.applications import check
+        from dat_service.ray.deployments import check
 
         check(all_settings)
     Tricks.parse(settings.tricks, cuda=False)
@@ -152,8 +152,8 @@ def serve_local(settings: Settings) -> None:
     """The app under uvicorn in this process."""
     import uvicorn
 
-    from dat_service.app import create_app
-    from dat_service.headers import LimitedHeaders
+    from dat_service.http.app import create_app
+    from dat_service.http.header_limits import LimitedHeaders
     from dat_service.worker import CodecWorker
 
     started = time.monotonic()
@@ -200,7 +200,7 @@ def serve_local(settings: Settings) -> None:
 
 def serve_on_ray(settings: list[Settings]) -> None:
     """The app in Ray Serve replicas."""
-    from dat_service.ray_service import RayService, ServeFailed
+    from dat_service.ray.service import RayService, ServeFailed
 
     started = time.monotonic()
     try:
@@ -239,7 +239,7 @@ def updates(service: RayService, wanted: threading.Event) -> None:
 
 def update(service: RayService) -> None:
     """What SIGHUP asks for. The old replicas go on where the new ones do not start."""
-    from dat_service.ray_service import ServeFailed
+    from dat_service.ray.service import ServeFailed
 
     started = time.monotonic()
     typer.echo("updating ...")

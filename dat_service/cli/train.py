@@ -55,7 +55,7 @@ def train_codec(
     from dat_workers.codecs.file import Origin, read, write
     from dat_workers.codecs.spec import CodecError, CodecSpec
     from dat_workers.codecs.store import check_name, load_model
-    from dat_workers.engines import pick_device
+    from dat_workers.engines.factory import pick_device
     from dat_workers.training.config import TrainConfig
     from dat_workers.training.export import exported_weights
     from dat_workers.training.trainer import Trainer

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dat_workers.survey import Row
+    from dat_workers.verify.survey import Row
 
 COLUMNS = ("engine", "dtype", "tokens", "fidelity", "own Q(x)", "PSNR dB", "largest", "not finite", "images/s", "")
 
@@ -43,11 +43,11 @@ def verify(
     from dat_service.cli.codecs import told
     from dat_workers.codecs.spec import CodecError
     from dat_workers.codecs.store import CodecStore, load_model
-    from dat_workers.engines import DTYPES, ENGINES, create
+    from dat_workers.engines.factory import DTYPES, ENGINES, create
     from dat_workers.errors import InvalidInput
-    from dat_workers.pictures import sample_crops
-    from dat_workers.survey import fastest, judged, survey
-    from dat_workers.verify import STAND_IN, measure, stand_in_gradients
+    from dat_workers.images.crops import sample_crops
+    from dat_workers.verify.agreement import STAND_IN, measure, stand_in_gradients
+    from dat_workers.verify.survey import fastest, judged, survey
 
     with told():
         try:
@@ -107,7 +107,7 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     from dat_workers.errors import InvalidInput
-    from dat_workers.work import check_gradients
+    from dat_workers.request import check_gradients
 
     with path.open("rb") as file:
         try:
@@ -151,7 +151,7 @@ def _share(value: float | None) -> str:
 
 
 def _write(path: Path, facts: dict[str, Any], rows: list[Row], best: Row | None) -> None:
-    from dat_workers.files import write_atomically
+    from dat_workers.system.files import write_atomically
 
     table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}
     write_atomically(path, (json.dumps(facts | table, indent=1, ensure_ascii=False) + "\n").encode())

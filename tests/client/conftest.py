@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dat_client import Client, _repeat
+from dat_client import Client
+from dat_client.transports import retry
 
 from .loopback import Server, running
 
@@ -24,8 +25,8 @@ def client(server: Server) -> Iterator[Client]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def test_an_interrupt_in_the_middle_of_a_call_leaves_the_client_whole(server, im
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("dat_client._connections._body", interrupted)
+            patch.setattr("dat_client.transports.connections._body", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 client.discretize(images)
         assert np.array_equal(client.discretize(images, timeout_s=5).reconstruction, images)

@@ -5,7 +5,8 @@ import email.utils
 import numpy as np
 import pytest
 
-from dat_client import Discretized, _core, _repeat
+from dat_client import Discretized
+from dat_client.calls import core
 from dat_client.errors import (
     InvalidRequest,
     Overloaded,
@@ -16,6 +17,7 @@ from dat_client.errors import (
     UnknownCodec,
     WireError,
 )
+from dat_client.transports import retry
 from dat_client.wire import encode_error
 
 PNG = b"\x89PNG\r\n\x1a\n...."
@@ -23,7 +25,7 @@ JPEG = b"\xff\xd8\xff\xe0...."
 
 
 def call(images, **kwargs):
-    return _core.discretize_call(
+    return core.discretize_call(
         images,
         kwargs.pop("gradients", None),
         kwargs.pop("gradient_dtype", "FP16"),
@@ -112,7 +114,7 @@ def test_bad_parameters_are_refused_by_name(images, bad):
 
 @pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.int32)])
 def test_indices_travel_in_the_smallest_type(largest, dtype):
-    made = _core.decode_call(np.full((1, 2, 2), largest, np.int64), None, {})
+    made = core.decode_call(np.full((1, 2, 2), largest, np.int64), None, {})
     assert made.inputs["indices"].dtype == dtype
 
 
@@ -121,7 +123,7 @@ def test_indices_travel_in_the_smallest_type(largest, dtype):
 )
 def test_bad_indices_are_refused(indices):
     with pytest.raises(InvalidRequest, match="indices"):
-        _core.decode_call(indices, None, {})
+        core.decode_call(indices, None, {})
 
 
 def test_ids_are_never_given_twice(images):
@@ -149,7 +151,7 @@ def test_ids_are_never_given_twice(images):
 )
 def test_statuses_become_exceptions(status, headers, kind):
     body = bytearray(encode_error("too hot", "images", 7, 5))
-    error = _core.error_of(_core.Reply(status, headers, body), "http://x/infer")
+    error = core.error_of(core.Reply(status, headers, body), "http://x/infer")
     assert type(error) is kind
     assert "http://x/infer" in str(error)
     assert kind is ProtocolError or "too hot" in str(error)
@@ -160,21 +162,21 @@ def test_statuses_become_exceptions(status, headers, kind):
 
 
 def test_answers_that_are_not_the_protocols():
-    assert _core.error_of(_core.Reply(204, {}, bytearray()), "u") is None
+    assert core.error_of(core.Reply(204, {}, bytearray()), "u") is None
     page = bytearray(b"<html>" * 1000)
-    assert type(_core.error_of(_core.Reply(404, {}, page), "u")) is ProtocolError
-    too_large = _core.error_of(_core.Reply(413, {}, page), "u")
+    assert type(core.error_of(core.Reply(404, {}, page), "u")) is ProtocolError
+    too_large = core.error_of(core.Reply(413, {}, page), "u")
     assert type(too_large) is TooLarge
     assert len(str(too_large)) < 200
 
 
 def test_retry_after_is_seconds_or_a_date():
     date = email.utils.formatdate(1000, usegmt=True)
-    assert _core.retry_after_s(date, 990.0) == 10
-    assert _core.retry_after_s(date, 2000.0) == 0
-    assert [_core.retry_after_s(text, 0.0) for text in ("3", "-3")] == [3, 0]
+    assert core.retry_after_s(date, 990.0) == 10
+    assert core.retry_after_s(date, 2000.0) == 0
+    assert [core.retry_after_s(text, 0.0) for text in ("3", "-3")] == [3, 0]
     hostile = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT", f"Mon, 01 Jan 2030 00:00:00 +{'9' * 20}"
-    assert [_core.retry_after_s(text, 0.0) for text in (None, "soon", "nan", *hostile)] == [None] * 5
+    assert [core.retry_after_s(text, 0.0) for text in (None, "soon", "nan", *hostile)] == [None] * 5
 
 
 class Time:
@@ -202,7 +204,7 @@ class Time:
             self.now += seconds
             return self.stop
 
-        return _repeat.repeat(
+        return retry.repeat(
             attempt, what="POST u", timeout_s=timeout_s, deadline=100 + timeout_s, retries=retries,
             clock=lambda: self.now, wait=wait, jitter=lambda low, high: high,
         )  # fmt: skip
@@ -210,8 +212,8 @@ class Time:
 
 @pytest.fixture
 def real_pauses(monkeypatch):
-    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 0.1)
-    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 5.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 5.0)
 
 
 @pytest.mark.usefixtures("real_pauses")

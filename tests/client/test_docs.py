@@ -8,7 +8,7 @@ import pytest
 
 import dat_client
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(dat_client.__path__, "dat_client."))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(dat_client.__path__, "dat_client."))
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,16 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from dat_client import (
-    Client,
-    InvalidRequest,
-    Overloaded,
-    ProtocolError,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-    _repeat,
-)
+from dat_client import Client, InvalidRequest, Overloaded, ProtocolError, TooLarge, Unauthorized, Unavailable
+from dat_client.transports import retry
 
 TRANSIENT = [
     "drop before reading",
@@ -166,8 +158,8 @@ def test_nobody_there(images):
 
 
 def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
-    monkeypatch.setattr(_repeat, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(_repeat, "LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 1000.0)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     server.every = "status 500"
     client = Client(server.url, timeout_s=2000)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dat_client import InvalidRequest
-from dat_client._arrays import gradient_tensors
+from dat_client.calls.arrays import gradient_tensors
 
 
 def test_gradients_go_with_encoded_images(client, server):

@@ -10,8 +10,9 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError, Unavailable, UnknownCodec, _core
-from dat_client._parts import cut, infer
+from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError, Unavailable, UnknownCodec
+from dat_client.calls import core
+from dat_client.transports.split import cut, infer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,7 +60,7 @@ def test_gradients_and_scales_are_cut_as_the_images_are(images, dtype):
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=images.shape).astype(np.float32)
     gradients *= 10.0 ** -np.arange(4, dtype=np.float32)[:, None, None, None]
-    call = _core.discretize_call(images, gradients, dtype, None, None, None, {"alpha": 0.1})
+    call = core.discretize_call(images, gradients, dtype, None, None, {"alpha": 0.1})
     pieces = cut(call, 3)
     assert [rows for rows, _ in pieces] == [slice(0, 1), slice(1, 2), slice(2, 4)]
     for name, array in call.inputs.items():
@@ -119,11 +120,11 @@ def test_a_failed_part_stops_the_repeats_of_the_others(server):
 
 
 def test_a_part_that_gets_no_thread_stops_the_others(images):
-    call = _core.discretize_call(images, None, "FP16", None, None, None, {})
+    call = core.discretize_call(images, None, "FP16", None, None, {})
     stops: list[threading.Event] = []
-    begun: Future[_core.Exchange] = Future()
+    begun: Future[core.Exchange] = Future()
 
-    def one(part: _core.Call, stop: threading.Event) -> _core.Exchange:
+    def one(part: core.Call, stop: threading.Event) -> core.Exchange:
         stops.append(stop)
         raise Unavailable("repeated until it is stopped")
 

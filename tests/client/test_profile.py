@@ -11,8 +11,9 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from dat_client import AsyncClient, Client, CodecChanged, _core
-from dat_client._profile import PARTS, sample
+from dat_client import AsyncClient, Client, CodecChanged
+from dat_client.calls import core
+from dat_client.calls.profile import PARTS, sample
 
 
 def test_a_call_is_split_by_what_the_server_says(client, server, images):
@@ -91,15 +92,15 @@ def test_profiles_of_many_threads_do_not_lose_each_other(client):
 
 
 def test_a_server_that_claims_more_time_than_there_was_makes_nothing_negative(images):
-    call = _core.discretize_call(images, None, "FP16", None, None, None, {})
-    exchange = _core.Exchange(None, {"total": 9.0, "codec": 8.0}, 10.0, 2.0, 1, 1)  # type: ignore[arg-type]
+    call = core.discretize_call(images, None, "FP16", None, None, {})
+    exchange = core.Exchange(None, {"total": 9.0, "codec": 8.0}, 10.0, 2.0, 1, 1)  # type: ignore[arg-type]
     made = sample(call, exchange, 9.5, 3.0)
     assert all(getattr(made, part) >= 0 for part in PARTS)
 
 
 @pytest.mark.parametrize("header", [None, "", "x", "a;dur=x", "a;dur=nan", ";;,,", "a;dur", "a;dur=1e999"])
 def test_any_server_timing_is_read(header):
-    assert _core.server_timing(header) == {}
+    assert core.server_timing(header) == {}
 
 
 def test_a_codec_that_changes_is_told_once_for_each_change(client, server, images):

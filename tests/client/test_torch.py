@@ -35,14 +35,14 @@ def test_decode_gives_torch_for_torch(client):
 
 
 def test_answers_go_back_to_the_device(monkeypatch):
-    from dat_client._arrays import Kind
+    from dat_client.calls.arrays import Kind
 
     restored = Kind(torch, torch.device("meta")).restore(np.zeros((1, 3, 2, 2), np.uint8))
     assert restored.device.type == "meta"
 
 
 def test_read_only_and_unaligned_answers_are_copied():
-    from dat_client._arrays import Kind
+    from dat_client.calls.arrays import Kind
 
     array = np.frombuffer(b"x" + np.arange(6, dtype=np.float32).tobytes(), np.uint8)[1:].view(np.float32)
     assert not array.flags.writeable

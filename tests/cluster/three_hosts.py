@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dat_client import Client
-from dat_service import haproxy
 from dat_service.bench.processes import DAT, started
+from dat_service.ray import haproxy
 from tests.cluster.hosts import Host, hosts, why_not
 from tests.load.answers import CODEC, SERVE, answers
 from tests.load.traffic import Traffic, show
@@ -151,7 +151,7 @@ def dat_haproxy(folder: Path) -> Path:
     if installed.exists():
         return installed
     script = folder / "dat-haproxy"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m dat_service.haproxy_wrapper "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m dat_service.ray.haproxy_wrapper "$@"\n')
     script.chmod(0o700)
     return script
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dat_service.haproxy import SERVE
+from dat_service.ray.haproxy import SERVE
 from dat_service.settings import OTHER_VARIABLES, Settings
 from tests.deploy.files import DEPLOY, ROOT, document, problems, unknown_flags
 
@@ -122,7 +122,7 @@ def test_variables_of_the_image_are_ours() -> None:
 
 
 def test_health_check_asks_what_is_there() -> None:
-    from dat_service.protocol import router
+    from dat_service.http.oip import router
 
     (check,) = [rest for word, rest in stages()["cpu"] if word == "HEALTHCHECK"]
     paths = {getattr(route, "path", None) for route in router.routes}

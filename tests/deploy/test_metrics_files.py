@@ -10,8 +10,8 @@ from typing import Any
 import promql_parser as promql
 import pytest
 
-from dat_service.metrics import GAUGES, Metrics
-from dat_service.observe import REASONS
+from dat_service.http.middleware import REASONS
+from dat_service.observability.metrics import GAUGES, Metrics
 from tests.deploy.files import DEPLOY, document, problems
 
 FROM_PROMETHEUS = {"job", "instance"}
@@ -140,7 +140,7 @@ def test_scrape_configuration() -> None:
 
 
 def test_metrics_path_is_a_route() -> None:
-    from dat_service.operators import router
+    from dat_service.http.admin import router
 
     (job,) = document("prometheus/prometheus.yml")["scrape_configs"]
     assert job["metrics_path"] in {getattr(route, "path", None) for route in router.routes}

@@ -13,7 +13,8 @@ import torch
 
 from dat_client import Client, InvalidRequest, wire
 from dat_workers.codecs.store import load_model
-from dat_workers.engines import Engine, create
+from dat_workers.engines.base import Engine
+from dat_workers.engines.factory import create
 from tests.conftest import app_in_thread, crop
 from tests.service.http import send
 

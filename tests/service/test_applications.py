@@ -12,10 +12,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
-from dat_service.applications import build, gpus_of, options, replica_range, routes
-from dat_service.autoscale import ByQueuedImages
 from dat_service.cli.main import app
-from dat_service.ray_service import RayService, ServeFailed, shared
+from dat_service.ray.autoscale import ByQueuedImages
+from dat_service.ray.deployments import build, gpus_of, options, replica_range, routes
+from dat_service.ray.service import RayService, ServeFailed, shared
 from dat_service.settings import Settings, SettingsError
 from tests.conftest import free_port
 

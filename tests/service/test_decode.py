@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dat_client.errors import WireError
+from dat_service.http.oip import SMALL_JSON, decode
 from dat_service.inference import Caller, infer
-from dat_service.protocol import SMALL_JSON, decode
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.errors import InvalidInput

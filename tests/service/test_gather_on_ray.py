@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dat_service.gather import NAMESPACE, Gather
+from dat_service.ray.metrics_board import NAMESPACE, Gather
 from tests.conftest import ROOT
 from tests.service.test_metrics import Samples, busy, parsed
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from dat_service.haproxy_wrapper import MARK, amend, binary, prepare
+from dat_service.ray.haproxy_wrapper import MARK, amend, binary, prepare
 from tests.conftest import free_port
 
 
@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def running(path: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """`dat-haproxy` on a configuration, as Ray starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dat_service.haproxy_wrapper", *arguments, "-db", "-f", str(path)],
+        [sys.executable, "-m", "dat_service.ray.haproxy_wrapper", *arguments, "-db", "-f", str(path)],
         stderr=subprocess.PIPE,
         env=os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": "/names/the/wrapper/itself"},
     )
@@ -278,7 +278,7 @@ def test_ends_with_the_process_that_started_it(tmp_path: Path, replica: StandInR
     """An orphan would keep the port, and Serve's next proxy could not listen."""
     port = free_port()
     path = ray_config(tmp_path, port, replica.server_port)
-    command = [sys.executable, "-m", "dat_service.haproxy_wrapper", "-db", "-f", str(path)]
+    command = [sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "-db", "-f", str(path)]
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({command!r}, stderr=subprocess.DEVNULL)"]
     )

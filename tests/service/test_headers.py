@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from dat_service import headers
-from dat_service.headers import MAX_BYTES, LimitedHeaders
+from dat_service.http import header_limits
+from dat_service.http.header_limits import MAX_BYTES, LimitedHeaders
 
 
 async def length_of_body(scope: Any, receive: Any, send: Any) -> None:
@@ -109,7 +109,7 @@ def test_no_end_of_headers(port: int, start: bytes, piece: bytes) -> None:
 
 
 def test_headers_that_take_too_long(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(header_limits, "TIMEOUT_S", 0.2)
     with connect(port) as connection:
         assert answer(connection) == b""  # before a word was said
     with connect(port) as connection:
@@ -118,7 +118,7 @@ def test_headers_that_take_too_long(port: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_headers_are_timed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(header_limits, "TIMEOUT_S", 1.0)
     with connect(port) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 4\r\n\r\nab")
         time.sleep(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dat_service.security import KeyRing, read_keys
+from dat_service.http.auth import KeyRing, read_keys
 from tests.service.http import Reply, encoded, infer, infer_images, send
 
 IMAGE = np.zeros((1, 3, 8, 8), np.uint8)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from dat_service import logs
+from dat_service.observability import logs
 
 NASTY = "a\nFAKE line\r\x1b[31m\u2028b"
 log = logging.getLogger("dat_service")

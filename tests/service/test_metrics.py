@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dat_service.gather import Gather
-from dat_service.metrics import Metrics, merged, render
+from dat_service.observability.metrics import Metrics, merged, render
+from dat_service.ray.metrics_board import Gather
 
 Samples = dict[tuple[str, str], float]  # by name and replica
 
@@ -72,11 +72,11 @@ def test_replicas_are_merged_into_one_family_each() -> None:
 
 
 def test_board_forgets_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dat_service import gather
+    from dat_service.ray import metrics_board
 
     now = 100.0
-    monkeypatch.setattr(gather, "time", SimpleNamespace(monotonic=lambda: now))
-    board = gather.Board()
+    monkeypatch.setattr(metrics_board, "time", SimpleNamespace(monotonic=lambda: now))
+    board = metrics_board.Board()
     board.put("r1", busy("r1", 1).families())
     now += 20
     board.put("r2", busy("r2", 1).families())
@@ -92,7 +92,7 @@ def test_scrape_goes_on_without_the_actor(monkeypatch: pytest.MonkeyPatch) -> No
     """One that never answers costs a scrape a limited time, and nothing of its own metrics."""
     from concurrent.futures import Future
 
-    from dat_service import gather as module
+    from dat_service.ray import metrics_board as module
 
     monkeypatch.setattr(module, "LONGEST_S", 0.05)
     monkeypatch.setattr(Gather, "_push", lambda self: None)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dat_service.metrics import Metrics
-from dat_service.observe import Observe, Seen
+from dat_service.http.middleware import Observe, Seen
+from dat_service.observability.metrics import Metrics
 from tests.service.http import Reply, infer_images, send, tensor
 
 IMAGE = np.zeros((2, 3, 8, 8), np.uint8)
@@ -52,7 +52,7 @@ def test_each_answer_has_an_id(open_url: str) -> None:
 
 def test_id_on_the_page_of_a_failure_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     """Starlette makes that page outside of its own middleware."""
-    from dat_service.app import create_app
+    from dat_service.http.app import create_app
     from dat_service.settings import Settings
     from dat_service.worker import CodecWorker
 
@@ -219,7 +219,7 @@ def test_answer_that_does_not_end_is_counted_as_such(how: str) -> None:
 
 
 def test_audit_lines_say_who_and_why_and_do_not_fill_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
-    from dat_service import logs
+    from dat_service.observability import logs
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"] |= {"refusal": "the key may infer", "key_id": "ci.nightly"}

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from dat_service.processes import Process, children, descendants, end, mentioning
+from dat_service.ray.processes import Process, children, descendants, end, mentioning
 
 # a process with a child; both go on until they are made to
 FAMILY = """

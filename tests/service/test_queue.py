@@ -20,7 +20,7 @@ import pytest
 from starlette.requests import Request
 
 from dat_client import Client
-from dat_service.protocol import caller_of
+from dat_service.http.oip import caller_of
 from dat_service.worker import CodecWorker
 from tests.conftest import crop
 from tests.service.http import Reply, infer_images, send, tensor

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from dat_service.processes import PROC, Process, children, descendants
+from dat_service.ray.processes import PROC, Process, children, descendants
 from dat_workers.codecs.file import Origin
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import CodecStore
-from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from tests.conftest import dat_serve
 from tests.service.load import Load, load

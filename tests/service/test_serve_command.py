@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dat_client import Client
-from dat_service.processes import PROC, children, descendants
+from dat_service.ray.processes import PROC, children, descendants
 from tests.conftest import DAT, dat_serve, free_port
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from dat_service.processes import Process, children, descendants
+from dat_service.ray.processes import Process, children, descendants
 from tests.conftest import DAT, dat_serve, free_port
 from tests.service.load import infer_body
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dat_service.admission import Shares
 from dat_service.settings import Settings, SettingsError, make_settings
-from dat_service.shares import Shares
 from dat_service.worker import CodecWorker
 from dat_workers.errors import Full, TooLarge, Unhealthy
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dat_service import tracing
+from dat_service.observability import tracing
 from tests.conftest import app_in_thread
 from tests.service.http import infer_images, send
 
@@ -68,7 +68,7 @@ def test_spans_of_requests(collected: list[Any]) -> None:
 
 
 def test_stages_follow_one_another(collected: list[Any]) -> None:
-    from dat_service.observe import Seen
+    from dat_service.http.middleware import Seen
 
     spans = tracing.Spans("identity", "local")
     spans.record(

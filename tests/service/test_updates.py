@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from dat_service.cli.serve import no_updates, updates
-from dat_service.ports import BLOCK, is_free, take_block
-from dat_service.ray_service import RayService, ServeFailed
+from dat_service.ray.ports import BLOCK, is_free, take_block
+from dat_service.ray.service import RayService, ServeFailed
 from dat_service.settings import Settings
-from dat_workers.signals import interrupted_later
+from dat_workers.system.signals import interrupted_later
 
 
 @pytest.fixture

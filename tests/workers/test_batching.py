@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.batching import Batcher
+from dat_workers.batching.batcher import Batcher
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines.tricks import Tricks
+from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.errors import DeadlinePassed, EngineError, Full, OutOfMemory, Unhealthy
 
 SPEC = CodecSpec(

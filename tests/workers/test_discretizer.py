@@ -158,7 +158,7 @@ def test_fp32_is_not_tf32() -> None:
 
 
 def test_large_pictures_take_the_blockwise_attention_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dat_workers.codecs import vqgan
+    from dat_workers.codecs.networks import vqgan
 
     tiny = Discretizer.from_store("tiny-f8", device="cpu")
     image = crop("coffee", 128, 128)[None]

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dat_workers.fair_queue import Entry, FairQueue
+from dat_workers.batching.fair_queue import Entry, FairQueue
 
 
 def entry(flow: str, rows: int, group: str = "g", cost: float = 1.0) -> Entry[str]:

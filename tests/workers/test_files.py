@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dat_workers.files import replacing, write_atomically
+from dat_workers.system.files import replacing, write_atomically
 
 
 def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dat_workers.threads import Threads
+from dat_workers.system.threads import Threads
 
 
 def test_items_are_computed_beside_each_other_and_keep_their_order() -> None:
@@ -45,7 +45,7 @@ def test_they_end_with_their_object() -> None:
 def test_one_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
     script = (
         "import threading\n"
-        "from dat_workers.threads import Threads\n"
+        "from dat_workers.system.threads import Threads\n"
         "hung = threading.Event()\n"
         "def hang(_):\n"
         "    hung.set()\n"

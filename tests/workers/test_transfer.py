@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.transfer import Job, through
+from dat_workers.batching.device_copies import Job, through
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from dat_service.cli.main import app
 from dat_workers.codecs.store import load_model
-from dat_workers.diagnose import find_overflow
-from dat_workers.engines import create
-from dat_workers.survey import Row, fastest, judged, survey
-from dat_workers.verify import Agreement, encode, jaccard, judge, measure, stand_in_gradients
+from dat_workers.engines.factory import create
+from dat_workers.verify.agreement import Agreement, encode, jaccard, judge, measure, stand_in_gradients
+from dat_workers.verify.diagnose import find_overflow
+from dat_workers.verify.survey import Row, fastest, judged, survey
 
 GOOD = Agreement(1.0, 100.0, 1e-6, 0, False, 1.0, 1.0)
 
@@ -190,7 +190,7 @@ def test_command_without_names_is_decided_by_the_default(
     broken = Row(
         "onnx", "fp16", False, Agreement(0.0, float("nan"), float("nan"), 2, True, 0.0, 0.0), 1.0, "x.conv1"
     )
-    monkeypatch.setattr("dat_workers.survey.survey", lambda *a, **k: [default, other, absent, broken])
+    monkeypatch.setattr("dat_workers.verify.survey.survey", lambda *a, **k: [default, other, absent, broken])
     said = run(status=status).stdout
     assert f"the fastest that passes: {'none' if status else 'torch fp16'}" in said
     assert "not run: not installed" in said

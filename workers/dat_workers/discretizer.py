@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dat_workers.batching.device_copies import Array, Compute, Job, through
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.engines import Engine, create, rows_at_once
+from dat_workers.engines.base import Engine, rows_at_once
+from dat_workers.engines.factory import create
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
-from dat_workers.transfer import Array, Compute, Job, through
-from dat_workers.work import (
+from dat_workers.request import (
     OUTPUTS,
     Task,
     Work,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dat_workers.batching.device_copies import Array
 from dat_workers.errors import InvalidInput
-from dat_workers.transfer import Array
 
 Base = Literal["x", "reconstruction"]
 Normalize = Literal["none", "l2", "sign"]

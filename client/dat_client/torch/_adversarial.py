@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aio import AsyncClient
-from ..client import Client
-from ..errors import InvalidRequest, shown
+from dat_client.aio import AsyncClient
+from dat_client.client import Client
+from dat_client.errors import InvalidRequest, shown
+
 from ._gradient import check_reduction, checked_modules, loss_gradient
 from ._pictures import check_reconstruction, checked, float_dtype, from_wire, to_wire
 

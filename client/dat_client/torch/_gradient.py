@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidRequest, shown
+from dat_client.errors import InvalidRequest, shown
 
 # The summed loss is multiplied by this before the backward pass and the gradient divided by it: exact in fp32, and
 # what keeps the fp16 half of a mixed-precision model from rounding small gradients to 0. torch.amp.GradScaler's

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._core import Discretized
-from ..client import Client
-from ..errors import InvalidRequest, shown
+from dat_client.calls.core import Discretized
+from dat_client.client import Client
+from dat_client.errors import InvalidRequest, shown
+
 from ._adversarial import RandomStart, attack, check_client
 from ._gradient import check_reduction, checked_modules
 from ._pictures import check_reconstruction, checked, float_dtype, from_wire, moved, to_wire

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidRequest, shown
+from dat_client.errors import InvalidRequest, shown
 
 # Of a grey level. k/255 in fp32 comes back within 2e-5; δ is 7e-2 (DESIGN.md, "Numerics").
 ON_A_LEVEL = 1e-4

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..client import Client
+from dat_client.client import Client
+
 from ._pictures import checked, float_dtype, from_wire, to_wire
 
 

@@ -15,7 +15,7 @@ from dat_client.torch import AdversarialLoader
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Lightning's own imports warn
     pl = pytest.importorskip("pytorch_lightning")
-    from dat_client.lightning import DiscreteAdversarialTraining
+    from dat_client.integrations.lightning import DiscreteAdversarialTraining
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"

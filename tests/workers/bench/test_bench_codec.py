@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from dat_service.cli.main import app
 from dat_workers.bench import cell, codec, machine, roofline
 from dat_workers.bench.contestants import Candidate, Codec, candidates, engine_candidate
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
-from dat_workers.codecs.vqgan import VQGAN
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dat_workers.bench.runner import Timing, alternate, cpu_clock, rates, ratio
+from dat_workers.system.timing import Timing, alternate, cpu_clock, rates, ratio
 
 
 def fake(order: list[str], cost: dict[str, list[float]]) -> tuple[dict[str, Callable[[], object]], object]:

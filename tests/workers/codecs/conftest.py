@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
 
 
 @pytest.fixture(autouse=True)

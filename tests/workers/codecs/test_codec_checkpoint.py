@@ -20,8 +20,8 @@ from torch import Tensor
 from dat_workers.codecs import checkpoint
 from dat_workers.codecs.checkpoint import infer_spec, load_published, read_checkpoint
 from dat_workers.codecs.file import expected_shapes
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError, CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
 
 Save = Callable[..., Path]
 

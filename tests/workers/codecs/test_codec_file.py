@@ -177,7 +177,7 @@ from pathlib import Path
 import torch
 from dat_workers.codecs import file
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.codecs.networks.vqgan import VQGAN
 spec = CodecSpec("toy", ch=32, ch_mult=(1,), num_res_blocks=1, codebook_size=8, latent_dim=4)
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
 file.write(Path(sys.argv[1]), spec, VQGAN(spec).state_dict(), file.Origin("", "", ""))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dat_workers.codecs import file, store
 from dat_workers.codecs.file import Origin
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY, UnknownCodec
 from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.store import CodecStore, load_model
-from dat_workers.codecs.vqgan import VQGAN
 
 ORIGIN = Origin.now("toy.ckpt", "00" * 32)
 

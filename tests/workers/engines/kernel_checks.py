@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dat_workers.engines.fast import kernels
+from dat_workers.engines.torch import kernels
 
 # numpy, which the interpreter runs on, warns of what IEEE arithmetic is asked for here
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

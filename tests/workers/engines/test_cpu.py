@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from dat_workers.codecs.networks.vqgan import VQGAN, Norm, Upsample
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
-from dat_workers.codecs.vqgan import VQGAN, Norm, Upsample
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines import create
-from dat_workers.engines.cpu_engine import CpuEngine, FastDecoder, FoldedUpsample, normed
+from dat_workers.engines.cpu.engine import CpuEngine, FastDecoder, FoldedUpsample, normed
+from dat_workers.engines.factory import create
 from dat_workers.errors import EngineError
-from dat_workers.threads import Threads
-from dat_workers.verify import compare
+from dat_workers.system.threads import Threads
+from dat_workers.verify.agreement import compare
 
 
 @pytest.fixture(scope="module")

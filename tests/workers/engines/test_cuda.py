@@ -20,16 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from dat_workers.batching.device_copies import Job, through
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines import Engine, create, true_fp32
-from dat_workers.engines.fast.graphs import SIZES
-from dat_workers.engines.torch_engine import TorchEngine
-from dat_workers.engines.tricks import Tricks
+from dat_workers.engines.base import Engine
+from dat_workers.engines.factory import create, true_fp32
+from dat_workers.engines.torch.engine import TorchEngine
+from dat_workers.engines.torch.graphs import SIZES
+from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.errors import EngineError
 from dat_workers.perturbation import Step
-from dat_workers.transfer import Job, through
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
@@ -248,7 +249,7 @@ def test_overflow_is_an_error(half: str, says: str, tricks: str) -> None:
 
 def test_large_offsets() -> None:
     """2^31 elements and more, where 32 bits would wrap."""
-    from dat_workers.engines.fast import kernels
+    from dat_workers.engines.torch import kernels
 
     if torch.cuda.mem_get_info()[0] < 12e9:
         pytest.skip("needs 12 GB of free GPU memory")
@@ -263,7 +264,7 @@ def test_large_offsets() -> None:
 
 
 def test_nearest_of_many_is_chunked_nearest() -> None:
-    from dat_workers.engines.fast import kernels
+    from dat_workers.engines.torch import kernels
 
     model = random_model(FULL).cuda()
     z = torch.randn(64, 4, 28, 28, device="cuda") * 0.1

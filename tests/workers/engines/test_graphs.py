@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dat_workers.engines.fast.graphs import SIZES, Graphed, pieces
+from dat_workers.engines.torch.graphs import SIZES, Graphed, pieces
 
 
 @given(st.integers(1, 300), st.lists(st.integers(1, 64), min_size=1, unique=True).map(sorted))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dat_workers.codecs.networks.vqgan import Codebook
 from dat_workers.codecs.store import load_model
-from dat_workers.codecs.vqgan import Codebook
-from dat_workers.engines.groups import GroupSearch, grouped
+from dat_workers.engines.cpu.ball_search import GroupSearch, grouped
 
 
 def codebook(vectors: torch.Tensor) -> Codebook:

@@ -41,7 +41,7 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], f
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_norm_compiles_for_hopper(dtype: str) -> None:
-    from dat_workers.engines.fast import kernels
+    from dat_workers.engines.torch import kernels
 
     tile = {"BLOCK_P": 32, "BLOCK_C": 128}
     moments = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "m2_ptr": "*fp32"}
@@ -53,7 +53,7 @@ def test_norm_compiles_for_hopper(dtype: str) -> None:
 
 
 def test_merge_compiles_for_hopper() -> None:
-    from dat_workers.engines.fast import kernels
+    from dat_workers.engines.torch import kernels
 
     pointers = dict.fromkeys(("mean_ptr", "m2_ptr", "group_mean_ptr", "group_rstd_ptr"), "*fp32")
     constants = {"GROUP_SIZE": 16, "BLOCK_PARTS": kernels.MOST_PARTS, "BLOCK_G": 16}
@@ -64,7 +64,7 @@ def test_merge_compiles_for_hopper() -> None:
 @pytest.mark.parametrize("d", [4, 8, 256])
 def test_nearest_compiles_for_hopper_without_tensor_cores(d: int) -> None:
     """A matrix instruction on fp32 would be TF32."""
-    from dat_workers.engines.fast import kernels
+    from dat_workers.engines.torch import kernels
 
     pointers = {"z_ptr": "*fp32", "codebook_ptr": "*fp32", "norms_ptr": "*fp32", "out_ptr": "*i64"}
     binary = compiled(kernels._nearest, pointers, {"D": d, **kernels.NEAREST_BLOCKS})

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dat_workers.codecs.networks.vqgan import VQGAN, Upsample
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
-from dat_workers.codecs.vqgan import VQGAN, Upsample
-from dat_workers.engines import create
-from dat_workers.engines.fast import network
-from dat_workers.engines.fast.network import (
+from dat_workers.engines.factory import create
+from dat_workers.engines.torch import network
+from dat_workers.engines.torch.network import (
     FP32_LAYERS,
     Convolution,
     FastAttention,
@@ -23,8 +23,8 @@ from dat_workers.engines.fast.network import (
     FoldedUpsample,
     build,
 )
-from dat_workers.engines.tricks import Tricks
-from dat_workers.verify import compare
+from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.verify.agreement import compare
 from tests.workers.engines.test_parity import random_codec
 
 EACH = [field.name for field in fields(Tricks) if field.name not in ("graphs", "overlap")]
@@ -121,7 +121,7 @@ def test_a_layer_that_is_listed_runs_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_attention_scores_past_65504_do_not_overflow() -> None:
     """512 products of 16·16 are 131072: unscaled they would be infinite in fp16."""
-    from dat_workers.codecs.vqgan import AttnBlock
+    from dat_workers.codecs.networks.vqgan import AttnBlock
 
     block = AttnBlock(512).requires_grad_(False)
     for conv in (block.q, block.k):

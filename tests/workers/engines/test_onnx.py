@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from dat_workers import onnx_export
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore, load_model
-from dat_workers.codecs.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines import create, onnx_engine
+from dat_workers.engines.factory import create
+from dat_workers.engines.onnx import engine, export
+from dat_workers.engines.onnx.export import Manifest, check_graphs, write_export
 from dat_workers.errors import EngineError
-from dat_workers.onnx_export import Manifest, check_graphs, write_export
-from dat_workers.verify import compare
+from dat_workers.verify.agreement import compare
 from tests.conftest import DAT
 
 onnxruntime: Any = pytest.importorskip("onnxruntime")
@@ -57,8 +57,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The exported graphs; exporting gives these from now on, without its seconds."""
-    held = {f"{part}.onnx": (folder / f"{part}.onnx").read_bytes() for part in onnx_export.PARTS}
-    for module in (onnx_export, onnx_engine):
+    held = {f"{part}.onnx": (folder / f"{part}.onnx").read_bytes() for part in export.PARTS}
+    for module in (export, engine):
         monkeypatch.setattr(module, "export_graphs", lambda model: held)
     return held
 
@@ -83,17 +83,17 @@ def test_files_are_q_in_any_size(folder: Path, model: VQGAN, shape: tuple[int, i
 
 
 def test_ties_go_to_the_lowest_index_and_distances_are_never_whole(model: VQGAN) -> None:
-    graph = onnx_export.CodebookGraph(model)
+    graph = export.CodebookGraph(model)
     graph.vectors = model.quantize.embedding.weight.detach().repeat(2, 1)
     z = model.quantize.embedding.weight[[5, 16383, 0]].t()[None, :, None]
     assert graph(z).flatten().tolist() == [5, 16383, 0]
-    assert len(graph.vectors) / 8 > onnx_export.ENTRIES_AT_ONCE
+    assert len(graph.vectors) / 8 > export.ENTRIES_AT_ONCE
 
 
 def test_manifest_names_what_was_written(folder: Path, mark: str) -> None:
     manifest = Manifest.read(folder)
     assert manifest is not None
-    assert (manifest.codec, manifest.fingerprint, manifest.opset) == ("tiny-f8", mark, onnx_export.OPSET)
+    assert (manifest.codec, manifest.fingerprint, manifest.opset) == ("tiny-f8", mark, export.OPSET)
     assert sorted(p.name for p in folder.iterdir()) == sorted([*manifest.files, "codec.json"])
     assert manifest.whole(folder)
 
@@ -140,7 +140,7 @@ def test_a_failing_export_leaves_nothing(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_export, "write_atomically", full)
+        patch.setattr(export, "write_atomically", full)
         with pytest.raises(CodecError, match="no space left"):
             write_export(model, "tiny-f8", mark, target)
     graphs["decoder.onnx"] = graphs["encoder.onnx"]
@@ -179,14 +179,14 @@ def test_export_is_kept_and_made_anew_where_it_is_damaged(
     home: Path, graphs: dict[str, bytes], model: VQGAN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    monkeypatch.setattr(onnx_engine, "export_graphs", lambda model: made.append(1) or graphs)
-    folder = onnx_engine.exported(model)
-    assert onnx_engine.exported(model) == folder
+    monkeypatch.setattr(engine, "export_graphs", lambda model: made.append(1) or graphs)
+    folder = engine.exported(model)
+    assert engine.exported(model) == folder
     assert len(made) == 1
     (folder / "decoder.onnx").write_bytes(b"half")
-    assert onnx_engine.exported(model) == folder
+    assert engine.exported(model) == folder
     (folder / "codec.json").write_text("{}")
-    assert onnx_engine.exported(model) == folder
+    assert engine.exported(model) == folder
     assert len(made) == 3
     assert [p.name for p in (home / "onnx").iterdir()] == [folder.name]
 
@@ -196,13 +196,13 @@ def test_the_second_of_two_processes_takes_what_the_first_exported(
 ) -> None:
     def overtaken(model: VQGAN) -> dict[str, bytes]:
         with monkeypatch.context() as patch:
-            patch.setattr(onnx_engine, "export_graphs", lambda model: graphs)
-            onnx_engine.exported(model)  # the other process
+            patch.setattr(engine, "export_graphs", lambda model: graphs)
+            engine.exported(model)  # the other process
         return graphs
 
-    monkeypatch.setattr(onnx_engine, "export_graphs", overtaken)
-    folder = onnx_engine.exported(model)
-    assert onnx_engine.usable(folder, json.loads((folder / "codec.json").read_text())["fingerprint"])
+    monkeypatch.setattr(engine, "export_graphs", overtaken)
+    folder = engine.exported(model)
+    assert engine.usable(folder, json.loads((folder / "codec.json").read_text())["fingerprint"])
     assert [p.name for p in (home / "onnx").iterdir()] == [folder.name]
 
 
@@ -239,8 +239,8 @@ def test_what_the_engine_cannot_do_is_said(
 def test_providers_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     there = ["CPUExecutionProvider", "AzureExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
-    assert [name[:4] for name in onnx_engine.pick_providers("auto")] == ["Tens", "CUDA", "CPUE"]
-    assert onnx_engine.pick_providers("cpu") == ["CPUExecutionProvider"]
+    assert [name[:4] for name in engine.pick_providers("auto")] == ["Tens", "CUDA", "CPUE"]
+    assert engine.pick_providers("cpu") == ["CPUExecutionProvider"]
 
 
 def test_a_missing_package_is_named_with_its_command(model: VQGAN, monkeypatch: pytest.MonkeyPatch) -> None:

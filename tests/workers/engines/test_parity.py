@@ -14,12 +14,12 @@ import torch
 
 from dat_workers.codecs.checkpoint import load_published
 from dat_workers.codecs.file import Origin
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import CodecStore, load_model
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import create
-from dat_workers.verify import compare
+from dat_workers.engines.factory import create
+from dat_workers.verify.agreement import compare
 
 TINY = CodecSpec(
     "toy", ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(64,), codebook_size=512, latent_dim=4

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from dat_workers.engines.tricks import Tricks
+from dat_workers.engines.torch.tricks import Tricks
 
 ALL = [field.name for field in fields(Tricks)]
 

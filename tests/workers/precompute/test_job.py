@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput
-from dat_workers.pictures import pixels
+from dat_workers.images.encoded import pixels
 from dat_workers.precompute import OtherRecipe, SampleFailed, State, precompute
 from dat_workers.precompute import worker as worker_module
 from dat_workers.precompute.folder import Folder, ShardWriter

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dat_client import Client, InvalidDataset
-from dat_client._shards import _pictures_of
+from dat_client.shards import _pictures_of
 from dat_client.webdataset import load
 from dat_workers.precompute import precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar

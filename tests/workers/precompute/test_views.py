@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
 from dat_workers.errors import InvalidInput
-from dat_workers.pictures import pixels
+from dat_workers.images.encoded import pixels
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import crops_of, encoded, encoded_tokens, prepared, with_others
 from tests.workers.precompute.shards import as_array, picture

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dat_workers.codecs.file import Origin, read, write
+from dat_workers.codecs.networks.vqgan import VQGAN, Codebook
 from dat_workers.codecs.spec import CodecError, CodecSpec
-from dat_workers.codecs.vqgan import VQGAN, Codebook
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool
 from dat_workers.training.export import exported_weights

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dat_workers.bench import machine, roofline
 from dat_workers.bench.contestants import Candidate, Codec, engine_candidate
-from dat_workers.bench.runner import alternate, clock_for, cpu_clock, one_line, rates, ratio
-from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines import create
+from dat_workers.engines.factory import create
+from dat_workers.system.timing import alternate, clock_for, cpu_clock, one_line, rates, ratio
 
 OPERATIONS = ("q", "encode", "decode", "host")
 

@@ -27,11 +27,11 @@ from dat_workers.bench import machine, roofline
 from dat_workers.bench.cell import OPERATIONS, Plan, Pool, run_cell, run_steps, true_tokens
 from dat_workers.bench.contestants import Candidate, candidates
 from dat_workers.bench.report import show_cell, show_steps
-from dat_workers.bench.runner import one_line
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import pick_device, true_fp32
-from dat_workers.files import write_atomically
+from dat_workers.engines.factory import pick_device, true_fp32
+from dat_workers.system.files import write_atomically
+from dat_workers.system.timing import one_line
 
 GEOMETRIES = {"vq-f8": "vqgan-openimages-f8-16384", "vq-f16": "vqgan-openimages-f16-16384"}
 BASELINE = "taming fp32"
@@ -181,7 +181,7 @@ def make_pool(
     reason = weights
     if weights != RANDOM:
         try:
-            from dat_workers.pictures import sample_crops
+            from dat_workers.images.crops import sample_crops
 
             images = torch.from_numpy(sample_crops(sources, size, count))
             tokens, name = true_tokens(model, images, device)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dat_workers.bench.diffusers_model import as_vqmodel
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import Engine, create, offered, rows_at_once
-from dat_workers.engines.fast.network import tf32
+from dat_workers.codecs.networks.vqgan import VQGAN
+from dat_workers.engines.base import Engine, rows_at_once
+from dat_workers.engines.factory import create, offered
+from dat_workers.engines.torch.network import tf32
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

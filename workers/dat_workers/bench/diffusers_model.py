@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.codecs.networks.vqgan import VQGAN
 
 # published name -> diffusers' name, in this order (diffusers/models/autoencoders/vae.py, unets/unet_2d_blocks.py)
 RENAMED = (

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dat_workers.codecs.networks.vqgan import VQGAN, AttnBlock, ResnetBlock, Upsample
 from dat_workers.codecs.spec import CodecSpec
-from dat_workers.codecs.vqgan import VQGAN, AttnBlock, ResnetBlock, Upsample
 
 TRICKS = ("channels_last", "fused_norm", "folded_upsample", "sdpa", "fused_codebook", "graphs", "overlap")
 

@@ -28,7 +28,7 @@ from dat_workers.codecs.file import Origin
 from dat_workers.codecs.registry import get
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore
-from dat_workers.files import write_atomically
+from dat_workers.system.files import write_atomically
 
 if sys.platform != "win32":
     import fcntl

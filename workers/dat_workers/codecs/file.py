@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError, CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.files import write_atomically
+from dat_workers.system.files import write_atomically
 
 SHOWN = 5  # how many offending keys an error names; it counts the rest
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dat_workers.codecs import file
 from dat_workers.codecs.file import CodecFile, Origin
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY, UnknownCodec
 from dat_workers.codecs.spec import CodecError, CodecSpec
-from dat_workers.codecs.vqgan import VQGAN
 
 EMBEDDED = ("tiny-f8",)
 EMBEDDED_FOLDER = Path(__file__).parent

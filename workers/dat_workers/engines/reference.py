@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.engines import mark_non_finite
-from dat_workers.engines.tricks import Tricks
+from dat_workers.codecs.networks.vqgan import VQGAN
+from dat_workers.engines.base import mark_non_finite
+from dat_workers.engines.torch.tricks import Tricks
 
 
 class ReferenceEngine:

@@ -11,13 +11,13 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from dat_workers.pictures import as_image, decode_picture, encode_jpeg, open_picture, pixels
+from dat_workers.batching.device_copies import Array
+from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
 from dat_workers.precompute.folder import Folder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
 from dat_workers.precompute.sources import Shard, Source
 from dat_workers.precompute.views import views_of
-from dat_workers.transfer import Array
 
 SAMPLES = 64
 SIDE = 224  # pixels at which they are shown

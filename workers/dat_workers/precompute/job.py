@@ -17,7 +17,7 @@ from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import LOOKED_AT_ONCE, PICTURES_A_SHARD, Shard, Source, find, reached
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders
-from dat_workers.threads import Threads
+from dat_workers.system.threads import Threads
 
 log = logging.getLogger("dat_workers")
 

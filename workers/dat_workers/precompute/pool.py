@@ -9,12 +9,12 @@ from typing import Protocol
 
 import torch
 
-from dat_workers.engines import pick_device
+from dat_workers.batching.device_copies import Array
+from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.folder import Entry
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, Progress, Worker
-from dat_workers.transfer import Array
 
 
 class WorkerLost(RuntimeError):

@@ -10,14 +10,14 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
 
+from dat_workers.batching.device_copies import Array
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.folder import Entry
 from dat_workers.precompute.pool import WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, Progress, Worker
-from dat_workers.signals import interrupted_later
-from dat_workers.transfer import Array
+from dat_workers.system.signals import interrupted_later
 
 log = logging.getLogger("dat_workers")
 

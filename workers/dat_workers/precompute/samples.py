@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
-from dat_workers.pictures import SUFFIXES
+from dat_workers.images.encoded import SUFFIXES
 from dat_workers.precompute.sources import Shard, file_sha256, opened
 
 # webdataset's rule: a key goes up to the first dot of the file's name, the rest is the field

@@ -15,9 +15,9 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from dat_workers.errors import InvalidInput
-from dat_workers.pictures import SUFFIXES
+from dat_workers.images.encoded import SUFFIXES
 from dat_workers.precompute.recipe import short
-from dat_workers.threads import Threads
+from dat_workers.system.threads import Threads
 
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
 TARS = (".tar", ".tar.gz", ".tgz")

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dat_workers.batching.device_copies import Array
 from dat_workers.errors import InvalidInput
+from dat_workers.images.encoded import as_image, encode_jpeg, encode_png
 from dat_workers.perturbation import swaps
-from dat_workers.pictures import as_image, encode_jpeg, encode_png
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.transfer import Array
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop, as ImageNet is trained on
 BILINEAR = Image.Resampling.BILINEAR

@@ -21,18 +21,18 @@ from typing import Any
 
 from PIL import Image
 
-from dat_workers.batching import Batcher
+from dat_workers.batching.batcher import Batcher
+from dat_workers.batching.device_copies import Array
+from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
-from dat_workers.pictures import MAX_PIXELS, open_picture, pixels
-from dat_workers.pieces import Result
+from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
 from dat_workers.precompute.folder import Entry, Folder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
 from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.views import encoded, encoded_tokens, views_of, with_others
-from dat_workers.transfer import Array
-from dat_workers.work import Work
+from dat_workers.request import Work
 
 SHARDS_AT_ONCE = 2
 MAX_VIEW_PIXELS = 2048 * 2048  # of what goes through the codec; the source may be larger and cut

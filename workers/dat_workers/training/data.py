@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dat_workers.pictures import decode_picture, encoded_pictures, enlarge
+from dat_workers.images.crops import encoded_pictures, enlarge
+from dat_workers.images.encoded import decode_picture
 
 
 class CropPool:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from dat_workers.codecs.vqgan import VQGAN
+from dat_workers.codecs.networks.vqgan import VQGAN
 
 EXACT = ("quantize.", "quant_conv.", "post_quant_conv.")  # fp16 is coarser than the codebook's spacing
 

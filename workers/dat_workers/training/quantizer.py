@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dat_workers.codecs.vqgan import Codebook
+from dat_workers.codecs.networks.vqgan import Codebook
 
 
 class EmaQuantizer(nn.Module):

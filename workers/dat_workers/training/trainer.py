@@ -18,17 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dat_workers.codecs.file import check_shapes, read
-from dat_workers.codecs.vqgan import VQGAN
-from dat_workers.files import replacing
-from dat_workers.pictures import centre_crops
+from dat_workers.codecs.networks.vqgan import VQGAN
+from dat_workers.images.crops import centre_crops
+from dat_workers.system.files import replacing
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool
-from dat_workers.training.losses import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    perceptual_term,
-)
+from dat_workers.training.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, perceptual_term
 from dat_workers.training.quantizer import EmaQuantizer
 
 LATENTS_FOR_KMEANS = 8  # latent vectors collected per codebook entry

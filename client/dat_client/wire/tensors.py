@@ -1,0 +1,229 @@
+"""One tensor between numpy and the Open Inference Protocol v2: datatypes, shapes, raw bytes and JSON lists.
+
+Nothing here allocates by a size that the other side merely claims: every array is a view of bytes, or a copy
+of list elements, that exist.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from itertools import chain
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dat_client.errors import WireError, shown
+
+Array: TypeAlias = npt.NDArray[Any]
+
+MAX_AXES = 32  # numpy 1's own limit
+_MAX_BYTES = 2**63 - 1
+
+#: OIP datatype -> numpy dtype, little endian; BYTES is an object array of `bytes`.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BYTES": np.dtype(object),
+}
+_NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DATATYPES.items()}
+
+
+def refuse(problem: str, field: str, value: Any = None, limit: Any = None) -> NoReturn:
+    """Raise the 422 kind of WireError, with the field, the offending value and the limit in its message."""
+    message = f"{field}: {problem}"
+    if value is not None:
+        message += f", got {shown(value)}"
+    if limit is not None:
+        message += f", limit {shown(limit)}"
+    raise WireError(message, field, value, limit)
+
+
+def malformed(problem: str, field: str | None = None, value: Any = None, limit: Any = None) -> NoReturn:
+    """Raise the 400 kind of WireError."""
+    message = problem if field is None else f"{field}: {problem}"
+    if value is not None:
+        message += f", got {shown(value)}"
+    if limit is not None:
+        message += f", limit {shown(limit)}"
+    raise WireError(message, field, value, limit, malformed=True)
+
+
+def datatype_of(array: Array, field: str = "tensor") -> str:
+    """The OIP name of an array's dtype; raises WireError for one that the protocol lacks.
+
+    >>> datatype_of(np.zeros(3, np.float16))
+    'FP16'
+    """
+    name = _NAMES.get((array.dtype.kind, array.dtype.itemsize))
+    if name is None:
+        hint = "; BYTES is an object array of bytes" if array.dtype.kind in "SU" else ""
+        refuse(f"dtype without an OIP datatype{hint}", field, str(array.dtype), ", ".join(DATATYPES))
+    return name
+
+
+def dtype_of(datatype: Any, field: str = "tensor") -> np.dtype[Any]:
+    """The numpy dtype of an OIP datatype name; raises WireError for an unknown one.
+
+    >>> dtype_of("UINT16").itemsize
+    2
+    """
+    if not isinstance(datatype, str):
+        malformed("datatype is not a string", field, datatype)
+    dtype = DATATYPES.get(datatype)
+    if dtype is None:
+        refuse("unknown datatype", field, datatype, ", ".join(DATATYPES))
+    return dtype
+
+
+def parse_shape(shape: Any, dtype: np.dtype[Any], field: str) -> tuple[int, ...]:
+    """A shape that numpy can hold, in Python ints that cannot overflow."""
+    if not isinstance(shape, list) or any(type(dim) is not int for dim in shape):
+        malformed("shape is not a list of integers", field, shape)
+    if len(shape) > MAX_AXES:
+        refuse("too many axes", field, len(shape), MAX_AXES)
+    if any(dim < 0 for dim in shape):
+        refuse("negative dimension in shape", field, shape)
+    if any(dim > _MAX_BYTES for dim in shape):
+        refuse("dimension too large in shape", field, shape, _MAX_BYTES)
+    # numpy multiplies the non-zero dimensions even of an empty array
+    if math.prod(dim or 1 for dim in shape) * dtype.itemsize > _MAX_BYTES:
+        refuse("shape holds more bytes than can be addressed", field, shape, _MAX_BYTES)
+    return tuple(shape)
+
+
+def from_buffer(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
+    """A view of `buffer` (format B) as a tensor; BYTES elements are copied out."""
+    count = math.prod(shape)
+    if dtype.kind == "O":
+        return _bytes_from_buffer(buffer, shape, count, field)
+    if count * dtype.itemsize != len(buffer):
+        refuse(f"shape {shown(list(shape))} needs {count * dtype.itemsize} bytes", field, len(buffer))
+    if count == 0:
+        return np.empty(shape, dtype)
+    array: Array = np.frombuffer(buffer, np.uint8)
+    if dtype.kind == "b" and array.max() > 1:
+        refuse("BOOL byte that is neither 0 nor 1", field, int(array.max()), 1)
+    return array.view(dtype).reshape(shape)
+
+
+def _bytes_from_buffer(buffer: memoryview, shape: tuple[int, ...], count: int, field: str) -> Array:
+    if count * 4 > len(buffer):
+        refuse(f"shape {shown(list(shape))} needs at least {shown(count * 4)} bytes", field, len(buffer))
+    elements: list[bytes] = []
+    offset = 0
+    for index in range(count):
+        start = offset + 4
+        if start > len(buffer):
+            refuse(f"BYTES data ends before element {index} of {count}", field, len(buffer))
+        (length,) = struct.unpack_from("<I", buffer, offset)
+        offset = start + length
+        if offset > len(buffer):
+            refuse(f"BYTES element {index} runs past the data", field, length, len(buffer) - start)
+        elements.append(bytes(buffer[start:offset]))
+    if offset != len(buffer):
+        refuse(f"BYTES data goes on after element {count}", field, len(buffer), offset)
+    return _objects(elements, shape)
+
+
+def _objects(elements: list[bytes], shape: tuple[int, ...]) -> Array:
+    array = np.empty(len(elements), object)
+    array[:] = elements
+    return array.reshape(shape)
+
+
+def to_buffer(array: Array, field: str) -> bytes | memoryview:
+    """The bytes of a tensor. A C-contiguous little endian array is not copied; BYTES elements are joined."""
+    if array.dtype.kind == "O":
+        parts: list[bytes] = []
+        for element in array.reshape(-1):
+            if not isinstance(element, (bytes, bytearray, memoryview)):
+                refuse("object array with an element that is not bytes", field, type(element).__name__)
+            data = bytes(element)
+            parts += (struct.pack("<I", len(data)), data)
+        return b"".join(parts)
+    if array.size == 0:
+        return b""
+    flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
+    return flat.view(np.uint8).data
+
+
+_JSON_TYPES: dict[str, set[type]] = {
+    "b": {bool},
+    "u": {int},
+    "i": {int},
+    "f": {int, float},
+    "O": {str},
+}
+
+
+def from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
+    """A tensor from `data`, flat or nested as its shape says (OIP v2, "Tensor Data")."""
+    flat = _flatten(data, shape, field)
+    wrong = set(map(type, flat)) - _JSON_TYPES[dtype.kind]
+    if wrong:
+        names = ", ".join(sorted(t.__name__ for t in wrong))
+        refuse(f"data of the wrong type for {_NAMES[dtype.kind, dtype.itemsize]}", field, names)
+    if dtype.kind == "O":
+        try:
+            return _objects([text.encode() for text in flat], shape)
+        except UnicodeEncodeError:  # "\ud800" is legal JSON and no character
+            refuse("BYTES string that is not Unicode", field)
+    if dtype.kind in "ui" and flat:
+        limits = np.iinfo(dtype)
+        low, high = min(flat), max(flat)
+        if low < limits.min or high > limits.max:
+            refuse("number out of range", field, low if low < limits.min else high, [limits.min, limits.max])
+    if dtype.kind != "f":
+        return np.array(flat, dtype).reshape(shape)
+    try:
+        wide: npt.NDArray[np.float64] = np.array(flat, np.float64)
+    except OverflowError:
+        refuse("number out of range", field)
+    with np.errstate(over="ignore"):
+        array: Array = wide.astype(dtype)
+    if not np.isfinite(array).all():
+        refuse("number out of range", field, float(np.abs(wide).max()), float(np.finfo(dtype).max))
+    return array.reshape(shape)
+
+
+def _flatten(data: Any, shape: tuple[int, ...], field: str) -> list[Any]:
+    if not isinstance(data, list):
+        malformed("data is not a list", field, data)
+    if data and isinstance(data[0], list):
+        level: list[Any] = [data]
+        for axis, dim in enumerate(shape):
+            for item in level:
+                if not isinstance(item, list) or len(item) != dim:
+                    found = len(item) if isinstance(item, list) else type(item).__name__
+                    refuse(f"nested data does not have shape {shown(list(shape))} at axis {axis}", field, found)
+            level = list(chain.from_iterable(level))
+        return level
+    count = math.prod(shape)
+    if len(data) != count:
+        refuse(f"shape {shown(list(shape))} needs {shown(count)} elements", field, len(data))
+    return data
+
+
+def to_json(array: Array, field: str) -> list[Any]:
+    """The elements of a tensor as a flat list for JSON; raises WireError for what JSON cannot say."""
+    if array.dtype.kind == "O":
+        try:
+            return [bytes(element).decode() for element in array.reshape(-1)]
+        except (UnicodeDecodeError, TypeError):
+            refuse("BYTES that are not UTF-8 text need binary data", field)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        refuse("NaN and infinity need binary data", field)
+    flat: list[Any] = array.reshape(-1).tolist()
+    return flat

@@ -1,0 +1,43 @@
+"""For operators: metrics and the state of the replica that answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from dat_service import __version__
+from dat_service.http.auth import require_admin
+from dat_service.observability.metrics import render
+from dat_service.ray.metrics_board import Gather
+
+router = APIRouter(tags=["For operators"], dependencies=[Depends(require_admin)])
+
+
+@router.get("/metrics", summary="Metrics of all replicas, for Prometheus", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Text format 0.0.4, or OpenMetrics where Accept asks for it. Counters begin at 0 with each replica."""
+    gather: Gather | None = request.app.state.gather
+    families = request.app.state.worker.metrics.families() if gather is None else await gather.families()
+    body, media_type = render(families, request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": media_type})
+
+
+@router.get("/v1/status", summary="The replica that answers, and what it is doing")
+async def status(request: Request) -> dict[str, Any]:
+    state = request.app.state
+    worker = state.worker
+    discretizer = worker.discretizer
+    return {
+        "version": __version__,
+        "codec": worker.settings.codec,
+        "replica": worker.metrics.labels["replica"],
+        "fingerprint": discretizer.fingerprint if discretizer else None,
+        "engine": discretizer.describe() if discretizer else None,
+        "ready": worker.ready,
+        "uptime_s": round(time.monotonic() - state.started, 3),
+        "gauges": worker.metrics.gauges(),
+        "api_keys": len(state.keys.keys),
+        "settings": worker.settings.model_dump(mode="json", exclude={"api_key_file"}),
+    }

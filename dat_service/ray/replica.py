@@ -1,0 +1,47 @@
+"""The app as a Ray Serve deployment: the replica is itself the HTTP ingress, behind HAProxy."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from dat_service.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from dat_service.worker import CodecWorker
+
+
+class CodecReplica:
+    """One Ray Serve replica: loads the codec, then builds the app, in a process of its own."""
+
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self.worker = self.make_worker(Settings(**settings))
+        # in a thread: Serve's own messages are answered by this loop, and a codec takes a minute on a GPU
+        await asyncio.to_thread(self.worker.load)
+
+    def make_worker(self, settings: Settings) -> CodecWorker:
+        """The worker; a stand-in for load tests overrides this."""
+        from ray import serve
+
+        from dat_service.worker import CodecWorker
+
+        return CodecWorker(settings, replica=serve.get_replica_context().replica_id.unique_id)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from ray import serve
+
+        from dat_service.http.app import create_app
+        from dat_service.ray.metrics_board import Gather
+
+        return create_app(self.worker, gather=Gather(self.worker.metrics, serve.get_replica_context().app_name))
+
+    async def check_health(self) -> None:
+        """Raises where the codec has hung or died: Serve then replaces the replica."""
+        if not self.worker.healthy:
+            raise RuntimeError(f"codec {self.worker.settings.codec}: {self.worker.why_unhealthy}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What autoscale.py counts."""
+        return {"queued_images": float(self.worker.queued_images)}

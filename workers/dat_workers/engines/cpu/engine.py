@@ -1,0 +1,175 @@
+"""The CPU's default: PyTorch alone, with the published encoder's rounding and a decoder that is free of it.
+
+Tokens are decided by the last bits of the latent vectors, so the encoder runs the published operations in their
+order (codecs/vqgan.py). Pictures are not: a decoder that rounds otherwise is 100 dB from the published one, and may
+use other layouts and fewer multiplications. Only a picture that is encoded again, the base of `easyrobust`'s step,
+is decoded in the published order too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dat_workers.codecs.networks.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsample
+from dat_workers.engines.base import mark_non_finite
+from dat_workers.engines.cpu.ball_search import GroupSearch
+from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.system.threads import Threads
+
+CHANNELS_LAST = torch.channels_last
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
+
+
+class CpuEngine:
+    """fp32 on the CPU. Each image by itself, two at a time where the engine has all cores.
+
+    >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu"), "auto").dtype  # doctest: +SKIP
+    'fp32'
+    """
+
+    name = "cpu"
+    batch = 4  # the two at a time wait for each other once in four images
+
+    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
+        if device.type != "cpu":
+            raise ValueError(f"device is {str(device)!r}: the engine 'cpu' runs on a CPU; on CUDA use 'torch'")
+        if dtype not in ("auto", "fp32"):
+            raise ValueError(f"dtype is {dtype!r}: the engine 'cpu' is fp32")
+        self.device = device
+        self.dtype = "fp32"
+        self.tricks = Tricks()
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.decoder = FastDecoder(model)
+        self.search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
+        # torch's threads wait for each other after every layer: what one image leaves idle, another one takes
+        all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
+        self.threads = Threads(2, "codec") if all_cores else None
+        keep_freed_memory()
+
+    def warm_up(self, side: int) -> None:
+        """Nothing: the first call costs no more than the others."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self._each(self._encode, images)
+
+    def _encode(self, image: Tensor) -> Tensor:
+        z = self.model.latents(image.mul(2).sub_(1))
+        return mark_non_finite(self.search.nearest(z.nan_to_num()), z)
+
+    def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
+        decoder = self.model.pictures if exact else self.decoder
+
+        def picture(tokens: Tensor) -> Tensor:
+            decoded: Tensor = decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
+            return decoded.add_(1).div_(2).contiguous()
+
+        return self._each(picture, indices)
+
+    def _each(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`compute` of each row [1,...], joined: CPU kernels add in another order for another batch size."""
+        apply = torch.inference_mode()(compute)  # of the thread that it runs in
+        parts = torch.split(rows, 1)
+        apply_all = map if self.threads is None or len(parts) == 1 else self.threads.map
+        with torch.inference_mode():
+            return torch.cat(list(apply_all(apply, parts)))
+
+
+class FastDecoder(nn.Module):
+    """A copy of a model's decoder: channels_last, F.silu in place, upsampling folded into its convolution."""
+
+    def __init__(self, model: VQGAN) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.decoder = Decoder(model.spec)
+        weights = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
+        self.decoder.load_state_dict(weights, strict=True, assign=True)
+        self.post_quant_conv = model.post_quant_conv
+        for level in self.decoder.up:
+            assert isinstance(level, Level)
+            level.block = nn.ModuleList(FastBlock(block) for block in level.block)
+            upsample = getattr(level, "upsample", None)
+            if upsample is not None:
+                level.upsample = FoldedUpsample(upsample)
+        middle = self.decoder.mid
+        middle.block_1, middle.block_2 = FastBlock(middle.block_1), FastBlock(middle.block_2)
+        self.decoder.to(memory_format=CHANNELS_LAST)
+        self.eval().requires_grad_(False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """As `VQGAN.pictures`: z [1,d,h,w] to [1,3,H,W], about -1..1."""
+        decoder = self.decoder
+        h = decoder.mid(decoder.conv_in(self.post_quant_conv(z).contiguous(memory_format=CHANNELS_LAST)))
+        for level in reversed(decoder.up):
+            h = level(h)
+        out: Tensor = decoder.conv_out(normed(h, decoder.norm_out))
+        return out
+
+
+class FastBlock(ResnetBlock):
+    """A block's own layers, with what may be done in place done in place."""
+
+    def __init__(self, block: nn.Module) -> None:
+        nn.Module.__init__(self)
+        for name, layer in block.named_children():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.conv2(normed(self.conv1(normed(x, self.norm1)), self.norm2))
+        return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+def normed(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """silu(norm(x)) of [1,C,H,W] channels_last.
+
+    Where a group is one channel it is taken as batch_norm over one image, which sums twice, mean first: in this
+    layout group_norm sums x and x² at once, and cancels. It cost up to a fifth of a grey level of 255; so 0.01.
+    Larger groups are taken out of this layout.
+    """
+    if norm.num_groups == norm.num_channels:
+        out = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    else:
+        out = F.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        out = out.contiguous(memory_format=CHANNELS_LAST)
+    return F.silu(out, inplace=True)
+
+
+class FoldedUpsample(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution as one transposed 4x4 convolution of stride 2.
+
+    Of three neighbouring pixels of the doubled picture two are copies of one: along each axis the taps w0, w1, w2
+    become w0 and w1 + w2 for even places, w0 + w1 and w2 for odd ones. 9 multiplications a pixel become 4, and the
+    doubled picture is never made.
+    """
+
+    def __init__(self, upsample: Upsample) -> None:
+        super().__init__()
+        weight = upsample.conv.weight.double()  # the sums of taps round once
+        for axis in (2, 3):
+            w0, w1, w2 = weight.unbind(axis)
+            weight = torch.stack((w2, w1 + w2, w0 + w1, w0), axis)
+        self.weight = nn.Parameter(weight.transpose(0, 1).float(), requires_grad=False)  # [in,out,4,4]
+        self.bias = upsample.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep blocks of up to 32 MiB that were freed, for the life of the process (mallopt(3)).
+
+    By itself it returns what is free above 12.8 MB or so, and a thread's heap of 64 MiB whenever it is empty. Every
+    activation of 6.4 MB is then mapped and zeroed anew: 7,800 page faults for one pass of the encoder of `tiny-f8`,
+    a sixth of its time. An empty heap is kept where the padding is larger than a heap. Each of the arenas, which
+    threads share, then stays as large as it ever was: so there are fewer of them than glibc's 8 a core.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc may not have it
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, max(6, len(os.sched_getaffinity(0))))
+        for what, nbytes in ((M_MMAP_THRESHOLD, 32 << 20), (M_TOP_PAD, 64 << 20), (M_TRIM_THRESHOLD, 128 << 20)):
+            mallopt(what, nbytes)

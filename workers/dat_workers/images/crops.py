@@ -1,0 +1,84 @@
+"""Centre crops of pictures in files, folders and shards."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dat_workers.errors import InvalidInput
+from dat_workers.images.encoded import SUFFIXES, as_image, decode_picture, pixels
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image
+
+
+def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded bytes) of every picture in a tar shard, under a folder, or in the one file, in stored order.
+
+    Raises InvalidInput for a shard that is no tar file, FileNotFoundError.
+    """
+    if source.suffix.lower() in SUFFIXES and source.is_file():
+        yield source.name, source.read_bytes()
+        return
+    if source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES):
+            yield str(path.relative_to(source)), path.read_bytes()
+        return
+    try:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield member.name, file.read()
+    except tarfile.TarError as error:
+        raise InvalidInput(str(source), error, "a whole tar shard, a folder or a picture") from error
+
+
+def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
+    """uint8 [N,3,size,size]: the middle of every picture; smaller ones are enlarged first."""
+    crops = []
+    for source in sources:
+        for name, data in encoded_pictures(source):
+            crops.append(centre_crop(decode_picture(data, field=f"{source}: {name}"), size))
+            if limit is not None and len(crops) == limit:
+                return np.stack(crops)
+    if not crops:
+        raise InvalidInput("pictures", [str(s) for s in sources], "shards or folders that hold some")
+    return np.stack(crops)
+
+
+def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
+    """uint8 [N,3,size,size]: centre crops of pictures, or where none are named of photographs inside scikit-image.
+
+    Raises as `centre_crops` does, and RuntimeError where scikit-image would be needed and is not there.
+    """
+    if sources:
+        return centre_crops(sources, size, limit)
+    try:
+        from skimage import data
+    except ImportError:
+        raise RuntimeError("name pictures to compare on, or: pip install 'dat-service[demo]'") from None
+    pictures = (np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)) for name in PHOTOGRAPHS[:limit])
+    return np.stack([centre_crop(picture, size) for picture in pictures])
+
+
+def centre_crop(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [3,size,size]: the middle of a picture, which is enlarged first where it is smaller."""
+    picture = enlarge(picture, size)
+    top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
+    return picture[:, top : top + size, left : left + size]
+
+
+def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """The picture itself, or scaled up so that its shorter side is `size`."""
+    _, height, width = picture.shape
+    if min(height, width) >= size:
+        return picture
+    scale = size / min(height, width)
+    target = (max(size, round(width * scale)), max(size, round(height * scale)))
+    return pixels(as_image(picture).resize(target, Image.Resampling.BICUBIC))
