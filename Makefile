@@ -38,7 +38,7 @@ test-examples: $(INSTALLED)
 	$(BIN)/python -m pytest tests/examples -m 'slow or not slow'
 
 test-load: $(INSTALLED)
-	$(BIN)/python -m pytest -s -m slow tests/service tests/load --ignore tests/load/test_soak.py
+	$(BIN)/python -m pytest -s -m slow tests/service tests/e2e tests/load --ignore tests/load/test_soak.py
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m slow tests/cluster

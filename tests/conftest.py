@@ -46,7 +46,7 @@ def crop(name: str, height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _logs_as_before() -> Iterator[None]:
-    """An app sets up its process's loggers (dat_service/logs.py); caplog sees them only where they propagate."""
+    """Restores the loggers that an app configures (observability/logs.py); caplog needs them to propagate."""
     loggers = [logging.getLogger(name) for name in ("dat_service", "dat_workers")]
     before = [(logger.handlers[:], logger.level) for logger in loggers]
     for logger in loggers:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dat_workers.discretizer import Discretizer
 from tests.conftest import DAT, crop
-from tests.service.http import encoded
+from tests.raw_requests import encoded
 
 
 def dat_discretize(*arguments: object) -> subprocess.CompletedProcess[str]:

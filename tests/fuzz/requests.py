@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import dat_client.wire as wire
-from tests.service.http import encoded
+from tests.raw_requests import encoded
 
 CODEC = "tiny-f8"
 SIDE = 16

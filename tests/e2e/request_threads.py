@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 import dat_client.wire as wire
-from tests.service.http import tensor
+from tests.raw_requests import tensor
 
 
 @dataclass

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import crop
-from tests.service.http import (
+from tests.raw_requests import (
     Reply,
     encoded,
     infer,

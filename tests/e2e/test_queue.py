@@ -23,7 +23,7 @@ from dat_client import Client
 from dat_service.http.oip import caller_of
 from dat_service.worker import CodecWorker
 from tests.conftest import crop
-from tests.service.http import Reply, infer_images, send, tensor
+from tests.raw_requests import Reply, infer_images, send, tensor
 
 
 @pytest.fixture(scope="module")

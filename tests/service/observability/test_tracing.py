@@ -13,7 +13,7 @@ import pytest
 
 from dat_service.observability import tracing
 from tests.conftest import app_in_thread
-from tests.service.http import infer_images, send
+from tests.raw_requests import infer_images, send
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -1,4 +1,4 @@
-"""Metrics of several replicas by a real actor, in a process: python -m tests.service.test_gather_on_ray"""
+"""The metrics board as a real Ray actor: python -m tests.service.ray.test_metrics_board_on_ray"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from dat_service.ray.metrics_board import NAMESPACE, Gather
 from tests.conftest import ROOT
-from tests.service.test_metrics import Samples, busy, parsed
+from tests.service.observability.test_metrics import Samples, busy, parsed
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What a service on Ray lives through: updates and deaths under load, with raw requests that nobody repeats.
 
-Slow: `python -m pytest -m slow tests/service/test_ray_faults.py`
+Slow: `python -m pytest -m slow tests/e2e/test_ray_faults.py`
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import CodecStore
 from dat_workers.discretizer import Discretizer
 from tests.conftest import dat_serve
-from tests.service.load import Load, load
+from tests.e2e.request_threads import Load, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -1,6 +1,6 @@
 """`dat serve` on a Ray that somebody else started, and what it wrote for `serve run` and `serve deploy`.
 
-Slow: `python -m pytest -m slow tests/service/test_ray_cluster.py`
+Slow: `python -m pytest -m slow tests/e2e/test_ray_cluster.py`
 """
 
 from __future__ import annotations

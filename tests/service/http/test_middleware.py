@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dat_service.http.middleware import Observe, Seen
 from dat_service.observability.metrics import Metrics
-from tests.service.http import Reply, infer_images, send, tensor
+from tests.raw_requests import Reply, infer_images, send, tensor
 
 IMAGE = np.zeros((2, 3, 8, 8), np.uint8)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from dat_client import AsyncClient, Client, InvalidRequest, TooLarge, Unauthorized, UnknownCodec
 from dat_workers.discretizer import Discretizer
 from tests.conftest import crop
-from tests.service.http import encoded, infer_encoded, infer_images, send
+from tests.raw_requests import encoded, infer_encoded, infer_images, send
 
 
 @pytest.fixture(scope="module")

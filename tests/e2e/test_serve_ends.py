@@ -1,6 +1,6 @@
 """However `dat serve` on Ray ends, nothing is left of it.
 
-Slow: `python -m pytest -m slow tests/service/test_serve_ends.py`
+Slow: `python -m pytest -m slow tests/e2e/test_serve_ends.py`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from dat_service.ray.processes import Process, children, descendants
 from tests.conftest import DAT, dat_serve, free_port
-from tests.service.load import infer_body
+from tests.e2e.request_threads import infer_body
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ from dat_workers.codecs.store import load_model
 from dat_workers.engines.base import Engine
 from dat_workers.engines.factory import create
 from tests.conftest import app_in_thread, crop
-from tests.service.http import send
+from tests.raw_requests import send
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 

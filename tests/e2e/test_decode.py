@@ -18,7 +18,7 @@ from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.errors import InvalidInput
 from tests.conftest import crop
-from tests.service.http import encoded
+from tests.raw_requests import encoded
 
 SMALL: dict[str, Any] = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 8, 8], "data": [0] * 192}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dat_service.http.auth import KeyRing, read_keys
-from tests.service.http import Reply, encoded, infer, infer_images, send
+from tests.raw_requests import Reply, encoded, infer, infer_images, send
 
 IMAGE = np.zeros((1, 3, 8, 8), np.uint8)
 
