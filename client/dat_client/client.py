@@ -33,6 +33,7 @@ from dat_client.errors import (
 from dat_client.transports import split
 from dat_client.transports.http import HttpWay, check_url
 from dat_client.transports.retry import repeat
+from dat_client.wire.headers import CLIENT_ID
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ class Client:
         _clients.add(self)
 
     def _make_way(self) -> HttpWay:
-        headers = {"User-Agent": f"dat-client/{__version__}", "X-Dat-Client": self._id}
+        headers = {"User-Agent": f"dat-client/{__version__}", CLIENT_ID: self._id}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
         return HttpWay(

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import email.utils
-
 import numpy as np
 import pytest
 
@@ -168,15 +166,6 @@ def test_answers_that_are_not_the_protocols():
     too_large = core.error_of(core.Reply(413, {}, page), "u")
     assert type(too_large) is TooLarge
     assert len(str(too_large)) < 200
-
-
-def test_retry_after_is_seconds_or_a_date():
-    date = email.utils.formatdate(1000, usegmt=True)
-    assert core.retry_after_s(date, 990.0) == 10
-    assert core.retry_after_s(date, 2000.0) == 0
-    assert [core.retry_after_s(text, 0.0) for text in ("3", "-3")] == [3, 0]
-    hostile = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT", f"Mon, 01 Jan 2030 00:00:00 +{'9' * 20}"
-    assert [core.retry_after_s(text, 0.0) for text in (None, "soon", "nan", *hostile)] == [None] * 5
 
 
 class Time:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dat_client.errors import InvalidRequest, shown
+from dat_client.wire.scan import largest_magnitudes, range_outside_0_1
+from dat_client.wire.vocabulary import GRADIENT_DTYPES
 
 IMAGES_LIMIT = "uint8 0..255, or float16/float32 in 0..1, of shape [N,3,H,W]"
 
@@ -122,20 +124,8 @@ def _check_images(array: npt.NDArray[Any]) -> None:
         raise refuse(f"shape {shape} has its channels last; transpose to [N,3,H,W]", shape)
     if len(shape) != 4 or shape[1] != 3 or 0 in shape:
         raise refuse(f"shape {shape}", shape)
-    if dtype != np.uint8 and not _within_0_1(array):
-        with np.errstate(invalid="ignore"):
-            low, high = float(array.min()), float(array.max())
-        raise refuse(f"values from {low:g} to {high:g}", [low, high])
-
-
-def _within_0_1(array: npt.NDArray[Any]) -> bool:
-    # The bits of non-negative IEEE floats are ordered as the floats are; signs, NaN, infinity lie above 1.0.
-    # One integer pass, where float16 minimum and maximum are two slow ones.
-    one, unsigned = (0x3C00, np.uint16) if array.dtype.itemsize == 2 else (0x3F800000, np.uint32)
-    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    if int(native.view(unsigned).max()) <= one:
-        return True
-    return bool(((native >= 0) & (native <= 1)).all())  # -0.0
+    if dtype != np.uint8 and (outside := range_outside_0_1(array)) is not None:
+        raise refuse("values from {:g} to {:g}".format(*outside), list(outside))
 
 
 def indices_tensor(indices: Any) -> tuple[npt.NDArray[Any], Kind]:
@@ -150,9 +140,6 @@ def indices_tensor(indices: Any) -> tuple[npt.NDArray[Any], Kind]:
         bad = low if low < 0 else high
         raise InvalidRequest(f"indices: {bad}, must be {limit}", field="indices", value=bad, limit=limit)
     return array.astype(np.uint16 if high < 2**16 else np.int32, copy=False), kind
-
-
-GRADIENT_DTYPES = ("FP16", "FP32", "INT8")
 
 
 def gradient_tensors(
@@ -188,12 +175,11 @@ def gradient_tensors(
             f"gradient_dtype: must be one of {allowed}, got {shown(dtype)}",
             field="gradient_dtype", value=dtype, limit=allowed,
         )  # fmt: skip
-    flat = array.reshape(len(array), -1)
     if on_torch:
-        low, high = flat.aminmax(dim=1)
+        low, high = array.reshape(len(array), -1).aminmax(dim=1)
         largest = np.maximum(high.cpu().numpy(), -low.cpu().numpy()).astype(np.float32)
     else:
-        largest = np.maximum(flat.max(1), -flat.min(1)).astype(np.float32)
+        largest = largest_magnitudes(array).astype(np.float32)
     if not np.isfinite(largest).all():
         raise refuse(f"NaN or infinity in sample {int(np.argmin(np.isfinite(largest)))}")
     if dtype == "FP32":

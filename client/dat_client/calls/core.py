@@ -5,7 +5,6 @@ Pure functions: no socket is opened here.
 
 from __future__ import annotations
 
-import email.utils
 import itertools
 import math
 import os
@@ -32,12 +31,11 @@ from dat_client.errors import (
     WireError,
     shown,
 )
+from dat_client.wire import headers
+from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS
 
 #: numpy.ndarray, or torch.Tensor when tensors went in.
 Array: TypeAlias = Any
-
-OUTPUTS = ("reconstruction", "indices", "adversarial", "adversarial_indices")
-OUTPUT_DTYPES = ("UINT8", "FP16", "FP32")
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,6 +80,10 @@ class Reply:
     status: int
     headers: Mapping[str, str]
     body: bytearray | memoryview
+
+    def header(self, name: str) -> str | None:
+        """The value of a header, whose name may be in any case."""
+        return self.headers.get(name.lower())
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _parameters(parameters: Mapping[str, Any], output_dtype: str | None) -> dict
 def read_response(call: Call, reply: Reply) -> wire.Response:
     """The answer to a call; raises ProtocolError where it answers something else."""
     try:
-        response = wire.decode_response(reply.body, reply.headers.get(wire.HEADER_LENGTH.lower()))
+        response = wire.decode_response(reply.body, reply.header(headers.HEADER_LENGTH))
     except WireError as error:
         raise ProtocolError(f"the answer is not an inference response: {error}") from error
     check_response(call, response)
@@ -244,43 +246,6 @@ def fingerprint_of(response: wire.Response) -> str | None:
     return fingerprint if isinstance(fingerprint, str) else response.model_version
 
 
-def retry_after_s(value: str | None, now_s: float) -> float | None:
-    """Seconds until what a Retry-After header names (RFC 9110: seconds or a date), None if unreadable.
-
-    >>> retry_after_s("1.5", 0.0)
-    1.5
-    """
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now_s
-        except (ValueError, OverflowError):  # a year or a zone of twenty digits
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def server_timing(value: str | None) -> dict[str, float]:
-    """The seconds in a Server-Timing header (W3C), by name; what is not understood is left out.
-
-    >>> server_timing("body;dur=1.5, queue;dur=20, cache;desc=hit")
-    {'body': 0.0015, 'queue': 0.02}
-    """
-    seconds: dict[str, float] = {}
-    for entry in (value or "").split(","):
-        name, *parameters = (part.strip() for part in entry.split(";"))
-        for parameter in parameters:
-            key, _, number = parameter.partition("=")
-            try:
-                if key.strip() == "dur" and math.isfinite(milliseconds := float(number)):
-                    seconds[name] = milliseconds / 1000
-            except ValueError:
-                continue
-    return seconds
-
-
 def error_of(reply: Reply, url: str) -> DatError | None:
     """The exception that an HTTP answer means, None for a 2xx: 4xx is wrong; 408, 429 and 5xx may be repeated."""
     status = reply.status
@@ -296,7 +261,7 @@ def error_of(reply: Reply, url: str) -> DatError | None:
             return ProtocolError(f"{url}: {status}: {text}: no inference service at this address")
     else:
         text = said.error
-    after_s = retry_after_s(reply.headers.get("retry-after"), time.time())
+    after_s = headers.retry_after_s(reply.header(headers.RETRY_AFTER), time.time())
     return error_from(status, f"{url}: {status}: {text}", said, after_s)
 
 

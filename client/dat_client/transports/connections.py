@@ -24,6 +24,7 @@ import numpy as np
 
 from dat_client.calls.core import Reply
 from dat_client.errors import ProtocolError
+from dat_client.wire.headers import TIMEOUT_MS
 
 MAX_REPLY_BYTES = 4 << 30
 _BLOCK = 1 << 18  # of a reply that does not say its length, and of what TLS is given at once
@@ -155,7 +156,7 @@ def _exchange(
         connection.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers.items():
             connection.putheader(name, value)
-        connection.putheader("X-Dat-Timeout-Ms", str(max(1, int(left_s * 1000))))
+        connection.putheader(TIMEOUT_MS, str(max(1, int(left_s * 1000))))
         connection.endheaders()
         sent = _send(sock, buffers, deadline)
     except (BrokenPipeError, ConnectionResetError):

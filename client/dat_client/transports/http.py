@@ -10,10 +10,10 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from dat_client import wire
-from dat_client.calls.core import Call, Exchange, Reply, error_of, next_id, read_response, server_timing
+from dat_client.calls.core import Call, Exchange, Reply, error_of, next_id, read_response
 from dat_client.errors import InvalidRequest, ProtocolError, Unavailable, shown
 from dat_client.transports.connections import Connections
+from dat_client.wire.headers import ATTEMPT, HEADER_LENGTH, REQUEST_ID, SERVER_TIMING, parse_server_timing
 
 
 def check_url(url: str) -> str:
@@ -85,17 +85,17 @@ class HttpWay:
         buffers, header_length = call.encode()
         headers = {
             "Content-Type": "application/octet-stream",
-            wire.HEADER_LENGTH: str(header_length),
+            HEADER_LENGTH: str(header_length),
             "Content-Length": str(sum(map(len, buffers))),
-            "X-Request-Id": call.id,
+            REQUEST_ID: call.id,
         }
 
         def attempt(deadline: float, number: int) -> Exchange:
             begun_s = time.perf_counter()
-            sent = {**headers, "X-Dat-Attempt": str(number)}
+            sent = {**headers, ATTEMPT: str(number)}
             reply = self._send("POST", self._infer, sent, buffers, deadline)
             seconds = time.perf_counter() - begun_s
-            timing = server_timing(reply.headers.get("server-timing"))
+            timing = parse_server_timing(reply.header(SERVER_TIMING))
             response = read_response(call, reply)
             return Exchange(response, timing, begun_s, seconds, sum(map(len, buffers)), len(reply.body))
 
@@ -103,7 +103,7 @@ class HttpWay:
 
     def ask(self, what: str, deadline: float, number: int = 1) -> dict[str, Any]:
         """The answer to "live", "ready", "metadata" or "server_metadata"; raises as `Client.metadata`."""
-        headers = {"X-Request-Id": next_id(), "X-Dat-Attempt": str(number)}
+        headers = {REQUEST_ID: next_id(), ATTEMPT: str(number)}
         reply = self._send("GET", self._paths[what], headers, (), deadline)
         try:
             answer = json.loads(bytes(reply.body))

@@ -13,8 +13,9 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 import numpy as np
 
 from dat_client import wire
-from dat_client.calls.core import OUTPUTS, Array, Call, Exchange, fingerprint_of
+from dat_client.calls.core import Array, Call, Exchange, fingerprint_of
 from dat_client.errors import DatError, InvalidRequest, ProtocolError, Unavailable, shown
+from dat_client.wire.vocabulary import OUTPUTS
 
 
 def cut(call: Call, parts: int) -> list[tuple[slice, Call]]:

@@ -1,8 +1,8 @@
 """Open Inference Protocol v2 with the binary tensor data extension: both ends of the wire, as pure functions."""
 
 from dat_client.errors import WireError
+from dat_client.wire.headers import HEADER_LENGTH
 from dat_client.wire.messages import (
-    HEADER_LENGTH,
     Encoded,
     ErrorBody,
     Request,

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from dat_client.errors import WireError, plain, shown
+from dat_client.wire.headers import HEADER_LENGTH
 from dat_client.wire.json import as_flag, as_list, get_name, get_object, get_text, parse
 from dat_client.wire.tensors import (
     Array,
@@ -39,9 +40,6 @@ from dat_client.wire.tensors import (
     to_buffer,
     to_json,
 )
-
-#: The HTTP header that carries the length of the JSON part, on requests and on responses.
-HEADER_LENGTH = "Inference-Header-Content-Length"
 
 _ALIGN = 16  # the JSON is padded with spaces to this, so that float tensors start aligned
 

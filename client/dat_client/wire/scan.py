@@ -1,0 +1,47 @@
+"""Passes over all values of a tensor, through integers where numpy is slow with floats.
+
+The bits of non-negative floats are ordered as the floats are. numpy finds the maximum of 16-bit integers about 150
+times as fast as that of float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def range_outside_0_1(images: npt.NDArray[Any]) -> tuple[float, float] | None:
+    """The smallest and the largest value of float16/float32 `images` that are not all in 0..1, None where they are.
+
+    Both are NaN where any value is. Negative zero lies in 0..1.
+
+    >>> range_outside_0_1(np.array([0, 0.5, 1.5], np.float16))
+    (0.0, 1.5)
+    """
+    native = images.astype(images.dtype.newbyteorder("="), copy=False)
+    unsigned, one = (np.uint16, 0x3C00) if native.itemsize == 2 else (np.uint32, 0x3F800000)
+    # Every bit pattern above that of 1.0 is a number above 1, NaN, or has the sign bit: a number below 0, or -0.0.
+    if native.view(unsigned).max() <= one:
+        return None
+    with np.errstate(invalid="ignore"):
+        low, high = float(native.min()), float(native.max())
+    return None if low >= 0 and high <= 1 else (low, high)
+
+
+def largest_magnitudes(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The largest |g| of each sample of float16, float32 or int8 `gradients` [N,...], as float64 [N].
+
+    It is infinite or NaN where the sample holds such a value.
+    """
+    samples = gradients.reshape(len(gradients), -1)
+    largest: npt.NDArray[Any]
+    if gradients.dtype == np.float16:
+        highest = samples.view(np.int16).max(1)  # below 0 where no value is positive
+        # Once the sign bit is off: the negative value furthest from 0, or `highest` where no value is negative.
+        magnitude = (samples.view(np.uint16).max(1) & 0x7FFF).astype(np.int16)
+        largest = np.maximum(highest, magnitude).view(np.float16)
+    else:
+        largest = np.maximum(samples.max(1).astype(np.float64), -samples.min(1).astype(np.float64))
+    return largest.astype(np.float64, copy=False)

@@ -1,0 +1,106 @@
+"""The words that trainer and service share: names, datatypes and limits, each defined here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: The inputs of a request that sends images. A request that decodes tokens has the single input `indices`.
+INPUTS = ("images", "gradients", "gradient_scales")
+
+#: The outputs of a codec. One without tokens has only the first two.
+OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
+
+#: OIP datatype -> numpy dtype of images in either direction, and so the values of the parameter `output_dtype`.
+OUTPUT_DTYPES: dict[str, np.dtype[Any]] = {
+    "UINT8": np.dtype(np.uint8),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+}
+
+#: OIP datatype -> numpy dtype of `gradients`. INT8 needs `gradient_scales`, FP16 may have them.
+GRADIENT_DTYPES: dict[str, np.dtype[Any]] = {
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "INT8": np.dtype(np.int8),
+}
+
+#: OIP datatype -> numpy dtype of `indices`.
+INDEX_DTYPES: dict[str, np.dtype[Any]] = {"UINT16": np.dtype(np.uint16), "INT32": np.dtype(np.int32)}
+
+#: The suffixes, in lower case, by which encoded pictures are recognised in folders and in shards.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+#: The step of Algorithm 1 under each name that the parameter `preset` takes: the paper's, and that of its code.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"base": "x", "normalize": "none", "alpha": 0.1, "epsilon": None},
+    "easyrobust": {"base": "reconstruction", "normalize": "l2", "alpha": 0.1, "epsilon": None},
+}
+BASES = ("x", "reconstruction")
+NORMALIZATIONS = ("none", "l2", "sign")
+
+#: What a request does not say. The parameters of the step default to those of the preset.
+DEFAULTS: dict[str, Any] = {"preset": "paper", "replace_fraction": 0.0, "seed": 0, "output_dtype": None}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A request parameter: `allows` says whether a value keeps the limit, `limit` says it in words."""
+
+    limit: str
+    allows: Callable[[Any], bool]
+
+
+def _choice(choices: Iterable[str]) -> Parameter:
+    names = tuple(choices)
+    return Parameter(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def _number(low: float, high: float, limit: str, types: Any = int | float) -> Parameter:
+    def allows(value: Any) -> bool:  # True and False are not numbers here, NaN is within no bounds
+        return isinstance(value, types) and not isinstance(value, bool) and low <= value <= high
+
+    return Parameter(limit, allows)
+
+
+#: The parameters of a request, in the order in which messages name them.
+#: Above 1e38 a number is infinite in fp32, and infinity times a gradient of 0 is NaN.
+PARAMETERS: dict[str, Parameter] = {
+    "preset": _choice(PRESETS),
+    "base": _choice(BASES),
+    "alpha": _number(-1e38, 1e38, "a finite number, at most 1e38"),
+    "normalize": _choice(NORMALIZATIONS),
+    "epsilon": _number(0, 1e38, "a finite number, 0 or more, at most 1e38"),
+    "replace_fraction": _number(0, 1, "a number, 0 to 1"),
+    "seed": _number(0, 2**63 - 1, "a whole number, 0 to 2^63 - 1", int),
+    "output_dtype": _choice(OUTPUT_DTYPES),
+}
+#: Those that a request may send as null, which means the default.
+NULLABLE = ("epsilon", "output_dtype")
+
+
+def violated_limit(name: str, value: Any) -> str | None:
+    """The limit that a parameter's value does not keep, None where it is allowed; KeyError for an unknown name.
+
+    >>> violated_limit("alpha", 0.2)
+    >>> violated_limit("replace_fraction", 1.5)
+    'a number, 0 to 1'
+    """
+    parameter = PARAMETERS[name]
+    allowed = parameter.allows(value) or (value is None and name in NULLABLE)
+    return None if allowed else parameter.limit
+
+
+def with_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter's value: that of the request, else that of its preset, else the default.
+
+    The parameters must keep their limits.
+
+    >>> with_defaults({"preset": "easyrobust", "alpha": 0.2})["normalize"]
+    'l2'
+    """
+    return {**DEFAULTS, **PRESETS[parameters.get("preset", DEFAULTS["preset"])], **parameters}
