@@ -1,9 +1,9 @@
-"""Reading a pickle of torch's without running it, and without the packages whose classes it names.
+"""Reads a pickle written by `torch.save` without running it, and without the packages whose classes it names.
 
-torch's weights-only unpickler runs nothing but its own tensor functions and what it is told is safe. Told
-so are the names in ALLOWED, which published checkpoints hold beside their weights, each answered by a
-stand-in that does nothing: pytorch_lightning, omegaconf and numpy are not imported. Every other name is
-refused.
+torch's weights-only unpickler calls nothing but its own tensor functions and the classes registered as safe.
+Published checkpoints name further classes beside their weights. Those are listed in ALLOWED, and each is replaced
+by a stand-in that does nothing, so that pytorch_lightning, omegaconf and numpy are not imported. Every other name
+is refused.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dat_workers.codecs.spec import CodecError
 
 
 class _Ignored:
-    """Stands for any class named in a checkpoint: takes all arguments and state, keeps nothing."""
+    """Stands in for a class named in a checkpoint: accepts any arguments and state, and keeps none of them."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -32,14 +33,14 @@ class _Ignored:
 
 
 class _IgnoredDict(_Ignored):
-    """Stands for subclasses of dict: the unpickler fills items only into a plain OrderedDict."""
+    """Stands in for a subclass of dict: the unpickler fills items only into a plain OrderedDict."""
 
     def __new__(cls, *args: object) -> Any:
         return OrderedDict()
 
 
 _OBJECTS = (
-    # Lightning 1.0 to 1.9 keys callback states by class, and keeps the callback's path and score
+    # Lightning 1.0 to 1.9 stores callback states under the callback's class, with its path and score
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
@@ -49,7 +50,7 @@ _OBJECTS = (
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
-    # hyper-parameters kept by OmegaConf
+    # hyper-parameters held by OmegaConf
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
     "omegaconf.base.ContainerMetadata",
@@ -66,7 +67,7 @@ _OBJECTS = (
     "builtins.str",
     "builtins.bool",
     "builtins.tuple",
-    # best_model_score and learning rates as numpy scalars
+    # best_model_score and the learning rates are numpy scalars
     "numpy.dtype",
     "numpy.ndarray",
     "numpy.core.multiarray.scalar",
@@ -84,42 +85,43 @@ _MAPPINGS = (
 )
 ALLOWED = frozenset((*_OBJECTS, *_MAPPINGS))
 
-
-def _stand_ins() -> list[Any]:
-    # one class a name: the unpickler looks stand-ins up by identity
-    pairs: list[Any] = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in _OBJECTS]
-    return pairs + [(type(name.rpartition(".")[2], (_IgnoredDict,), {}), name) for name in _MAPPINGS]
-
-
-_STAND_INS = _stand_ins()
+# The unpickler looks stand-ins up by identity, so every name has a class of its own.
+_STAND_INS: list[Any] = [
+    (type(name.rpartition(".")[2], (base,), {}), name)
+    for names, base in ((_OBJECTS, _Ignored), (_MAPPINGS, _IgnoredDict))
+    for name in names
+]
 
 
 def unpickle(path: Path, where: str) -> object:
-    """What `torch.save` wrote to `path`, tensors on the CPU, stand-ins for everything else.
+    """Returns what `torch.save` wrote to `path`: tensors on the CPU, and stand-ins for all other objects.
 
     >>> unpickle(Path("last.ckpt"), "last.ckpt")["state_dict"]  # doctest: +SKIP
 
-    `where` is how errors call the file. Raises CodecError for a damaged file, and for one that names
-    anything outside ALLOWED; the error lists those names.
+    `where` names the file in errors. Raises CodecError for a damaged file, and for a file that names anything
+    outside ALLOWED; the error lists those names.
     """
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
+    with safe_globals(_STAND_INS):
+        try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_can_map(path))
-    except Exception as error:  # a damaged or hostile pickle raises anything, from EOFError to struct.error
-        # torch names the one it stopped at; it shows builtins without their module
-        stopped_at = re.findall(r"GLOBAL (\S+) w", str(error))
-        names = sorted(set(stopped_at) | set(_foreign_globals(path)))
-        if names:
-            raise CodecError(
-                f"{where} was refused: its pickle asks for {', '.join(names)}, "
-                "which no published codec needs; nothing of it was run"
-            ) from error
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise CodecError(f"{where} is not a checkpoint that can be read: {reason[0]}") from error
+        except Exception as error:  # a damaged or hostile pickle raises anything, from EOFError to struct.error
+            # torch's message names only the global that it stopped at, and a builtin without its module
+            names = _foreign_globals(path) | set(re.findall(r"GLOBAL (\S+\.\S+) w", str(error)))
+            if names:
+                raise CodecError(
+                    f"{where} was refused: its pickle names {', '.join(sorted(names))}, which no published codec "
+                    "needs. Nothing in it was run"
+                ) from error
+            # torch wraps the reason of an UnpicklingError in the advice to load the file unsafely
+            reason = str(error.__context__ or error).strip().partition("\n")[0] or type(error).__name__
+            raise CodecError(f"{where} is not a checkpoint that can be read: {reason}") from error
 
 
 def _can_map(path: Path) -> bool:
-    # mapped, the optimizer states (twice the weights) are never read; needs torch's zip, uncompressed
+    """Whether torch can map the file into memory: it must be an uncompressed zip.
+
+    The optimizer states of a mapped file, twice the size of the weights, are never read.
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -129,25 +131,19 @@ def _can_map(path: Path) -> bool:
 _TORCHS_OWN = re.compile(r"torch\.|collections\.(OrderedDict|Counter)$|_codecs\.encode$")
 
 
-def _foreign_globals(path: Path) -> list[str]:
-    """The names a pickle asks for that are neither torch's own nor ALLOWED, by disassembly alone."""
-    names: set[str] = set()
-    # the disassembler, too, meets damaged data; what it saw until then still counts
+def _foreign_globals(path: Path) -> set[str]:
+    """Returns the names in a pickle that torch's weights-only unpickler refuses, without running the pickle."""
     with contextlib.suppress(Exception):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if PurePosixPath(name).name == "data.pkl":
-                        with archive.open(name) as stream:
-                            _collect(stream, names)
-        else:
-            with path.open("rb") as stream:
-                for _ in range(5):  # torch's older format: magic, version, system, object, keys
-                    _collect(stream, names)
-    return sorted(name for name in names if name not in ALLOWED and not _TORCHS_OWN.match(name))
+        return set(get_unsafe_globals_in_checkpoint(path))
+    # torch's function reads neither its own older format nor pickle protocols other than 2
+    names: set[str] = set()
+    with contextlib.suppress(Exception), path.open("rb") as stream:  # names before damaged data still count
+        for _ in range(5):  # the older format is five pickles: magic number, version, system, object, keys
+            _collect_globals(stream, names)
+    return {name for name in names if name not in ALLOWED and not _TORCHS_OWN.match(name)}
 
 
-def _collect(stream: IO[bytes], names: set[str]) -> None:
+def _collect_globals(stream: IO[bytes], names: set[str]) -> None:
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in ("GLOBAL", "INST"):

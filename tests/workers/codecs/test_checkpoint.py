@@ -163,7 +163,7 @@ def test_hostile_pickle_is_refused_and_not_run(
 ) -> None:
     marker = tmp_path / "ran"
     path = lightning_checkpoint(tmp_path / "bad.ckpt", weights, old_format=old_format, extra=kind(marker))
-    with pytest.raises(CodecError, match=rf"bad\.ckpt was refused: .*{called}.*nothing of it was run"):
+    with pytest.raises(CodecError, match=rf"bad\.ckpt was refused: .*{called}.*Nothing in it was run"):
         load_published(path, spec)
     assert not marker.exists()
     if kind is Hostile:  # the test can fail: unpickled in earnest, it runs
@@ -181,10 +181,29 @@ def test_plain_hostile_pickle(tmp_path: Path, spec: CodecSpec, protocol: int) ->
     assert not marker.exists()
 
 
-def test_every_name_outside_the_list_is_refused_by_name(tmp_path: Path, spec: CodecSpec) -> None:
-    torch.save({"state_dict": torch.nn.Linear(2, 2)}, tmp_path / "module.ckpt")
+@pytest.mark.parametrize("old_format", [False, True])
+def test_every_name_outside_the_list_is_refused_by_name(tmp_path: Path, spec: CodecSpec, old_format: bool) -> None:
+    path = tmp_path / "module.ckpt"
+    zipped = not old_format
+    torch.save({"state_dict": torch.nn.Linear(2, 2)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CodecError, match=r"torch\.nn\.modules\.linear\.Linear"):
-        load_published(tmp_path / "module.ckpt", spec)
+        load_published(path, spec)
+    marker = tmp_path / "ran"
+    torch.save([Hostile(marker), HostileEval(marker)], path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CodecError, match=r"its pickle names builtins\.eval, posix\.system, which"):
+        load_published(path, spec)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_error_advises_to_load_the_file_unsafely(tmp_path: Path, spec: CodecSpec) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": Hostile(tmp_path / "ran")}, path, pickle_protocol=4)
+    for content in (path.read_bytes(), pickle.dumps({"a": {1, 2}}, 4)):
+        path.write_bytes(content)
+        with pytest.raises(CodecError) as caught:
+            load_published(path, spec)
+        assert "weights_only" not in str(caught.value)
+        assert "Unsupported operand" in str(caught.value)
 
 
 def test_missing_and_unexpected_keys_are_named_and_counted(
