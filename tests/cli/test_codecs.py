@@ -1,3 +1,5 @@
+"""`dat codecs`: list, show, pull and import."""
+
 from __future__ import annotations
 
 import json
