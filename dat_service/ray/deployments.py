@@ -10,6 +10,7 @@ from ray.serve import Application
 
 from dat_service.ray.haproxy import SERVE
 from dat_service.ray.replica import CodecReplica
+from dat_service.ray.version import check_version
 from dat_service.settings import Settings, SettingsError
 
 NAME = "codec"  # of the one deployment in each application
@@ -35,6 +36,7 @@ def build(arguments: dict[str, Any]) -> Application:
     """
     import ray
 
+    check_version(ray.__version__)
     settings = Settings(**arguments)
     present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     gpus = gpus_of(settings, present)

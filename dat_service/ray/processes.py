@@ -1,93 +1,69 @@
-"""Processes that this one began: found and ended by their id, and by when they began, for ids are used again."""
+"""Finds and ends processes that this one started, also those whose parents have ended already."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 
-PROC = Path("/proc")
-
-
-@dataclass(frozen=True)
-class Process:
-    pid: int
-    started: int  # clock ticks since the machine's start
-
-    def runs(self) -> bool:
-        """Whether it is there and no zombie."""
-        found = _stat(self.pid)
-        return found is not None and found[1:] == (self.started, True)
+import psutil
 
 
-def _stat(pid: int) -> tuple[int, int, bool] | None:
-    """Parent, start and whether it is more than a zombie; none where there is no such process."""
+def runs(process: psutil.Process) -> bool:
+    """Whether the process still exists (its id may belong to another one by now) and is not a zombie."""
     try:
-        # bytes: a process's name, in the brackets, may be any
-        fields = (PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1]), int(fields[19]), fields[0] not in (b"Z", b"X")
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
-def children(pid: int) -> set[Process]:
-    """Processes begun by `pid` itself."""
-    return {Process(child, started) for child, (parent, started, _) in _all().items() if parent == pid}
+def descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
+    """Returns the roots and all their descendants, as far as they still run."""
+    found: set[psutil.Process] = set()
+    for root in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {root, *root.children(recursive=True)}
+    return set(filter(runs, found))
 
 
-def descendants(roots: set[Process]) -> set[Process]:
-    """The roots, what they began, what that began, ... as far as it all still runs."""
-    found = {p for p in roots if p.runs()}
-    stats = _all()
-    wave = {p.pid for p in found}
-    while wave:
-        wave = {pid for pid, (parent, _, _) in stats.items() if parent in wave} - {p.pid for p in found}
-        found |= {Process(pid, stats[pid][1]) for pid in wave}
-    return found
+def mentioning(text: str) -> set[psutil.Process]:
+    """Returns the processes whose command line contains `text`, except this process.
 
-
-def mentioning(text: str) -> set[Process]:
-    """Processes whose command line mentions a text, this one left out.
-
-    An orphan belongs to the machine's first process: by its parents it cannot be found any more.
+    This finds orphans too: their parent is the machine's first process, so `descendants` misses them.
     """
     found = set()
-    for pid, (_, started, _) in _all().items():
-        try:
-            if pid != os.getpid() and text.encode() in (PROC / str(pid) / "cmdline").read_bytes():
-                found.add(Process(pid, started))
-        except OSError:
-            continue
+    for pid in set(psutil.pids()) - {os.getpid()}:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if any(text in argument for argument in process.cmdline()):
+                found.add(process)
     return found
 
 
-def _all() -> dict[int, tuple[int, int, bool]]:
-    return {int(e.name): s for e in PROC.iterdir() if e.name.isdigit() and (s := _stat(int(e.name))) is not None}
+def end(processes: set[psutil.Process], patience_s: float) -> set[psutil.Process]:
+    """Waits `patience_s` for the processes to end, then sends SIGTERM, and SIGKILL after 2 s more.
 
-
-def end(processes: set[Process], patience_s: float) -> set[Process]:
-    """Waits until they have ended; those that have not are told to, then made to. Returns these."""
+    Returns the processes that had to be sent a signal.
+    """
     late = _wait(processes, patience_s)
     for process in late:
-        _send(process, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     for process in _wait(late, 2):
-        _send(process, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     _wait(late, 5)
     return late
 
 
-def _wait(processes: set[Process], patience_s: float) -> set[Process]:
+def _wait(processes: set[psutil.Process], patience_s: float) -> set[psutil.Process]:
+    """Returns the processes that still run after `patience_s`.
+
+    `psutil.wait_procs` does not fit: it takes the exit status of Ray's own children from Ray, and where the kernel
+    lacks pidfd_open it waits for zombies that nobody reaps.
+    """
     deadline = time.monotonic() + patience_s
-    while (left := {p for p in processes if p.runs()}) and time.monotonic() < deadline:
+    while (left := set(filter(runs, processes))) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def _send(process: Process, number: signal.Signals) -> None:
-    try:
-        if process.runs():
-            os.kill(process.pid, number)
-    except ProcessLookupError:
-        pass

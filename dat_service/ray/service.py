@@ -10,8 +10,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from dat_service.ray import haproxy, ports
-from dat_service.ray.processes import Process, children, descendants, end, mentioning
+from dat_service.ray.processes import descendants, end, mentioning
+from dat_service.ray.version import check_version
 from dat_service.settings import Settings
 from dat_workers.system.signals import interrupted_later
 
@@ -48,7 +51,7 @@ class RayService:
         self._replica_class = replica_class
         self._variables: dict[str, str] = {}  # what we added to this process's environment
         self._running: list[str] = []  # names of our applications on a cluster that is not ours
-        self._roots: set[Process] = set()  # what Ray began here
+        self._roots: set[psutil.Process] = set()  # what Ray began here
         self._folder = tempfile.TemporaryDirectory(prefix="dat-serve-")
         self._block: socket.socket | None = None  # holds our replicas' ports
         self._stopping = False
@@ -68,6 +71,7 @@ class RayService:
             import ray
             from ray import serve
 
+            check_version(ray.__version__)
             from dat_service.ray.deployments import routes
 
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -164,7 +168,7 @@ class RayService:
     def _start_ray(self) -> None:
         import ray
 
-        before = children(os.getpid())
+        before = set(psutil.Process().children())
         try:
             with interrupted_later():
                 ray.init(
@@ -175,7 +179,7 @@ class RayService:
                     log_to_driver=False,
                 )
         finally:
-            self._roots = children(os.getpid()) - before
+            self._roots = set(psutil.Process().children()) - before
 
     def _look_around(self) -> None:
         """Raises ServeFailed where a codec is served on the cluster already."""
@@ -259,7 +263,7 @@ class RayService:
             said = "; ".join(f"{codec}: {error}" for codec, error in left.items())
             raise ServeFailed(f"on the cluster there may still be {said}")
 
-    def _processes(self) -> set[Process]:
+    def _processes(self) -> set[psutil.Process]:
         return descendants(self._roots) | mentioning(self._folder.name)
 
     def _environment(self) -> dict[str, str]:

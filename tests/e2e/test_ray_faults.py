@@ -5,6 +5,7 @@ Slow: `python -m pytest -m slow tests/e2e/test_ray_faults.py`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from dat_service.ray.processes import PROC, Process, children, descendants
+from dat_service.ray.processes import descendants, runs
 from dat_workers.codecs.file import Origin
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
@@ -60,14 +62,13 @@ def until(check: Callable[[], bool], patience_s: float = 300) -> float:
     return time.monotonic() - began
 
 
-def ours(service: Service, name: str) -> set[Process]:
+def ours(service: Service, name: str) -> set[psutil.Process]:
     """Processes of this service whose command line begins so."""
     found = set()
-    roots = children(service[1].pid)
-    for process in descendants(roots):
-        line = (PROC / str(process.pid) / "cmdline").read_bytes().split(b"\0")[0].decode()
-        if line.rpartition("/")[2].startswith(name):
-            found.add(process)
+    for process in descendants(psutil.Process(service[1].pid).children()):
+        with contextlib.suppress(psutil.Error, IndexError):  # it has just ended
+            if process.cmdline()[0].rpartition("/")[2].startswith(name):
+                found.add(process)
     return found
 
 
@@ -130,7 +131,7 @@ def test_killed(service: Service, name: str, capsys: pytest.CaptureFixture[str])
         killed = time.monotonic()
         until(lambda: answers_again(seen, killed))
         bad = [when for when, what, _, _ in seen.results if what != "200" and when > killed]
-        until(lambda: len({p for p in ours(service, name) if p.runs()} - {victim}) >= len(victims))
+        until(lambda: len(set(filter(runs, ours(service, name))) - {victim}) >= len(victims))
         until(lambda: len(ours(service, "ray::ServeReplica")) == count)
         until(lambda: answers_again(seen, time.monotonic() - 2))
     with capsys.disabled():
@@ -158,7 +159,7 @@ def test_replica_that_hangs_is_replaced(service: Service, capsys: pytest.Capture
         until(lambda: len(seen.results) > 10)
         os.kill(victim.pid, signal.SIGSTOP)
         stopped = time.monotonic()
-        replaced = until(lambda: not victim.runs() and len(ours(service, "ray::ServeReplica")) == len(replicas))
+        replaced = until(lambda: not runs(victim) and len(ours(service, "ray::ServeReplica")) == len(replicas))
         until(lambda: answers_again(seen, time.monotonic() - 2))
     bad = [when - stopped for when, what, _, _ in seen.results if what != "200"]
     with capsys.disabled():

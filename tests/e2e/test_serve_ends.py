@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 
-from dat_service.ray.processes import Process, children, descendants
+from dat_service.ray.processes import descendants, runs
 from tests.conftest import DAT, dat_serve, free_port
 from tests.e2e.request_threads import infer_body
 
@@ -52,12 +53,12 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
             return
 
 
-def family(pid: int) -> set[Process]:
-    return descendants(children(pid))
+def family(pid: int) -> set[psutil.Process]:
+    return descendants(psutil.Process(pid).children())
 
 
-def check_gone(processes: set[Process], patience_s: float) -> None:
-    until(lambda: not any(p.runs() for p in processes), patience_s)
+def check_gone(processes: set[psutil.Process], patience_s: float) -> None:
+    until(lambda: not any(map(runs, processes)), patience_s)
 
 
 @pytest.mark.parametrize("so_many", [4, 8, 12])
