@@ -1,0 +1,169 @@
+"""README.md and the pages of docs/: their Python code runs, their commands parse, what they name exists."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import typer
+import typer.main
+
+from dat_service.cli.main import app
+from dat_service.settings import OTHER_VARIABLES, Settings
+from tests.conftest import ROOT
+from tests.docs.pages import OTHERS, PAGES, Block, anchors, blocks, commands, links, spans, text_of
+
+PYTHON = [block for page in PAGES for block in blocks(page, "python")]
+MOST_NOT_RUN = 0  # blocks marked `not-run`: raise it only for a block that no machine of ours could run
+WITH_CODE = ("README.md", "client.md", "codecs.md", "precompute.md", "safety.md", "serving.md", "training.md")
+
+_namespaces: dict[Path, dict[str, Any]] = {}
+_finished: set[Block] = set()
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
+def test_python_runs(block: Block, ray_url: str) -> None:
+    if block.info.startswith("not-run:"):
+        pytest.skip(block.info)
+    package = block.info.removeprefix("needs=")
+    if block.info and find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    for earlier in blocks(block.page, "python"):  # so that a single block can be selected with -k
+        if earlier.line < block.line and not earlier.info and earlier not in _finished:
+            _run(earlier, ray_url)
+    _run(block, ray_url)
+
+
+def _run(block: Block, url: str) -> None:
+    """Runs a block in the namespace that all blocks of its page share."""
+    code = block.code.replace("127.0.0.1:8000", urlsplit(url).netloc)
+    compiled = compile("\n" * (block.line - 1) + code, block.page, "exec")
+    with warnings.catch_warnings():
+        if block.info:
+            warnings.simplefilter("ignore")  # Lightning's own imports warn
+        exec(compiled, _namespaces.setdefault(block.page, {"__name__": "__main__"}))
+    _finished.add(block)
+
+
+def test_blocks_are_found_and_few_are_not_run() -> None:
+    assert {block.page.name for block in PYTHON} >= set(WITH_CODE)
+    assert len(PYTHON) >= 20
+    not_run = [block for block in PYTHON if block.info and not re.fullmatch(r"needs=\w+", block.info)]
+    assert len(not_run) <= MOST_NOT_RUN, [(block.name, block.info) for block in not_run]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_commands_parse(page: Path) -> None:
+    for words in commands(page):
+        if words[0] == "dat":
+            parse(words)
+        elif words[0] == "make":
+            assert words[1] in targets(), words
+        elif words[0] == "python":
+            check_script(words)
+        else:
+            assert words[0] in ("curl", "kill"), f"{words}: add a check for this program"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=str)
+def test_named_commands_exist(page: Path) -> None:
+    for span in spans(page):
+        words = span.split()
+        if words[0] == "dat" and len(words) > 1:
+            find(words)
+        elif words[0] == "make" and len(words) > 1:
+            assert words[1] in targets(), span
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=str)
+def test_links_and_named_files_exist(page: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name) if name else page
+        assert (ROOT / linked).exists(), target
+        assert not anchor or anchor in anchors(linked), target
+    top = {path.name for path in ROOT.iterdir()}
+    for span in spans(page):
+        words = span.removeprefix("python ").split()
+        if re.fullmatch(r"[\w.-]+(/[\w.*-]*)+", words[0]) and words[0].partition("/")[0] in top:
+            assert list(ROOT.glob(words[0].rstrip("/"))), span
+
+
+def test_readme_begins_with_its_picture_and_links_every_page() -> None:
+    lines = text_of(PAGES[0]).splitlines()
+    assert next(n for n, line in enumerate(lines, 1) if "docs/demo.png" in line) <= 25
+    assert {Path(target.partition("#")[0]) for target in links(PAGES[0])} >= set(PAGES[1:])
+
+
+def test_serving_lists_every_setting() -> None:
+    rows = dict(re.findall(r"^\| `DAT_(\w+)` \| (\S+) \|", text_of(Path("docs/serving.md")), re.M))
+    defaults = {name.upper(): field.default for name, field in Settings.model_fields.items()}
+    expected = {name: "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+                for name, value in defaults.items()}  # fmt: skip
+    assert rows == expected
+    for name in OTHER_VARIABLES:
+        assert f"`{name}`" in text_of(Path("docs/serving.md"))
+
+
+def test_a_wrong_flag_or_verb_is_found() -> None:
+    parse(["dat", "serve", "--port", "8000"])
+    for wrong in ("dat serve --prot 8000", "dat serv", "dat serve --port many", "dat precompute only-one"):
+        with pytest.raises((typer.BadParameter, AssertionError)):
+            parse(wrong.split())
+    for wrong in ("dat codecs lst", "dat bench client --bach 3", "dat bench"):
+        with pytest.raises(AssertionError):
+            find([*wrong.split(), "--none-such"])
+
+
+def targets() -> set[str]:
+    """The targets of the Makefile."""
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def find(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `dat ...` words name, and its arguments. Fails for verbs and flags that do not exist."""
+    command: Any = typer.main.get_command(app)
+    rest = words[1:]
+    while rest and hasattr(command, "commands"):
+        if rest[0].startswith("-"):
+            break
+        assert rest[0] in command.commands, f"{' '.join(words)}: no such command"
+        command, rest = command.commands[rest[0]], rest[1:]
+    known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
+    if command.context_settings.get("allow_extra_args"):  # argparse reads its flags
+        known = set(re.findall(r"--?[a-z][\w-]*", help_of(words[1 : len(words) - len(rest)])))
+    for word in rest:
+        if re.match(r"--?[a-zA-Z]", word):
+            assert word.partition("=")[0] in known, f"{' '.join(words)}: no such flag as {word}"
+    return command, rest
+
+
+def parse(words: list[str]) -> None:
+    """Parses `dat ...` without running it. Raises typer.BadParameter where arguments are missing or wrong."""
+    command, rest = find(words)
+    assert not hasattr(command, "commands"), f"{' '.join(words)}: names a group of commands"
+    command.make_context(words[1], list(rest))
+
+
+def help_of(verbs: list[str]) -> str:
+    """What `dat VERBS --help` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        app([*verbs, "--help"])
+    return printed.getvalue()
+
+
+def check_script(words: list[str]) -> None:
+    """Checks that the script exists and that it, or the parser that it shares, has the flags."""
+    script = ROOT / words[1]
+    source = script.read_text() + (ROOT / "examples/training/arguments.py").read_text()
+    for word in words[2:]:
+        if word.startswith("--"):
+            assert f'"{word}"' in source, f"{words[1]} has no flag {word}"
