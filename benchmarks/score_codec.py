@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.images.crops import centre_crops
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     x = centre_crops(arguments.sources, arguments.crop)
     discretizer = Discretizer.from_store(
-        arguments.codec, engine=arguments.engine, device=arguments.device, dtype=arguments.dtype
+        arguments.codec, EngineConfig(arguments.engine, arguments.device, arguments.dtype)
     )
     q = discretizer.discretize(x, outputs=("reconstruction", "indices"))
     mse = np.square(x.astype(np.float64) - q["reconstruction"]).reshape(len(x), -1).mean(1)

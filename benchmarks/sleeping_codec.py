@@ -59,7 +59,7 @@ def main() -> None:
     class SleepingWorker(CodecWorker):
         def load(self) -> None:
             identity = Discretizer.from_store("identity")
-            self.discretizer = SleepingDiscretizer(identity.spec, identity.fingerprint, None)
+            self.discretizer = SleepingDiscretizer(identity.spec, identity.fingerprint, identity.engine)
             self._thread = ThreadPoolExecutor(arguments.workers)
 
     worker = SleepingWorker(Settings(codec="identity", port=arguments.port, max_requests=64))

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from dat_client.calls.arrays import gradient_tensors
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.images.crops import centre_crops
 from dat_workers.images.encoded import encode_jpeg
 from dat_workers.perturbation import PRESETS
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of the classifier's training")
     arguments = parser.parse_args()
     images = centre_crops(arguments.images, SIDE, arguments.count)
-    discretizer = Discretizer.from_store(arguments.codec, device="cpu")
+    discretizer = Discretizer.from_store(arguments.codec, EngineConfig(device="cpu"))
     image_rows(discretizer, images)
     model, accuracy = trained(torch.from_numpy(centre_crops(arguments.train, 256, 100)), arguments.steps, 32, 128)
     print(f"\nclassifier: accuracy on new crops {accuracy:.1%}")

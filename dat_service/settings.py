@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dat_workers.engines.config import EngineConfig
+
 MIB = 1024 * 1024
 OTHER_VARIABLES = ("DAT_HOME",)  # where codecs are kept, dat_workers/codecs/store.py
 
@@ -78,9 +80,10 @@ class Settings(BaseSettings):
             )
         return self
 
-    def engine_threads(self) -> int:
-        """CPU threads the engine takes."""
-        return self.threads or len(os.sched_getaffinity(0))
+    @property
+    def engine_config(self) -> EngineConfig:
+        """How the codec is run. Raises ValueError for values that do not go together."""
+        return EngineConfig(self.engine, self.device, self.dtype, self.tricks, self.threads)
 
 
 class SettingsError(ValueError):

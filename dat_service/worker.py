@@ -60,11 +60,9 @@ class CodecWorker:
 
     def make(self) -> Discretizer:
         """The discretizer, in the thread that will run it."""
-        s = self.settings
-        torch.set_num_threads(s.engine_threads())
-        discretizer = Discretizer.from_store(
-            s.codec, engine=s.engine, device=s.device, dtype=s.dtype, tricks=s.tricks
-        )
+        config = self.settings.engine_config
+        torch.set_num_threads(config.cpu_threads)
+        discretizer = Discretizer.from_store(self.settings.codec, config)
         discretizer.warm_up()
         return discretizer
 

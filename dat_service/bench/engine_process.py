@@ -34,7 +34,7 @@ def images_per_s(discretizer: Discretizer, batch: np.ndarray, seconds: float) ->
 
 def main() -> None:
     codec, side = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(Settings(codec=codec).engine_threads())  # as a replica does
+    torch.set_num_threads(Settings(codec=codec).engine_config.cpu_threads)  # as a replica does
     discretizer = Discretizer.from_store(codec)
     discretizer.warm_up(side)
     tried = CUDA_BATCHES if torch.cuda.is_available() else BATCHES

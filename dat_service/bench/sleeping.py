@@ -22,7 +22,7 @@ from dat_service.settings import Settings
 from dat_service.worker import CodecWorker
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.engines.base import Engine
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,20 +40,14 @@ def name_of(sleep_ms: float) -> str:
     return f"{NAME}{sleep_ms:g}ms"
 
 
-class SleepingEngine:
+class SleepingEngine(Engine):
     """An Engine whose `encode` sleeps, however many images come; tokens are mean grey levels of 8 x 8 pixels."""
 
     name = "sleeping-stand-in"
-    device = torch.device("cpu")
-    dtype = "fp32"
-    tricks = Tricks.parse("none", cuda=False)
     batch = BATCH
 
     def __init__(self, sleep_s: float) -> None:
         self.sleep_s = sleep_s
-
-    def warm_up(self, side: int) -> None:
-        pass
 
     def encode(self, images: Tensor) -> Tensor:
         time.sleep(self.sleep_s)

@@ -26,6 +26,7 @@ def discretize(
     from dat_service.settings import make_settings
     from dat_workers.codecs.spec import CodecError
     from dat_workers.discretizer import Discretizer
+    from dat_workers.engines.config import EngineConfig
     from dat_workers.errors import EngineError, InvalidInput
     from dat_workers.images.encoded import decode_picture, encode_png
     from dat_workers.request import check_outputs
@@ -43,7 +44,7 @@ def discretize(
         raise typer.Exit(1)
     failed = 0
     try:
-        discretizer = Discretizer.from_store(codec, engine=engine, device=device, dtype=dtype, tricks=tricks)
+        discretizer = Discretizer.from_store(codec, EngineConfig(engine, device, dtype, tricks))
         names = ("reconstruction", "indices") if indices else ("reconstruction",)
         check_outputs(names, discretizer.outputs)
         out.mkdir(parents=True, exist_ok=True)

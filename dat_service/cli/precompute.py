@@ -84,6 +84,7 @@ def precompute(
         raise typer.Exit(1)
 
     from dat_workers.codecs.spec import CodecError
+    from dat_workers.engines.config import EngineConfig
     from dat_workers.precompute import SampleFailed
     from dat_workers.precompute import precompute as run
 
@@ -95,8 +96,8 @@ def precompute(
                 resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
                 seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers,
                 ray=ray, gpus=gpus, skip=on_error == "skip", overwrite=overwrite, check_hashes=check_hashes,
-                pictures_a_shard=pictures_a_shard, engine=engine, device=device, dtype=dtype, tricks=tricks,
-                threads=threads, report=report,
+                pictures_a_shard=pictures_a_shard,
+                engine_config=EngineConfig(engine, device, dtype, tricks, threads), report=report,
             )  # fmt: skip
     except SampleFailed as error:
         typer.echo(f"dat precompute: {error}\n--on-error skip leaves such samples out", err=True)

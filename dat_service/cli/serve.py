@@ -114,7 +114,6 @@ def check_startable(all_settings: list[Settings], *, local: bool) -> None:
     from dat_service.http.auth import read_keys
     from dat_service.observability import tracing
     from dat_workers.codecs.store import CodecStore
-    from dat_workers.engines.torch.tricks import Tricks
 
     settings = all_settings[0]
     if local and (
@@ -125,7 +124,7 @@ def check_startable(all_settings: list[Settings], *, local: bool) -> None:
         from dat_service.ray.deployments import check
 
         check(all_settings)
-    Tricks.parse(settings.tricks, cuda=False)
+    _ = settings.engine_config  # raises ValueError for unusable engine settings
     for each in all_settings:
         CodecStore().load(each.codec)
     read_keys(settings.api_key_file)

@@ -43,7 +43,8 @@ def verify(
     from dat_service.cli.codecs import told
     from dat_workers.codecs.spec import CodecError
     from dat_workers.codecs.store import CodecStore, load_model
-    from dat_workers.engines.factory import DTYPES, ENGINES, create
+    from dat_workers.engines.config import ENGINE_DTYPES, ENGINES, EngineConfig
+    from dat_workers.engines.factory import create
     from dat_workers.errors import InvalidInput
     from dat_workers.images.crops import sample_crops
     from dat_workers.verify.agreement import STAND_IN, measure, stand_in_gradients
@@ -51,7 +52,7 @@ def verify(
 
     with told():
         try:
-            for what, given, known in (("--engine", engine, ENGINES), ("--dtype", dtype, DTYPES)):
+            for what, given, known in (("--engine", engine, ENGINES), ("--dtype", dtype, ENGINE_DTYPES)):
                 for value in given or ():
                     if value not in known:
                         raise InvalidInput(what, repr(value), f"one of {', '.join(known)}")
@@ -61,7 +62,7 @@ def verify(
             if crop % file.spec.factor:
                 raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
             model = load_model(file)
-            reference = create("reference", load_model(file), device=device)
+            reference = create(EngineConfig("reference", device), load_model(file))
             images = sample_crops(pictures, crop, limit)
             given_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
             _say(f"judging the reference on {len(images)} pictures")

@@ -285,4 +285,4 @@ class RayService:
 
 def shared(settings: Settings, replicas: int) -> int:
     """CPU threads of each of so many replicas on this machine."""
-    return settings.threads or max(1, settings.engine_threads() // replicas)
+    return settings.threads or max(1, settings.engine_config.cpu_threads // replicas)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from tests.conftest import DAT, crop
 from tests.raw_requests import encoded
 
@@ -27,7 +28,7 @@ def test_good_pictures_are_written_and_bad_ones_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "bad.png" in done.stderr
     assert "Traceback" not in done.stderr
-    expected = Discretizer.from_store("tiny-f8", device="cpu").discretize(
+    expected = Discretizer.from_store("tiny-f8", EngineConfig(device="cpu")).discretize(
         photograph[None], outputs=("reconstruction", "indices")
     )
     written = np.asarray(Image.open(out / "good.png")).transpose(2, 0, 1)

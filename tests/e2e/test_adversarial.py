@@ -14,6 +14,7 @@ import torch
 from dat_client import Client, InvalidRequest, wire
 from dat_workers.codecs.store import load_model
 from dat_workers.engines.base import Engine
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from tests.conftest import app_in_thread, crop
 from tests.raw_requests import send
@@ -29,7 +30,7 @@ def codec() -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def reference() -> Engine:
-    return create("reference", load_model("tiny-f8"), device="cpu")
+    return create(EngineConfig("reference", device="cpu"), load_model("tiny-f8"))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,14 @@ from PIL import Image
 
 from dat_client import AsyncClient, Client, InvalidRequest, TooLarge, Unauthorized, UnknownCodec
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from tests.conftest import crop
 from tests.raw_requests import encoded, infer_encoded, infer_images, send
 
 
 @pytest.fixture(scope="module")
 def in_process() -> Discretizer:
-    return Discretizer.from_store("tiny-f8", device="cpu")
+    return Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
 
 
 def test_service_gives_what_the_codec_gives(

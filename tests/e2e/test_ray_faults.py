@@ -24,6 +24,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import CodecStore
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from tests.conftest import dat_serve
 from tests.e2e.request_threads import Load, load
 
@@ -111,7 +112,7 @@ def test_updates_fail_no_request(
     check_answers(seen)
     assert {f for _, _, f, _ in seen.results} >= set(fingerprints)
     monkeypatch.setenv("DAT_HOME", str(home))
-    expected = Discretizer.from_store("toy", device="cpu").discretize(IMAGES)
+    expected = Discretizer.from_store("toy", EngineConfig(device="cpu")).discretize(IMAGES)
     last = np.frombuffer(seen.results[-1][3], np.uint8).reshape(IMAGES.shape)
     assert np.abs(last.astype(int) - expected["reconstruction"]).mean() < 0.1
 

@@ -14,6 +14,7 @@ from PIL import Image
 from dat_client import Client
 from dat_service.bench.pictures import pictures
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 
 CODEC = "tiny-f8"
 # The order of additions goes with the number of threads, and with it a token in thousands: the service is started
@@ -84,7 +85,7 @@ def answers(number: int = 96, side: int = 32) -> Answers:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        discretizer = Discretizer.from_store(CODEC, device="cpu")
+        discretizer = Discretizer.from_store(CODEC, EngineConfig(device="cpu"))
         made = discretizer.discretize(images, gradients, outputs=("reconstruction", "adversarial", "indices"))
     finally:
         torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dat_workers.batching.batcher import Batcher
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.engines.base import Engine
 from dat_workers.errors import DeadlinePassed, EngineError, Full, OutOfMemory, Unhealthy
 
 SPEC = CodecSpec(
@@ -27,17 +27,14 @@ SPEC = CodecSpec(
 )  # fmt: skip
 
 
-class InvertingStandIn:
+class InvertingStandIn(Engine):
     """An engine that is no codec: tokens are one pixel of each 8 x 8, inverted, and pictures are made of them."""
 
-    name, device, dtype, tricks, batch = "inverting-stand-in", torch.device("cpu"), "fp32", Tricks(), 8
+    name, batch = "inverting-stand-in", 8
 
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.before: Callable[[Tensor], None] = lambda images: None
-
-    def warm_up(self, side: int) -> None:
-        pass
 
     def encode(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput
 from tests.conftest import crop
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Discretizer:
-    return Discretizer.from_store("tiny-f8", device="cpu")
+    return Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_what_a_codec_lacks_is_refused(tiny: Discretizer, identity: Discretizer)
 
 @pytest.mark.parametrize(("half", "says"), [("decoder", r"images \[0\].*not finite"), ("encoder", "latent")])
 def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
-    broken = Discretizer.from_store("tiny-f8", engine="torch", device="cpu")
+    broken = Discretizer.from_store("tiny-f8", EngineConfig("torch", device="cpu"))
     assert broken.engine is not None
     getattr(broken.engine.model, half).conv_out.weight[0, 0, 0, 0] = torch.inf  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match=says):
@@ -152,7 +153,7 @@ def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
 def test_fp32_is_not_tf32() -> None:
     """cuDNN would take TF32 for fp32 convolutions by itself; the flag is there without a GPU, too."""
     torch.backends.cudnn.allow_tf32 = True
-    Discretizer.from_store("tiny-f8", device="cpu")
+    Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -160,7 +161,7 @@ def test_fp32_is_not_tf32() -> None:
 def test_large_pictures_take_the_blockwise_attention_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     from dat_workers.codecs.networks import vqgan
 
-    tiny = Discretizer.from_store("tiny-f8", device="cpu")
+    tiny = Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
     image = crop("coffee", 128, 128)[None]
     whole = tiny.discretize(image, outputs=("indices",))["indices"]
     monkeypatch.setattr(vqgan, "LARGE_ATTENTION", 16)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from dat_service.cli.main import app
 from dat_workers.codecs.store import load_model
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.verify.agreement import Agreement, encode, jaccard, judge, measure, stand_in_gradients
 from dat_workers.verify.diagnose import find_overflow
@@ -37,14 +38,14 @@ def test_jaccard() -> None:
 
 def test_fidelity_is_one_for_the_same_codec_and_falls_with_bf16(images: Tensor) -> None:
     model = load_model("tiny-f8")
-    reference = create("reference", model, device="cpu")
+    reference = create(EngineConfig("reference", device="cpu"), model)
     yardstick = measure(reference, images, lambda q: 30 * stand_in_gradients(q))
     assert yardstick.changed is not None
     assert yardstick.changed.any()
-    exact = judge(create("torch", load_model("tiny-f8"), device="cpu"), yardstick)
+    exact = judge(create(EngineConfig("torch", device="cpu"), load_model("tiny-f8")), yardstick)
     assert (exact.token_agreement, exact.fidelity, exact.own_fidelity) == (1, 1, 1)
     assert exact.passed
-    half = judge(create("torch", load_model("tiny-f8"), device="cpu", dtype="bf16"), yardstick)
+    half = judge(create(EngineConfig("torch", device="cpu", dtype="bf16"), load_model("tiny-f8")), yardstick)
     assert half.fidelity is not None
     assert half.fidelity < 0.9
     assert "fidelity" in half.shortfall
@@ -76,7 +77,7 @@ def test_images_that_overflow_are_counted_one_by_one(images: Tensor) -> None:
     tokens = encode(Overflowing(), marked)
     assert (tokens[0] == 0).all()
     assert (tokens[1] == -1).all()
-    reference = create("reference", load_model("tiny-f8"), device="cpu")
+    reference = create(EngineConfig("reference", device="cpu"), load_model("tiny-f8"))
     agreement = judge(Overflowing(), measure(reference, marked, stand_in_gradients))
     assert agreement.non_finite == 2
     assert not agreement.passed
@@ -107,7 +108,7 @@ def test_the_layer_that_overflows_is_named(images: Tensor, layer: str, weight: f
 def test_the_table_names_the_layer_and_the_default(images: Tensor) -> None:
     model = load_model("tiny-f8")
     model.decoder.up[1].block[0].conv1.weight.mul_(1e6)
-    yardstick = measure(create("reference", model, device="cpu"), images[:1])
+    yardstick = measure(create(EngineConfig("reference", device="cpu"), model), images[:1])
     rows = survey(model, yardstick, device="cpu", engines=["torch", "auto"], dtypes=["auto", "fp16"], rounds=1)
     found = [(row.name, row.default) for row in rows]
     assert found == [("torch fp32", False), ("torch fp16", False), ("cpu fp32", True), ("cpu fp16", False)]

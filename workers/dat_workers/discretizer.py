@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from dat_workers.batching.device_copies import Array, Compute, Job, through
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines.base import Engine, rows_at_once
+from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.engines.factory import create
+from dat_workers.engines.identity import IdentityEngine
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
 from dat_workers.request import (
@@ -44,39 +46,30 @@ class Discretizer:
     together. (CUDA kernels may add in another order for another batch size, which can move a near-tie.)
     """
 
-    def __init__(self, spec: CodecSpec, fingerprint: str, engine: Engine | None) -> None:
-        if (engine is None) == spec.has_tokens:
-            raise ValueError(f"codec {spec.name!r} with engine {engine!r}: only `identity` runs without one")
+    def __init__(self, spec: CodecSpec, fingerprint: str, engine: Engine) -> None:
         self.spec = spec
         self.fingerprint = fingerprint
         self.engine = engine
 
     @classmethod
-    def from_store(
-        cls, name: str, *, engine: str = "auto", device: str = "auto", dtype: str = "auto", tricks: str = "auto"
-    ) -> Discretizer:
-        """The codec `name`, embedded or installed. Raises CodecError where it is neither."""
+    def from_store(cls, name: str, config: EngineConfig = DEFAULT_ENGINE) -> Discretizer:
+        """Loads the codec `name`, embedded or installed. Raises CodecError if it is neither.
+
+        The codec `identity` has its own engine and ignores `config`.
+        """
         from dat_workers.codecs.store import CodecStore, load_model
 
         file = CodecStore().load(name)
-        if not file.spec.has_tokens:
-            return cls(file.spec, file.fingerprint, None)
-        model = load_model(file)
-        return cls(file.spec, file.fingerprint, create(engine, model, device=device, dtype=dtype, tricks=tricks))
+        engine = IdentityEngine() if file.spec.architecture == "identity" else create(config, load_model(file))
+        return cls(file.spec, file.fingerprint, engine)
 
     def describe(self) -> dict[str, str]:
-        """Engine, device, dtype and tricks in words, for logs and metadata; of ONNX Runtime its provider too."""
-        if self.engine is None:
-            return {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
-        e = self.engine
-        said = {"engine": e.name, "device": str(e.device), "dtype": e.dtype, "tricks": str(e.tricks)}
-        provider = getattr(e, "provider", None)
-        return said | ({"provider": provider} if provider else {})
+        """Returns engine, device, dtype and tricks as text, as `Engine.describe` does."""
+        return self.engine.describe()
 
     def warm_up(self, side: int = 224) -> None:
         """The engine's own preparation and one pass over a grey image: no request pays for first calls."""
-        if self.engine is not None:
-            self.engine.warm_up(side)
+        self.engine.warm_up(side)
         self.discretize(np.full((1, 3, side, side), 127, np.uint8))
 
     @property
@@ -160,8 +153,8 @@ class Discretizer:
         given = tuple((name, str(array.dtype)) for name, array in arrays.items())
         height, width = images.shape[2:]
         task = Task((height, width), given, tuple(sorted(set(outputs))), dtype, step, replace_fraction, seed)
-        copied = self.engine is None and not adversarial and images.dtype == dtype
-        return Work(task, arrays, {"reconstruction": images} if copied else None)
+        unchanged = self.engine.returns_images_unchanged and not adversarial and images.dtype == dtype
+        return Work(task, arrays, {"reconstruction": images} if unchanged else None)
 
     def _discretize(self, given: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         """The wanted outputs of one batch on its device, as `finish` leaves them, and what is finite."""
@@ -175,25 +168,22 @@ class Discretizer:
         from_q = adversarial and gradients is not None and step.base == "reconstruction"
         q = x
         if from_q or "reconstruction" in outputs:
-            q = self._decode(indices, x, size, finite, exact=from_q)
+            q = self._decode(indices, size, finite, exact=from_q)
         if adversarial:
-            attacked, moved = indices, x
+            attacked = indices
             if gradients is not None:
                 moved = perturb(x, q, scaled_gradients(gradients, given.get("gradient_scales")), step)
                 attacked = self._encode(moved, finite)
-            if task.replace_fraction and attacked is not None:
+            if task.replace_fraction:
                 attacked = replace_tokens(attacked, x, task.replace_fraction, task.seed, self.spec.codebook_size)
             if "adversarial" in outputs:
-                made["adversarial"] = self._decode(attacked, moved, size, finite)
-            if attacked is not None and indices is not None:
+                made["adversarial"] = self._decode(attacked, size, finite)
+            if self.spec.has_tokens:
                 # Q is not idempotent: a step from Q(x) is judged against the tokens of Q(x) itself
                 unmoved = self._encode(q, finite) if from_q else indices
-                assert unmoved is not None
                 made["adversarial_indices"] = attacked
                 made["tokens_changed"] = attacked.ne(unmoved).flatten(1).float().mean(1)
-        if indices is not None:
-            made["indices"] = indices
-        made["reconstruction"] = q
+        made["indices"], made["reconstruction"] = indices, q
         wanted = {
             name: finish(name, value, task.dtype)
             for name, value in made.items()
@@ -207,7 +197,7 @@ class Discretizer:
 
     def decode_work(self, indices: Array, *, output_dtype: str | None = None) -> Work:
         """What `decode` computes, with everything about it checked. Raises InvalidInput."""
-        if not self.spec.has_tokens or self.engine is None:
+        if not self.spec.has_tokens:
             raise InvalidInput("indices", f"codec {self.spec.name}", "a codec that has a codebook")
         check_indices(indices, self.spec.name, self.spec.codebook_size)
         dtype = pick_output_dtype(output_dtype, np.dtype(np.uint8))
@@ -224,7 +214,7 @@ class Discretizer:
         def decode(given: dict[str, Tensor]) -> dict[str, Tensor]:
             finite: Finite = {}
             tokens = given["indices"].long()
-            picture = self._decode(tokens, tokens, torch.Size(task.size), finite)
+            picture = self._decode(tokens, torch.Size(task.size), finite)
             return {"reconstruction": finish("reconstruction", picture, task.dtype), **finite}
 
         return decode
@@ -232,15 +222,15 @@ class Discretizer:
     def rows_at_once(self, task: Task) -> int:
         """Rows of a task that are worth handing to the engine at once, and that its memory holds."""
         pixels = task.size[0] * task.size[1]
-        return rows_at_once(self.engine, pixels) if self.engine else max(1, 64 * 224 * 224 // pixels)
+        return rows_at_once(self.engine, pixels)
 
     @property
     def device(self) -> torch.device:
-        return self.engine.device if self.engine else torch.device("cpu")
+        return self.engine.device
 
     def stream(self, jobs: Iterable[Job | None]) -> Iterator[dict[str, Array]]:
         """Results of one job after the other, copies beside the computing where the engine does that."""
-        return through(self.device, jobs, overlap=self.engine is not None and self.engine.tricks.overlap)
+        return through(self.device, jobs, overlap=self.engine.tricks.overlap)
 
     def _run(self, work: Work) -> dict[str, Array]:
         """The results of a request of its own, by name. Raises EngineError for an image that is not finite."""
@@ -277,22 +267,16 @@ class Discretizer:
             if name not in FINITE
         }
 
-    def _encode(self, x: Tensor, finite: Finite) -> Tensor | None:
-        """Tokens of fp32 [n,3,H,W]; None for `identity`."""
-        if self.engine is None:
-            return None
+    def _encode(self, x: Tensor, finite: Finite) -> Tensor:
+        """Returns the tokens of fp32 [n,3,H,W]."""
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
         indices = self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
         note(finite, "finite_latents", indices.ge(0))
         return indices
 
-    def _decode(
-        self, indices: Tensor | None, x: Tensor, size: torch.Size, finite: Finite, exact: bool = False
-    ) -> Tensor:
-        """The pictures of tokens, cropped to `size`; `x` itself for `identity`. `exact` as for Engine.decode."""
-        if self.engine is None or indices is None:
-            return x
+    def _decode(self, indices: Tensor, size: torch.Size, finite: Finite, exact: bool = False) -> Tensor:
+        """Returns the images of tokens, cropped to `size`. `exact` as for Engine.decode."""
         picture = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
         # before clipping, which would turn infinity into white
         note(finite, "finite_pictures", picture.isfinite())

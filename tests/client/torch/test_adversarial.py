@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dat_client import Client, InvalidRequest, Unavailable
 from dat_client.torch import adversarial
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.perturbation import Step
 
 
@@ -46,7 +47,7 @@ def test_algorithm_1(codec: Client, model: nn.Module, x: Tensor, labels: Tensor,
         codec, x, lambda i: F.cross_entropy(model(i), labels), model=model, preset=preset, random_start=0,
         gradient_dtype="FP32", output_dtype="FP32",
     )  # fmt: skip
-    discretizer = Discretizer.from_store("tiny-f8", device="cpu")
+    discretizer = Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
     x_hat = torch.from_numpy(discretizer.discretize(x.numpy(), output_dtype="FP32")["reconstruction"])
     x_hat.requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(model(x_hat), labels, reduction="sum"), x_hat)

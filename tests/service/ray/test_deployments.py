@@ -120,7 +120,7 @@ def test_more_replicas_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_replicas_on_one_machine_share_its_cores() -> None:
-    cores = Settings().engine_threads()
+    cores = Settings().engine_config.cpu_threads
     assert shared(Settings(), 1) == cores
     assert shared(Settings(), 4 * cores) == 1
     assert shared(Settings(threads=7), 4) == 7

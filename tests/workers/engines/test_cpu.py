@@ -10,6 +10,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN, Norm, Upsample
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.cpu.engine import CpuEngine, FastDecoder, FoldedUpsample, normed
 from dat_workers.engines.factory import create
 from dat_workers.errors import EngineError
@@ -19,14 +20,14 @@ from dat_workers.verify.agreement import compare
 
 @pytest.fixture(scope="module")
 def engine() -> CpuEngine:
-    made = create("cpu", load_model("tiny-f8"), device="cpu")
+    made = create(EngineConfig("cpu", device="cpu"), load_model("tiny-f8"))
     assert isinstance(made, CpuEngine)
     return made
 
 
 def test_tokens_are_the_published_modules(engine: CpuEngine, photographs: np.ndarray) -> None:
     images = torch.from_numpy(photographs).float() / 255
-    agreement = compare(engine, create("reference", load_model("tiny-f8"), device="cpu"), images)
+    agreement = compare(engine, create(EngineConfig("reference", device="cpu"), load_model("tiny-f8")), images)
     assert agreement.token_agreement == 1
     assert agreement.passed
     assert agreement.largest_difference < 1e-3
@@ -43,7 +44,7 @@ def test_an_image_does_not_depend_on_its_company(engine: CpuEngine, photographs:
 
 def test_two_at_a_time_are_as_one_after_the_other(engine: CpuEngine, photographs: np.ndarray) -> None:
     images = torch.from_numpy(photographs[[0, 1, 2, 3, 1], :, :64, :96]).float() / 255
-    other = create("cpu", load_model("tiny-f8"), device="cpu")
+    other = create(EngineConfig("cpu", device="cpu"), load_model("tiny-f8"))
     assert isinstance(other, CpuEngine)
     other.threads = None
     engine.threads = engine.threads or Threads(2, "codec")
@@ -90,7 +91,7 @@ def test_the_model_handed_in_stays_as_it_was(engine: CpuEngine) -> None:
 def test_the_base_of_a_step_is_decoded_as_published() -> None:
     model = load_model("tiny-f8")
     tokens = torch.randint(0, 16384, (2, 4, 4), generator=torch.Generator().manual_seed(0))
-    ours, reference = (create(name, model, device="cpu") for name in ("cpu", "reference"))
+    ours, reference = (create(EngineConfig(name, device="cpu"), model) for name in ("cpu", "reference"))
     each = torch.cat([reference.decode(one) for one in torch.split(tokens, 1)])
     assert torch.equal(ours.decode(tokens, exact=True), each)
     assert not torch.equal(ours.decode(tokens), each)
@@ -107,7 +108,7 @@ def test_norm_of_a_large_mean_does_not_cancel() -> None:
 
 
 def test_overflow_is_an_error_and_never_a_picture() -> None:
-    broken = Discretizer.from_store("tiny-f8", engine="cpu", device="cpu")
+    broken = Discretizer.from_store("tiny-f8", EngineConfig("cpu", device="cpu"))
     assert isinstance(broken.engine, CpuEngine)
     image = np.zeros((1, 3, 16, 16), np.uint8)
     broken.engine.decoder.decoder.conv_out.weight[0, 0, 0, 0] = torch.inf
@@ -120,12 +121,12 @@ def test_overflow_is_an_error_and_never_a_picture() -> None:
 
 def test_what_auto_picks() -> None:
     model = load_model("tiny-f8")
-    assert create("auto", model, device="cpu").name == "cpu"
-    assert create("auto", model, device="cpu", dtype="bf16").name == "torch"
-    assert Discretizer.from_store("tiny-f8", device="cpu").describe()["engine"] == "cpu"
+    assert create(EngineConfig("auto", device="cpu"), model).name == "cpu"
+    assert create(EngineConfig("auto", device="cpu", dtype="bf16"), model).name == "torch"
+    assert Discretizer.from_store("tiny-f8", EngineConfig(device="cpu")).describe()["engine"] == "cpu"
 
 
 @pytest.mark.parametrize(("device", "dtype", "says"), [("meta", "auto", "meta"), ("cpu", "bf16", "fp32")])
 def test_what_it_is_not_for(device: str, dtype: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        create("cpu", load_model("tiny-f8"), device=device, dtype=dtype)
+        create(EngineConfig("cpu", device=device, dtype=dtype), load_model("tiny-f8"))

@@ -25,7 +25,8 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.base import Engine
-from dat_workers.engines.factory import create, true_fp32
+from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.factory import create, disable_tf32
 from dat_workers.engines.torch.engine import TorchEngine
 from dat_workers.engines.torch.graphs import SIZES
 from dat_workers.engines.torch.tricks import Tricks
@@ -59,7 +60,7 @@ def images(n: int, side: int = SIDE) -> Tensor:
 
 
 def engine(spec: CodecSpec = TOY, dtype: str = "fp32", tricks: str = "none", side: int = SIDE) -> TorchEngine:
-    made = create("torch", random_model(spec), device="cuda", dtype=dtype, tricks=tricks)
+    made = create(EngineConfig("torch", device="cuda", dtype=dtype, tricks=tricks), random_model(spec))
     assert isinstance(made, TorchEngine)
     made.warm_up(side)
     return made
@@ -72,7 +73,7 @@ def discretizer(made: Engine, spec: CodecSpec = TOY) -> Discretizer:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Tensor]:
     """TOY in fp32 on the CPU: latents, tokens and pictures of five images."""
-    true_fp32()
+    disable_tf32()
     model, x = random_model(TOY), images(5)
     with torch.inference_mode():
         z = model.latents(x * 2 - 1)
@@ -207,7 +208,7 @@ def test_overlap_under_pressure_mixes_nothing_up() -> None:
 def test_the_whole_way_against_the_cpu(step: Step) -> None:
     pictures, gradients, scales = request(5)
     model = random_model(TOY)
-    slow = discretizer(create("torch", model, device="cpu"))
+    slow = discretizer(create(EngineConfig("torch", device="cpu"), model))
     fast = discretizer(engine(tricks="all"))
     kwargs: dict[str, Any] = {"gradient_scales": scales, "step": step, "outputs": OUTPUTS, "output_dtype": "FP32"}
     expected, result = (d.discretize(pictures, gradients, **kwargs) for d in (slow, fast))
@@ -231,7 +232,7 @@ def test_replaced_tokens_are_the_same_everywhere() -> None:
     d = discretizer(made)
     plain = d.discretize(pictures, outputs=("indices",))["indices"]
     swapped = d.discretize(pictures, replace_fraction=0.25, seed=7, outputs=("adversarial_indices",))
-    slow = discretizer(create("torch", random_model(TOY), device="cpu"))
+    slow = discretizer(create(EngineConfig("torch", device="cpu"), random_model(TOY)))
     there = slow.discretize(pictures, outputs=("indices",))["indices"]
     also = slow.discretize(pictures, replace_fraction=0.25, seed=7, outputs=("adversarial_indices",))
     changed = plain != swapped["adversarial_indices"]

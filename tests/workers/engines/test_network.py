@@ -13,6 +13,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN, Upsample
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.engines.torch import network
 from dat_workers.engines.torch.network import (
@@ -50,8 +51,8 @@ def test_folded_upsample_is_the_same_sum(height: int, width: int, nhwc: bool) ->
 def test_tiny_f8_by_every_trick(tricks: str, photographs: np.ndarray) -> None:
     images = torch.from_numpy(photographs[:2]).float() / 255
     model = load_model("tiny-f8")
-    fast = create("torch", model, device="cpu", dtype="fp32", tricks=tricks)
-    plain = create("torch", model, device="cpu", tricks="none")
+    fast = create(EngineConfig("torch", device="cpu", dtype="fp32", tricks=tricks), model)
+    plain = create(EngineConfig("torch", device="cpu", tricks="none"), model)
     with torch.inference_mode():
         torch.testing.assert_close(
             fast.model.latents(images * 2 - 1), model.latents(images * 2 - 1), rtol=1e-4, atol=2e-5
@@ -134,7 +135,7 @@ def test_attention_scores_past_65504_do_not_overflow() -> None:
 
 def test_engine_marks_the_image() -> None:
     torch.manual_seed(0)
-    engine = create("torch", VQGAN(TOY), device="cpu", dtype="fp32", tricks="all")
+    engine = create(EngineConfig("torch", device="cpu", dtype="fp32", tricks="all"), VQGAN(TOY))
     images = torch.rand(3, 3, 16, 16)
     images[1, 0, 0, 0] = torch.inf
     tokens = engine.encode(images)
@@ -145,7 +146,7 @@ def test_engine_marks_the_image() -> None:
 
 def test_tf32_is_refused_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="tf32"):
-        create("torch", VQGAN(TOY), device="cpu", dtype="tf32")
+        create(EngineConfig("torch", device="cpu", dtype="tf32"), VQGAN(TOY))
 
 
 def test_tf32_is_allowed_inside_and_not_after() -> None:
@@ -175,13 +176,15 @@ def test_fp32_layers_switch_tf32_off_for_themselves(monkeypatch: pytest.MonkeyPa
 
 def test_reference_engine_knows_no_tricks() -> None:
     with pytest.raises(ValueError, match="sdpa"):
-        create("reference", VQGAN(TOY), device="cpu", tricks="sdpa")
+        create(EngineConfig("reference", device="cpu", tricks="sdpa"), VQGAN(TOY))
 
 
 def test_mixed_keeps_the_tokens_and_halves_the_decoder() -> None:
     torch.manual_seed(0)
     model = VQGAN(TOY)
-    exact, mixed, half = (create("torch", model, device="cpu", dtype=d) for d in ("fp32", "mixed", "fp16"))
+    exact, mixed, half = (
+        create(EngineConfig("torch", device="cpu", dtype=d), model) for d in ("fp32", "mixed", "fp16")
+    )
     images = torch.rand(8, 3, 32, 32)
     tokens = exact.encode(images)
     assert torch.equal(mixed.encode(images), tokens)

@@ -17,6 +17,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore, load_model
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.engines.onnx import engine, export
 from dat_workers.engines.onnx.export import Manifest, check_graphs, write_export
@@ -154,17 +155,17 @@ def test_engine_agrees_with_the_published_modules(
     home: Path, graphs: dict[str, bytes], model: VQGAN, photographs: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "dat_workers.engines"):
-        engine = create("onnx", model, device="cpu")
+        engine = create(EngineConfig("onnx", device="cpu"), model)
     assert "CPUExecutionProvider" in caplog.text
     images = torch.from_numpy(photographs[:2]).float() / 255
-    agreement = compare(engine, create("reference", model, device="cpu"), images)
+    agreement = compare(engine, create(EngineConfig("reference", device="cpu"), model), images)
     assert agreement.token_agreement > 0.998  # it adds in another order: near-ties
     assert agreement.psnr_db > 80
     assert agreement.non_finite == 0
 
 
 def test_describe_names_the_provider(home: Path, graphs: dict[str, bytes]) -> None:
-    discretizer = Discretizer.from_store("tiny-f8", engine="onnx", device="cpu")
+    discretizer = Discretizer.from_store("tiny-f8", EngineConfig("onnx", device="cpu"))
     assert discretizer.describe() == {
         "engine": "onnx", "device": "cpu", "dtype": "fp32", "tricks": "none", "provider": "CPUExecutionProvider"
     }  # fmt: skip
@@ -207,7 +208,7 @@ def test_the_second_of_two_processes_takes_what_the_first_exported(
 
 
 def test_latents_that_are_not_finite_are_marked(home: Path, graphs: dict[str, bytes], model: VQGAN) -> None:
-    engine = create("onnx", model, device="cpu")
+    engine = create(EngineConfig("onnx", device="cpu"), model)
     images = torch.rand(2, 3, 8, 8)
     images[1] = torch.inf
     tokens = engine.encode(images)
@@ -218,7 +219,7 @@ def test_latents_that_are_not_finite_are_marked(home: Path, graphs: dict[str, by
 def test_pictures_too_large_for_its_attention_are_refused(
     home: Path, graphs: dict[str, bytes], model: VQGAN
 ) -> None:
-    engine = create("onnx", model, device="cpu")
+    engine = create(EngineConfig("onnx", device="cpu"), model)
     with pytest.raises(EngineError, match="up to 1048576"):
         engine.encode(torch.zeros(1, 3, 1024, 1032))
     with pytest.raises(EngineError, match="--engine torch"):
@@ -233,7 +234,7 @@ def test_what_the_engine_cannot_do_is_said(
 ) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ValueError, match=says):
-        create("onnx", model, device=device, dtype=dtype)
+        create(EngineConfig("onnx", device=device, dtype=dtype), model)
 
 
 def test_providers_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,4 +247,4 @@ def test_providers_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named_with_its_command(model: VQGAN, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(RuntimeError, match=r"pip install 'dat-service\[onnx\]'"):
-        create("onnx", model, device="cpu")
+        create(EngineConfig("onnx", device="cpu"), model)

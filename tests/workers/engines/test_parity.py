@@ -18,6 +18,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import CodecStore, load_model
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.verify.agreement import compare
 
@@ -62,8 +63,8 @@ def test_full_size_codec_gives_the_published_modules_tokens(
     model = load_model(store.load(name))
     if count:
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(count, abs=0.05)
-    ours = create("torch", model, device="cpu", dtype="fp32")
-    reference = create("reference", model, device="cpu")
+    ours = create(EngineConfig("torch", device="cpu", dtype="fp32"), model)
+    reference = create(EngineConfig("reference", device="cpu"), model)
     tokens = ours.encode(images)
     assert torch.equal(tokens, reference.encode(images))
     assert len(tokens.unique()) > 50  # a codebook that is used: equality is no accident
@@ -85,7 +86,11 @@ def test_attention_sits_where_the_published_modules_have_it(
     )
     images = torch.from_numpy(photographs[:2, :, :64, :96]).float() / 255
     model = random_codec(spec, images)
-    agreement = compare(create("torch", model, device="cpu"), create("reference", model, device="cpu"), images)
+    agreement = compare(
+        create(EngineConfig("torch", device="cpu"), model),
+        create(EngineConfig("reference", device="cpu"), model),
+        images,
+    )
     assert agreement.token_agreement == 1
     assert agreement.largest_difference < 1e-4
     assert agreement.passed
@@ -94,9 +99,9 @@ def test_attention_sits_where_the_published_modules_have_it(
 def test_compare_sees_one_wrong_weight(photographs: np.ndarray) -> None:
     images = torch.from_numpy(photographs[:2, :, :64, :64]).float() / 255
     model = random_codec(TINY, images)
-    reference = create("reference", model, device="cpu")
+    reference = create(EngineConfig("reference", device="cpu"), model)
     model.encoder.conv_out.bias.add_(1.0)
-    agreement = compare(create("torch", model, device="cpu"), reference, images)
+    agreement = compare(create(EngineConfig("torch", device="cpu"), model), reference, images)
     assert agreement.token_agreement < 0.9
     assert not agreement.passed
 
@@ -105,8 +110,8 @@ def test_half_precision_keeps_its_promise_or_says_so(photographs: np.ndarray) ->
     """bf16 by the rules of the CUDA path, on the CPU: first and last convolution and distances stay fp32."""
     images = torch.from_numpy(photographs[:2, :, :64, :64]).float() / 255
     model = random_codec(TINY, images)
-    half = create("torch", model, device="cpu", dtype="bf16")
-    agreement = compare(half, create("reference", model, device="cpu"), images)
+    half = create(EngineConfig("torch", device="cpu", dtype="bf16"), model)
+    agreement = compare(half, create(EngineConfig("reference", device="cpu"), model), images)
     assert agreement.half
     assert 0.5 < agreement.token_agreement < 1  # random weights: half precision does flip tokens
     assert agreement.non_finite == 0
@@ -115,7 +120,11 @@ def test_half_precision_keeps_its_promise_or_says_so(photographs: np.ndarray) ->
 def test_tiny_f8_runs_in_the_published_modules(photographs: np.ndarray) -> None:
     model = load_model("tiny-f8")
     images = torch.from_numpy(photographs).float() / 255
-    agreement = compare(create("torch", model, device="cpu"), create("reference", model, device="cpu"), images)
+    agreement = compare(
+        create(EngineConfig("torch", device="cpu"), model),
+        create(EngineConfig("reference", device="cpu"), model),
+        images,
+    )
     assert agreement.token_agreement >= 0.9999
     assert agreement.passed
 
@@ -132,4 +141,4 @@ def test_tiny_f8_runs_in_the_published_modules(photographs: np.ndarray) -> None:
 def test_engine_that_cannot_be_made_says_why(engine: str, device: str, dtype: str, says: str) -> None:
     model = VQGAN(TINY)
     with pytest.raises(ValueError, match=says):
-        create(engine, model, device=device, dtype=dtype)
+        create(EngineConfig(engine, device=device, dtype=dtype), model)

@@ -15,6 +15,7 @@ from dat_workers.bench import machine, roofline
 from dat_workers.bench.contestants import Candidate, Codec, engine_candidate
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.system.timing import alternate, clock_for, cpu_clock, one_line, rates, ratio
 
@@ -48,9 +49,9 @@ class Pool:
 def true_tokens(model: VQGAN, images: Tensor, device: torch.device) -> tuple[Tensor, str]:
     """Tokens of uint8 [n,3,H,W] by the fp32 reference, and its name: taming's modules, else our own."""
     try:
-        engine = create("reference", copy.deepcopy(model), device=str(device))
+        engine = create(EngineConfig("reference", str(device)), copy.deepcopy(model))
     except RuntimeError:
-        engine = create("torch", copy.deepcopy(model), device=str(device), dtype="fp32")
+        engine = create(EngineConfig("torch", str(device), "fp32"), copy.deepcopy(model))
     parts = torch.split(images.float().div_(255), 1)
     return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts]), f"{engine.name} fp32"
 
@@ -121,6 +122,7 @@ def _calls(
             return lambda: codec.decode(indices[name])
         if operation == "q":
             return lambda: codec.decode(codec.encode(images))
+        assert codec.engine is not None
         discretizer, array = Discretizer(model.spec, "benchmark", codec.engine), host.numpy()
         return lambda: discretizer.discretize(array)
 

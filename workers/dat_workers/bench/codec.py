@@ -29,7 +29,7 @@ from dat_workers.bench.contestants import Candidate, candidates
 from dat_workers.bench.report import show_cell, show_steps
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
-from dat_workers.engines.factory import pick_device, true_fp32
+from dat_workers.engines.factory import disable_tf32, pick_device
 from dat_workers.system.files import write_atomically
 from dat_workers.system.timing import one_line
 
@@ -95,7 +95,7 @@ def run(a: argparse.Namespace, command: str) -> int:
         torch.cuda.set_device(device)  # events are of the current device
     if a.out and (a.out.suffix == ".png" or not a.out.absolute().parent.is_dir()):
         raise ValueError(f"out is {str(a.out)!r}, must be a FILE.json in a folder that is there")
-    true_fp32()
+    disable_tf32()
     defaults = DEFAULTS[device.type]
     batches, sizes = a.batch or defaults["batch"], a.size or defaults["size"]
     operations = [name.strip() for name in a.operations.split(",")]

@@ -18,7 +18,8 @@ from torch import Tensor
 from dat_workers.bench.diffusers_model import as_vqmodel
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, rows_at_once
-from dat_workers.engines.factory import create, offered
+from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.factory import create, engine_dtype_pairs
 from dat_workers.engines.torch.network import tf32
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,7 +49,7 @@ def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candi
     On a CPU half precision is left out unless a pattern names it: it is several times slower there.
     """
     cuda = device.type == "cuda"
-    found = [engine_candidate(engine, dtype, device) for engine, dtype in offered(cuda)]
+    found = [engine_candidate(engine, dtype, device) for engine, dtype in engine_dtype_pairs(cuda)]
     for precision in ("fp32", "tf32", "fp16") if cuda else ("fp32",):
         found.append(taming_candidate(precision, device))
     found.append(diffusers_candidate("fp32", device))
@@ -66,7 +67,7 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
     """One of `dat_workers.engines`, with its batches cut as the discretizer cuts them."""
 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
-        made = create(engine, copy.deepcopy(model), device=str(device), dtype=dtype, tricks=tricks)
+        made = create(EngineConfig(engine, str(device), dtype, tricks), copy.deepcopy(model))
         made.warm_up(shape[2])
 
         def encode(images: Tensor) -> Tensor:

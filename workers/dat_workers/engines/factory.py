@@ -1,4 +1,4 @@
-"""Makes an engine by its name, on a device and in a dtype."""
+"""Creates the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import torch
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
-
-ENGINES = ("auto", "torch", "cpu", "onnx", "reference")
-
-
-DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: encoder fp32, decoder fp16
+from dat_workers.engines.config import ENGINE_DTYPES, EngineConfig
 
 
-def offered(cuda: bool) -> list[tuple[str, str]]:
-    """Every (engine, dtype) of our own that there can be on CUDA, or on a CPU."""
-    there = [dtype for dtype in DTYPES if dtype != "auto" and (cuda or dtype != "tf32")]
-    return [*(("torch", dtype) for dtype in there), *([] if cuda else [("cpu", "fp32")]), ("onnx", "fp32")]
+def engine_dtype_pairs(cuda: bool) -> list[tuple[str, str]]:
+    """Returns every (engine, dtype), apart from the reference, that can run on CUDA or on a CPU."""
+    dtypes = [dtype for dtype in ENGINE_DTYPES if dtype != "auto" and (cuda or dtype != "tf32")]
+    return [*(("torch", dtype) for dtype in dtypes), *([] if cuda else [("cpu", "fp32")]), ("onnx", "fp32")]
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ValueError for a device that is not there."""
+    """Returns the device of that name; `auto` is CUDA if there is a GPU. Raises ValueError if it does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -33,43 +29,39 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def true_fp32() -> None:
-    """Switches TF32 off in this process: its 10 bits of mantissa lose δ, and cuDNN takes it by itself."""
+def disable_tf32() -> None:
+    """Switches TF32 off in this process: its 10 bits of mantissa lose δ, and cuDNN uses it by default."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def create(name: str, model: VQGAN, *, device: str = "auto", dtype: str = "auto", tricks: str = "auto") -> Engine:
-    """An engine by name, holding `model`; `auto` is the fastest that starts without a further package.
+def create(config: EngineConfig, model: VQGAN) -> Engine:
+    """Creates the configured engine around `model`; `auto` is the fastest one that needs no further package.
 
-    >>> create("auto", model, device="cpu").name  # doctest: +SKIP
+    >>> create(EngineConfig(device="cpu"), model).name  # doctest: +SKIP
     'cpu'
-    >>> engine = create("torch", model, device="cuda", tricks="all,-graphs")  # doctest: +SKIP
 
-    `tricks` as `Tricks.parse` reads it. Raises ValueError for what does not exist or does not go together.
+    It does not change PyTorch's number of threads, which belongs to the process. Raises ValueError for a device
+    that does not exist and for settings that do not go together, RuntimeError if a package is missing.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, must be one of {DTYPES}")
-    true_fp32()
+    disable_tf32()
+    name, dtype, tricks = config.engine, config.dtype, config.tricks
     if name == "auto":
-        plain = pick_device(device).type == "cpu" and dtype in ("auto", "fp32") and tricks in ("auto", "none")
-        name = "cpu" if plain else "torch"
-    if name in ("cpu", "onnx", "reference") and tricks not in ("auto", "none"):
-        raise ValueError(f"tricks is {tricks!r}: the engine {name!r} knows none")
-    if name == "cpu":
-        from dat_workers.engines.cpu.engine import CpuEngine
-
-        return CpuEngine(model, pick_device(device), dtype)
+        on_cpu = pick_device(config.device).type == "cpu"
+        name = "cpu" if on_cpu and dtype in ("auto", "fp32") and tricks in ("auto", "none") else "torch"
     if name == "onnx":
         from dat_workers.engines.onnx.engine import OnnxEngine
 
-        return OnnxEngine(model, device, dtype)
-    if name == "torch":
-        from dat_workers.engines.torch.engine import TorchEngine
+        return OnnxEngine(model, config.device, dtype)
+    device = pick_device(config.device)
+    if name == "cpu":
+        from dat_workers.engines.cpu.engine import CpuEngine
 
-        return TorchEngine(model, pick_device(device), dtype, tricks)
+        return CpuEngine(model, device, dtype)
     if name == "reference":
         from dat_workers.engines.reference import ReferenceEngine
 
-        return ReferenceEngine(model, pick_device(device), dtype)
-    raise ValueError(f"engine is {name!r}, must be one of {ENGINES}")
+        return ReferenceEngine(model, device, dtype)
+    from dat_workers.engines.torch.engine import TorchEngine
+
+    return TorchEngine(model, device, dtype, tricks)

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
-from dat_workers.engines.base import mark_non_finite
-from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.engines.base import Engine, mark_non_finite
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """Encoder, VectorQuantizer2 and Decoder of taming-transformers, loaded strictly from `model`'s weights.
 
     Slow on purpose: nothing here is ours but the order of the calls, so that equal tokens mean something.
     """
 
     name = "reference"
-    batch = 1
 
     def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
         if dtype not in ("auto", "fp32"):
@@ -53,11 +51,6 @@ class ReferenceEngine:
             module.load_state_dict(getattr(model, part).state_dict(), strict=True)
             module.to(device).eval().requires_grad_(False)
         self.device = device
-        self.dtype = "fp32"
-        self.tricks = Tricks()
-
-    def warm_up(self, side: int) -> None:
-        """Nothing is to be warmed."""
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

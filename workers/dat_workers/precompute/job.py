@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
+from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.precompute.contact_sheet import contact_sheet
 from dat_workers.precompute.folder import Entry, Folder
 from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import LOOKED_AT_ONCE, PICTURES_A_SHARD, Shard, Source, find, reached
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, Orders
 from dat_workers.system.threads import Threads
 
 log = logging.getLogger("dat_workers")
@@ -93,11 +94,7 @@ def precompute(
     overwrite: bool = False,
     check_hashes: bool = False,
     pictures_a_shard: int = PICTURES_A_SHARD,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    tricks: str = "auto",
-    threads: int = 0,
+    engine_config: EngineConfig = DEFAULT_ENGINE,
     report: Callable[[State], None] = lambda state: None,
 ) -> Summary:
     """Writes Q(x) of all samples of `source` into shards of the same names in `dst`.
@@ -132,13 +129,12 @@ def precompute(
     with reached(dst):
         folder.begin()
     try:
-        choice = CodecChoice(codec, engine, device, dtype, tricks, threads)
         if ray:
             from dat_workers.precompute.ray_pool import RayPool
 
-            pool: Pool = RayPool(choice, workers, gpus)
+            pool: Pool = RayPool(codec, engine_config, workers, gpus)
         else:
-            pool = LocalPool(choice, workers)
+            pool = LocalPool(codec, engine_config, workers)
         try:
             recipe = pool.complete(recipe)
             with reached(dst):

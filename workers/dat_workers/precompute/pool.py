@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 
 from dat_workers.batching.device_copies import Array
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.folder import Entry
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, Progress, Worker
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, Orders, Progress, Worker
 
 
 class WorkerLost(RuntimeError):
@@ -54,15 +55,15 @@ class Pool(Protocol):
 class LocalPool:
     """Workers in this process: on CUDA one a GPU, by turns; on a CPU one is as fast as many."""
 
-    def __init__(self, choice: CodecChoice, workers: int) -> None:
+    def __init__(self, codec: str, config: EngineConfig, workers: int) -> None:
         self.workers = workers
         self._workers: list[Worker] = []
         self._threads = ThreadPoolExecutor(workers * SHARDS_AT_ONCE, "shard")
-        gpus = torch.cuda.device_count() if choice.device in ("auto", "cuda") else 0
+        gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
         try:
             for i in range(workers):
-                device = f"cuda:{i % gpus}" if gpus and pick_device(choice.device).type == "cuda" else choice.device
-                self._workers.append(Worker(replace(choice, device=device)))
+                device = f"cuda:{i % gpus}" if gpus and pick_device(config.device).type == "cuda" else config.device
+                self._workers.append(Worker(codec, replace(config, device=device)))
         except BaseException:
             self.stop()
             raise

@@ -11,12 +11,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from dat_workers.batching.device_copies import Array
+from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.folder import Entry
 from dat_workers.precompute.pool import WorkerLost
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, CodecChoice, Orders, Progress, Worker
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, Orders, Progress, Worker
 from dat_workers.system.signals import interrupted_later
 
 log = logging.getLogger("dat_workers")
@@ -34,7 +35,7 @@ class RayPool:
     cannot load its codec.
     """
 
-    def __init__(self, choice: CodecChoice, workers: int, gpus: float | None = None) -> None:
+    def __init__(self, codec: str, config: EngineConfig, workers: int, gpus: float | None = None) -> None:
         self.workers = workers
         self._counted = [Progress()] * workers  # what each has said last
         self._before = Progress()  # what those had done that ended
@@ -53,7 +54,7 @@ class RayPool:
         try:
             present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             if gpus is None:
-                gpus = 1 if present >= 1 and choice.device != "cpu" else 0
+                gpus = 1 if present >= 1 and config.device != "cpu" else 0
             if gpus * workers > present and not shared:
                 raise RuntimeError(
                     f"{workers} workers ask for {gpus * workers:g} GPUs, and this machine has {present:g}"
@@ -63,7 +64,7 @@ class RayPool:
                 max_concurrency=SHARDS_AT_ONCE + 2, scheduling_strategy="SPREAD",
                 runtime_env={"env_vars": ENVIRONMENT},
             )  # fmt: skip
-            self._actors: list[Any] = [actor.remote(choice) for _ in range(workers)]
+            self._actors: list[Any] = [actor.remote(codec, config) for _ in range(workers)]
             self._down = {i: each.counts.remote() for i, each in enumerate(self._actors)}
             while len(self.ready()) < workers:
                 time.sleep(0.2)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -25,6 +25,7 @@ from dat_workers.batching.batcher import Batcher
 from dat_workers.batching.device_copies import Array
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
 from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
 from dat_workers.precompute.folder import Entry, Folder
@@ -48,33 +49,6 @@ class SampleFailed(RuntimeError):
 
 class Stopped(RuntimeError):
     """The job was stopped before the shard was done."""
-
-
-@dataclass(frozen=True)
-class CodecChoice:
-    """Which codec, and how it is run, as `Discretizer.from_store` takes it; CPU threads, 0 for all cores."""
-
-    codec: str
-    engine: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    tricks: str = "auto"
-    threads: int = 0
-
-    @property
-    def all_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
-
-    def make(self) -> Discretizer:
-        """The codec, warm; in the thread that will run it."""
-        import torch
-
-        torch.set_num_threads(self.all_threads)
-        how = asdict(self)
-        del how["codec"], how["threads"]
-        discretizer = Discretizer.from_store(self.codec, **how)
-        discretizer.warm_up()
-        return discretizer
 
 
 @dataclass(frozen=True)
@@ -119,17 +93,27 @@ class Pending:
     fields: Future[dict[str, bytes]]
 
 
+def load(codec: str, config: EngineConfig) -> Discretizer:
+    """Loads a codec and warms it up, in the thread that will run it."""
+    import torch
+
+    torch.set_num_threads(config.cpu_threads)
+    discretizer = Discretizer.from_store(codec, config)
+    discretizer.warm_up()
+    return discretizer
+
+
 class Worker:
     """Holds a codec and makes shards with it, from several threads at once.
 
-    >>> worker = Worker(CodecChoice("tiny-f8"))                     # doctest: +SKIP
+    >>> worker = Worker("tiny-f8", EngineConfig())                # doctest: +SKIP
     >>> worker.shard(shard, orders).sha256                          # doctest: +SKIP
     """
 
-    def __init__(self, choice: CodecChoice) -> None:
+    def __init__(self, codec: str, config: EngineConfig) -> None:
         self.batcher = Batcher(max_wait_s=MAX_WAIT_S, max_queue_s=float("inf"), watchdog_s=WATCHDOG_S)
-        self.discretizer = self.batcher.start(choice.make)
-        self.choice = choice
+        self.discretizer = self.batcher.start(lambda: load(codec, config))
+        self.config = config
         said = self.discretizer.describe()
         self.on_gpu = said["device"] != "cpu" or said.get("provider", ON_CPU) != ON_CPU
         self.progress = Progress()
@@ -147,7 +131,7 @@ class Worker:
         if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
             raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
         return recipe.made_by(
-            self.discretizer.fingerprint, self.discretizer.describe(), threads=self.choice.all_threads
+            self.discretizer.fingerprint, self.discretizer.describe(), threads=self.config.cpu_threads
         )
 
     def shard(self, shard: Shard, orders: Orders) -> Entry:
@@ -159,7 +143,7 @@ class Worker:
         reader = Reader(shard, recipe.classes)
         skipped: list[tuple[str, str]] = []
         pending: deque[Pending] = deque()
-        batch = self.discretizer.engine.batch if self.discretizer.engine else 16
+        batch = self.discretizer.engine.batch
         window = max(4, (4 * batch + 16) // recipe.views)
         # On a GPU another number of rows is another kernel, which may move a near-tie: there all batches are full.
         # Not where each picture has a size of its own, and would be computed over and over to fill one.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_workers.codecs.networks.vqgan import VQGAN
+from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 
 
@@ -33,7 +34,7 @@ def find_overflow(
     The engine runs one image at a time and with none of its tricks, as a fused kernel has no layers to ask; None
     where nothing overflows so.
     """
-    engine: Any = create("torch", copy.deepcopy(model), device=device, dtype=dtype, tricks="none")
+    engine: Any = create(EngineConfig("torch", device, dtype, "none"), copy.deepcopy(model))
     found: list[Overflow] = []
     for name, module in engine.model.named_modules():
         module.register_forward_hook(_watch(name, found))

@@ -12,7 +12,8 @@ import torch
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
-from dat_workers.engines.factory import create, offered
+from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.factory import create, engine_dtype_pairs
 from dat_workers.system.timing import alternate, clock_for, one_line
 from dat_workers.verify.agreement import Agreement, Yardstick, judge
 from dat_workers.verify.diagnose import find_overflow
@@ -65,13 +66,13 @@ def survey(
     """A row for every engine and dtype, or for those named. What cannot be made or run is a row with its error."""
     rows: dict[str, Row] = {}
     made: dict[str, Engine] = {}
-    default = create("auto", copy.deepcopy(model), device=device)  # what runs where nothing is asked for
+    default = create(EngineConfig(device=device), copy.deepcopy(model))  # what runs where nothing is asked for
     names = [name if name != "auto" else default.name for name in engines]
     named = [dtype if dtype != "auto" else default.dtype for dtype in dtypes]
     cuda = default.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(default.device)  # events and graphs are of the current device
-    there = [*offered(cuda), ("reference", "fp32")]
+    there = [*engine_dtype_pairs(cuda), ("reference", "fp32")]
     if names and named:
         pairs = [(name, dtype) for name in names for dtype in named]
     elif names or named:
@@ -85,7 +86,7 @@ def survey(
             continue
         say(f"judging {row.name}")
         try:
-            engine = create(name, copy.deepcopy(model), device=device, dtype=dtype)
+            engine = create(EngineConfig(name, device, dtype), copy.deepcopy(model))
             engine.warm_up(yardstick.images.shape[2])
             agreement = judge(engine, yardstick)
             overflow = None

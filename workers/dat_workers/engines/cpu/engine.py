@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat_workers.codecs.networks.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsample
-from dat_workers.engines.base import mark_non_finite
+from dat_workers.engines.base import Engine, mark_non_finite
 from dat_workers.engines.cpu.ball_search import GroupSearch
-from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.system.threads import Threads
 
 CHANNELS_LAST = torch.channels_last
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """fp32 on the CPU. Each image by itself, two at a time where the engine has all cores.
 
     >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu"), "auto").dtype  # doctest: +SKIP
@@ -42,8 +41,6 @@ class CpuEngine:
         if dtype not in ("auto", "fp32"):
             raise ValueError(f"dtype is {dtype!r}: the engine 'cpu' is fp32")
         self.device = device
-        self.dtype = "fp32"
-        self.tricks = Tricks()
         self.model = model.to(device).eval().requires_grad_(False)
         self.decoder = FastDecoder(model)
         self.search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
@@ -51,9 +48,6 @@ class CpuEngine:
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
         self.threads = Threads(2, "codec") if all_cores else None
         keep_freed_memory()
-
-    def warm_up(self, side: int) -> None:
-        """Nothing: the first call costs no more than the others."""
 
     def encode(self, images: Tensor) -> Tensor:
         return self._each(self._encode, images)

@@ -20,10 +20,9 @@ from dat_workers.codecs.file import fingerprint
 from dat_workers.codecs.networks.vqgan import LARGE_ATTENTION, VQGAN
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore
-from dat_workers.engines.base import mark_non_finite
+from dat_workers.engines.base import Engine, mark_non_finite
 from dat_workers.engines.cpu.ball_search import GroupSearch
 from dat_workers.engines.onnx.export import OPSET, Manifest, export_graphs, require, sha256, write_folder
-from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 MOST_POSITIONS = 4 * LARGE_ATTENTION  # of the attention, which is whole in the graph: 1 GiB a matrix
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """fp32 in ONNX Runtime; tensors come and go on the CPU.
 
     >>> OnnxEngine(load_model("tiny-f8"), "cpu", "auto").provider  # doctest: +SKIP
@@ -49,9 +48,6 @@ class OnnxEngine:
         require("onnxruntime")
         wanted = pick_providers(device)
         folder = exported(model)
-        self.device = torch.device("cpu")
-        self.dtype = "fp32"
-        self.tricks = Tricks()
         self.model = model
         self._encoder = open_session(folder / "encoder.onnx", wanted)
         self._decoder = open_session(folder / "decoder.onnx", wanted)
@@ -65,8 +61,8 @@ class OnnxEngine:
         self._codebook = None if on_cpu else open_session(folder / "codebook.onnx", wanted)
         self._search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
 
-    def warm_up(self, side: int) -> None:
-        """Nothing of its own: ONNX Runtime plans at the first call of each size."""
+    def describe(self) -> dict[str, str]:
+        return super().describe() | {"provider": self.provider}
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
-from dat_workers.engines.base import mark_non_finite, rows_at_once
+from dat_workers.engines.base import Engine, mark_non_finite, rows_at_once
 from dat_workers.engines.torch import network
 from dat_workers.engines.torch.graphs import SIZES, Graphed
 from dat_workers.engines.torch.tricks import Tricks
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Runs a VQGAN in PyTorch, with whichever of `Tricks` are on.
 
     Without tricks and in fp32 it is codecs/vqgan.py as it stands. In every other precision the layers of

@@ -1,0 +1,51 @@
+"""How an engine is chosen and run: the one place where engine settings are named, defaulted and checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dat_workers.engines.torch.tricks import Tricks
+
+ENGINES = ("auto", "torch", "cpu", "onnx", "reference")
+ENGINE_DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: encoder in fp32, decoder in fp16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which engine runs a codec, on which device, how exactly and how fast.
+
+    >>> EngineConfig("torch", device="cuda", tricks="all,-graphs")
+    EngineConfig(engine='torch', device='cuda', dtype='auto', tricks='all,-graphs', threads=0)
+
+    engine: one of `ENGINES`; `auto` is `torch` on CUDA and `cpu` elsewhere. device: auto, cpu, cuda or cuda:N.
+    dtype: one of `ENGINE_DTYPES`. tricks: the optimisations of the torch engine, as `Tricks.parse` reads them.
+    threads: CPU threads of the engine, 0 for all cores that this process may use. Raises ValueError for a value
+    that does not exist, and for tricks with an engine that has none. Whether the device is there is checked when
+    the engine is created.
+    """
+
+    engine: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    tricks: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}, must be one of {ENGINES}")
+        if self.dtype not in ENGINE_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {ENGINE_DTYPES}")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}, must be 0 (all cores) or more")
+        Tricks.parse(self.tricks, cuda=False)
+        if self.engine in ("cpu", "onnx", "reference") and self.tricks not in ("auto", "none"):
+            raise ValueError(f"tricks is {self.tricks!r}: the engine {self.engine!r} knows none")
+
+    @property
+    def cpu_threads(self) -> int:
+        """The number of CPU threads that `threads` stands for."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+DEFAULT_ENGINE = EngineConfig()
