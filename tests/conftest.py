@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +16,12 @@ import numpy as np
 import pytest
 
 from dat_client import Client
+from dat_service.launch import DAT, running_service
+from dat_service.ray.ports import free_port
+
+__all__ = ["DAT", "ROOT", "app_in_thread", "crop", "dat_serve", "free_port", "photograph"]
 
 ROOT = Path(__file__).parent.parent
-DAT = [sys.executable, "-m", "dat_service.cli"]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def photograph(name: str) -> np.ndarray:
@@ -65,38 +59,10 @@ def photographs() -> np.ndarray:
 
 @contextmanager
 def dat_serve(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`dat serve` as a process of its own; ends it with SIGINT and checks that it ends well."""
-    port = free_port()
-    process = subprocess.Popen(
-        [*DAT, "serve", "--port", str(port), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | (env or {}),
-    )  # fmt: skip
-    assert process.stdout is not None
-    stdout = process.stdout
-    seen: list[str] = []
-    drain = threading.Thread(target=lambda: seen.extend(stdout), daemon=True)
-    try:
-        for line in stdout:
-            seen.append(line)
-            if line.startswith("ready"):
-                break
-        else:
-            pytest.fail(f"dat serve {arguments} ended: {''.join(seen)}")
-        drain.start()
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGINT)
-        try:
-            assert process.wait(90) == 0, "".join(seen)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            if drain.ident:
-                drain.join(10)
-            process.stdout.close()
+    """Runs `dat serve`, with `env` added to the environment, and checks that it ends with status 0."""
+    with running_service(*arguments, env=os.environ | (env or {})) as service:
+        yield service.url, service.process
+    assert service.process.returncode == 0, service.log
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ import numpy as np
 from dat_client import Client
 from dat_client.transports.connections import Connections
 from dat_service.bench.peers.socket_echo import LENGTH
-from dat_service.bench.processes import DidNotStart, dat_serve, started
+from dat_service.bench.processes import clean_environment, dat_serve
+from dat_service.launch import StartFailed, running_process
 from dat_service.ray.ports import free_port
 from dat_workers.system.timing import alternate, one_line, ratio
 
@@ -53,7 +54,7 @@ def run(rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls
             say(f"bytes: starting {name}")
             try:
                 calls[name] = stack.enter_context(start(batch))
-            except (DidNotStart, ImportError) as error:
+            except (StartFailed, ImportError) as error:
                 out["left_out"][name] = one_line(error)
                 say(f"bytes: {name} is left out: {one_line(error)}")
         say(f"bytes: {rounds} rounds of {len(calls)} contestants")
@@ -191,7 +192,7 @@ def peer(module: str, **env: str) -> Iterator[int]:
     """The port of `dat_service.bench.peers.<module>`, in a process of its own."""
     port = free_port()
     command = [sys.executable, "-m", f"dat_service.bench.peers.{module}", str(port)]
-    with started(command, env=env):
+    with running_process(command, env=clean_environment(env)):
         yield port
 
 

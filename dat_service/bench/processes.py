@@ -4,40 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import psutil
 
-from dat_service.ray.ports import free_port
-
-DAT = (sys.executable, "-m", "dat_service.cli")
-READY = "ready"  # a line that begins so says that a process answers
-
-
-@dataclass
-class Running:
-    """A process that has said it is ready, and everything it has written so far."""
-
-    process: subprocess.Popen[str]
-    url: str
-    said: list[str] = field(default_factory=list)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def log(self) -> str:
-        return "".join(self.said[-200:])
-
-
-class DidNotStart(RuntimeError):
-    """A process ended, or said nothing, before it was ready; the message holds what it wrote."""
+from dat_service.launch import RunningProcess, running_service
 
 
 def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -55,64 +28,10 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(
-    command: Sequence[str], url: str = "", *, env: Mapping[str, str] | None = None, within_s: float = 300
-) -> Iterator[Running]:
-    """A process that writes a line beginning with "ready"; ended with SIGINT, and killed where that takes 60 s.
-
-    Raises DidNotStart. Nothing that it began outlives the block.
-    """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=clean_environment(env),
-    )  # fmt: skip
-    running = Running(process, url)
-    ready = threading.Event()
-    reader = threading.Thread(target=_read, args=(running, ready), daemon=True)
-    reader.start()
-    children: list[psutil.Process] = []
-    try:
-        if not ready.wait(within_s) or not any(line.startswith(READY) for line in running.said):
-            raise DidNotStart(f"{' '.join(command)}: {running.log() or 'it wrote nothing'}")
-        yield running
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(process.pid).children(recursive=True)
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for left in psutil.wait_procs(children, timeout=20)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        reader.join(10)
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _read(running: Running, ready: threading.Event) -> None:
-    assert running.process.stdout is not None
-    for line in running.process.stdout:
-        running.said.append(line)
-        if line.startswith(READY):
-            ready.set()
-    ready.set()  # it has ended
-
-
-@contextlib.contextmanager
-def dat_serve(*arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """`dat serve` with these arguments, on a port of its own and otherwise by default.
-
-    >>> with dat_serve("--codec", "identity", "--local") as service:    # doctest: +SKIP
-    ...     print(service.url)
-    """
-    port = free_port()
-    command = [*DAT, "serve", "--port", str(port), *arguments]
-    with started(command, f"http://127.0.0.1:{port}", env=env) as running:
-        yield running
+def dat_serve(*arguments: str, env: Mapping[str, str] | None = None) -> Iterator[RunningProcess]:
+    """Runs `dat serve` with these arguments and otherwise by default, whatever DAT_* variables are set here."""
+    with running_service(*arguments, env=clean_environment(env)) as service:
+        yield service
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from dat_client import Client
-from dat_service.bench.processes import CpuShare, started
+from dat_service.bench.processes import CpuShare, clean_environment
 from dat_service.bench.sleeping import BATCH, name_of
 from dat_service.bench.throughput import closed_loop
+from dat_service.launch import running_process
 from dat_service.ray.ports import free_port
 
 REPLICAS = (1, 2, 4, 8)
@@ -38,7 +39,7 @@ def sleepers(replicas: int, sleep_ms: float) -> Iterator[str]:
         sys.executable, "-m", "dat_service.bench.sleeping",
         "--replicas", str(replicas), "--sleep-ms", f"{sleep_ms:g}", "--port", str(port),
     ]  # fmt: skip
-    with started(command, f"http://127.0.0.1:{port}", within_s=300) as service:
+    with running_process(command, f"http://127.0.0.1:{port}", env=clean_environment()) as service:
         with Client(service.url, name_of(sleep_ms)) as client:
             client.wait_ready(120)
         yield service.url

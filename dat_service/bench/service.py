@@ -29,8 +29,8 @@ import torch
 
 from dat_service import __version__
 from dat_service.bench import echo, scaling, throughput
-from dat_service.bench.processes import DidNotStart
 from dat_service.bench.tables import as_markdown, as_text, table
+from dat_service.launch import StartFailed
 from dat_workers.bench import machine
 from dat_workers.system.files import write_atomically
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run(parser().parse_args(given), shlex.join(["dat", "bench", "service", *given]))
-    except (ValueError, RuntimeError, OSError, DidNotStart) as error:
+    except (ValueError, RuntimeError, OSError, StartFailed) as error:
         say(f"dat bench service: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:

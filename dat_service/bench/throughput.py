@@ -21,7 +21,8 @@ import numpy as np
 
 from dat_client import Client
 from dat_service.bench.pictures import pictures
-from dat_service.bench.processes import READY, DidNotStart, clean_environment, dat_serve
+from dat_service.bench.processes import clean_environment, dat_serve
+from dat_service.launch import READY, StartFailed
 from dat_workers.system.timing import Timing, ratio
 
 MIXED = (1, 7, 16, 40)
@@ -103,7 +104,7 @@ def engine(codec: str, side: int, **env: str) -> Iterator[Callable[[float], tupl
     with process:
         try:
             if not stdout.readline().startswith(READY):
-                raise DidNotStart(" ".join(command))
+                raise StartFailed(" ".join(command))
             yield ask
         finally:
             stdin.close()  # it ends with its input

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dat_client import Client
-from dat_service.bench.processes import DAT, started
+from dat_service.bench.processes import clean_environment
+from dat_service.launch import DAT, running_process
 from dat_service.ray import haproxy
 from tests.cluster.hosts import Host, hosts, why_not
 from tests.load.answers import CODEC, SERVE, answers
@@ -42,7 +43,7 @@ def three_hosts(seconds: float = SECONDS) -> dict[str, Any]:
         try:
             with cluster(a, b, c) as service:
                 figures = under_load(a, b, c, right, seconds)
-                figures["dat serve wrote"] = [line.strip() for line in service.said[1:]][-5:]
+                figures["dat serve wrote"] = [line.strip() for line in service.lines[1:]][-5:]
                 return figures
         except BaseException:
             for log in sorted([*Path(folder).glob("*/*.log"), *Path(folder).rglob("session_2*/logs/serve/*.log")]):
@@ -58,7 +59,7 @@ def cluster(a: Host, b: Host, c: Host) -> Iterator[Any]:
         start_ray(host, f"--address={a.address}:{GCS_PORT}")
     command = [*DAT, "serve", *SERVE, "--host", "0.0.0.0", "--port", str(PORT), "--replicas", "3"]
     env = node_environment(a) | {"RAY_ADDRESS": f"{a.address}:{GCS_PORT}"}
-    with started(a.command(command), url(a), env=env, within_s=300) as service:
+    with running_process(a.command(command), url(a), env=clean_environment(env)) as service:
         for host in (a, b, c):
             with Client(url(host), CODEC) as client:
                 client.wait_ready(120)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from dat_service.bench.processes import Running, dat_serve, samples
+from dat_service.bench.processes import dat_serve, samples
+from dat_service.launch import RunningProcess
 from tests.fuzz.requests import CODEC, Message, good_requests, mutated
 from tests.load.traffic import show
 
@@ -154,7 +155,7 @@ def fuzz_service(number: int, *arguments: str) -> dict[str, Any]:
     }
 
 
-def compare(service: Running, early: dict[int, Any]) -> list[str]:
+def compare(service: RunningProcess, early: dict[int, Any]) -> list[str]:
     """Processes beyond the bars, and those of the service's own that are no longer there."""
     late, said = samples(service.pid), []
     for pid, before in early.items():

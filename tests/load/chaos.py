@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from dat_service.bench.processes import Running, dat_serve, in_role, wait_until
+from dat_service.bench.processes import dat_serve, in_role, wait_until
+from dat_service.launch import RunningProcess
 from tests.load.answers import SERVE, answers
 from tests.load.traffic import Traffic, show
 
@@ -32,7 +33,7 @@ def chaos(seconds: float = SECONDS) -> dict[str, Any]:
     return {"seconds": seconds, **killed, **figures}
 
 
-def kill(service: Running, seconds: float) -> dict[str, int]:
+def kill(service: RunningProcess, seconds: float) -> dict[str, int]:
     """Kills for so long; how many of which role were."""
     killed = {"replica": 0, "put off": 0, "haproxy": 0, "proxy": 0}
     began = time.monotonic()
@@ -52,7 +53,7 @@ def kill(service: Running, seconds: float) -> dict[str, int]:
     return killed
 
 
-def kill_one(service: Running, role: str) -> bool:
+def kill_one(service: RunningProcess, role: str) -> bool:
     """SIGKILL to the oldest of that role, which surely serves; False where there is none at this moment."""
     try:
         oldest = min(in_role(service.pid, role), key=lambda process: process.create_time(), default=None)
@@ -64,7 +65,7 @@ def kill_one(service: Running, role: str) -> bool:
     return False
 
 
-def serving(service: Running) -> list[psutil.Process]:
+def serving(service: RunningProcess) -> list[psutil.Process]:
     """Replicas that have their codec; Ray shows in a process's title what its actor is doing."""
     return [process for process in in_role(service.pid, "replica") if "initialize" not in title(process)]
 
@@ -77,7 +78,7 @@ def title(process: psutil.Process) -> str:
         return "initialize"
 
 
-def wait_for_all(service: Running, within_s: float = 300) -> None:
+def wait_for_all(service: RunningProcess, within_s: float = 300) -> None:
     """Returns when as many replicas as asked for serve again."""
     wait_until(lambda: len(serving(service)) >= REPLICAS, within_s, f"{REPLICAS} replicas serve again")
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from dat_service.bench.echo import percentiles
 from dat_service.bench.pictures import pictures
-from dat_service.bench.processes import Running, dat_serve, samples
+from dat_service.bench.processes import dat_serve, samples
+from dat_service.launch import RunningProcess
 from tests.load.answers import CODEC, SERVE
 from tests.load.raw import RawClient, Replies, open_loop, record
 from tests.load.traffic import show
@@ -75,7 +76,7 @@ def unloaded(url: str, images: np.ndarray, calls: int) -> dict[str, float]:
     return percentiles(replies.seconds[3:])
 
 
-def flood(service: Running, images: np.ndarray, per_s: float, seconds: float) -> tuple[Replies, int, int]:
+def flood(service: RunningProcess, images: np.ndarray, per_s: float, seconds: float) -> tuple[Replies, int, int]:
     """The replies, and the replica's resident bytes once it is warm under this load and at its end."""
     one = RawClient(service.url, CODEC, images, "reference")
     _, _, expected = one.post()
@@ -98,7 +99,7 @@ def flood(service: Running, images: np.ndarray, per_s: float, seconds: float) ->
     return replies, warm[0], after
 
 
-def replica_rss(service: Running) -> int:
+def replica_rss(service: RunningProcess) -> int:
     """Resident bytes of all replicas."""
     return sum(sample.rss for sample in samples(service.pid).values() if sample.role == "replica")
 

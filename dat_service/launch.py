@@ -1,0 +1,147 @@
+"""Start a service for a test or a script, and end it together with everything that it started.
+
+from dat_service.launch import running_service
+
+with running_service("--codec", "tiny-f8", "--local") as service:
+    client = Client(service.url, "tiny-f8")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from dat_service.ray.ports import free_port
+
+DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, which may not be on PATH
+READY = "ready"  # `dat serve` writes a line that begins with this word once it answers
+LOG_LINES = 200
+
+
+class StartFailed(RuntimeError):
+    """The process ended, or was not ready in time; the message holds what it wrote."""
+
+
+@dataclass
+class RunningProcess:
+    """A process that has written its "ready" line, and the lines that it has written so far."""
+
+    process: subprocess.Popen[str]
+    url: str
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """The last 200 lines as one text."""
+        return "".join(self.lines[-LOG_LINES:])
+
+
+@contextlib.contextmanager
+def running_service(
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    stderr: int | None = subprocess.STDOUT,
+    start_timeout_s: float = 300,
+    stop_timeout_s: float = 90,
+) -> Iterator[RunningProcess]:
+    """Runs `dat serve` with these arguments on a free port while the block runs; see `running_process`.
+
+    >>> with running_service("--codec", "identity", "--local") as service:    # doctest: +SKIP
+    ...     print(service.url)
+    http://127.0.0.1:43210
+    """
+    port = free_port()
+    with running_process(
+        [*DAT, "serve", "--port", str(port), *arguments],
+        f"http://127.0.0.1:{port}",
+        env=env,
+        stderr=stderr,
+        start_timeout_s=start_timeout_s,
+        stop_timeout_s=stop_timeout_s,
+    ) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def running_process(
+    command: Sequence[str],
+    url: str = "",
+    *,
+    env: Mapping[str, str] | None = None,
+    stderr: int | None = subprocess.STDOUT,
+    start_timeout_s: float = 300,
+    stop_timeout_s: float = 90,
+) -> Iterator[RunningProcess]:
+    """Runs a server that writes a line beginning with "ready" once it answers, and ends it with SIGINT.
+
+    The block begins when that line has come. At its end, whatever still runs `stop_timeout_s` after the SIGINT is
+    killed, the processes that the server started included.
+
+    Args:
+        url: the address of the server, passed on as `RunningProcess.url`.
+        env: its environment variables, by default those of this process.
+        stderr: by default kept in the log beside stdout; None shows it where this process shows its own.
+
+    Raises:
+        StartFailed: the process ended or wrote no such line within `start_timeout_s`.
+    """
+    # A session of its own: Ctrl-C in a terminal reaches the caller alone, which then ends the server in order.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=env
+    )
+    running = RunningProcess(process, url)
+    ready_or_ended = threading.Event()
+    reader = threading.Thread(target=_read, args=(running, ready_or_ended), daemon=True)
+    reader.start()
+    try:
+        if not ready_or_ended.wait(start_timeout_s):
+            raise StartFailed(f"{' '.join(command)}: not ready after {start_timeout_s:g} s\n{running.log}")
+        if not any(line.startswith(READY) for line in running.lines):
+            raise StartFailed(f"{' '.join(command)}: ended with status {process.wait()}\n{running.log}")
+        yield running
+    finally:
+        _end(process, stop_timeout_s)
+        reader.join(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _read(running: RunningProcess, ready_or_ended: threading.Event) -> None:
+    assert running.process.stdout is not None
+    for line in running.process.stdout:
+        running.lines.append(line)
+        if line.startswith(READY):
+            ready_or_ended.set()
+    ready_or_ended.set()
+
+
+def _end(process: subprocess.Popen[str], timeout_s: float) -> None:
+    """Interrupts the process; kills it and its descendants where they still run after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    descendants: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _, left = psutil.wait_procs(descendants, timeout=max(0.1, deadline - time.monotonic()))
+    for descendant in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendant.kill()
+    psutil.wait_procs(left, timeout=10)
