@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
-OTHERS = [Path("ARCHITECTURE.md"), Path("client/README.md"), Path("deploy/README.md")]
+OTHERS = [Path(name) for name in ("ARCHITECTURE.md", "CHANGELOG.md", "client/README.md", "deploy/README.md")]
 
 _BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.M | re.S)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")

@@ -130,7 +130,7 @@ def test_scopes(serve_app: Callable[..., str], tmp_path_factory: pytest.TempPath
 
 
 def test_what_is_open_without_a_key(serve_app: Callable[..., str], file: Path) -> None:
-    """README.md, "Safety", lists it."""
+    """docs/safety.md lists them."""
     file.write_text("user\n")
     url = serve_app(codec="identity", api_key_file=file)
     described = json.loads(send(url, "GET", "/openapi.json").body)["paths"]

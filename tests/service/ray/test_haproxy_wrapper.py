@@ -178,7 +178,7 @@ def test_what_strangers_send_does_not_reach_serve(tmp_path: Path, replica: Stand
 
 
 def test_headers_have_their_limit(tmp_path: Path, replica: StandInReplica) -> None:
-    """Of HAProxy's buffer, 16 KiB, one is kept for what it adds itself (README.md, "Safety")."""
+    """Of HAProxy's buffer, 16 KiB, one is kept for what it adds itself (docs/safety.md)."""
     port = free_port()
     with running(ray_config(tmp_path, port, replica.server_port), port):
         assert get(port, headers=[("X-Large", b"x" * 15_000)])[0] == 200
