@@ -146,7 +146,7 @@ def test_bare_state_dict_and_safetensors(tmp_path: Path, spec: CodecSpec, weight
     save_file(weights, tmp_path / "bare.safetensors")
     assert same(load_published(tmp_path / "bare.safetensors", spec), weights)
     (tmp_path / "bare.safetensors").write_bytes((tmp_path / "bare.safetensors").read_bytes()[:-8])
-    with pytest.raises(CodecError, match="not a whole safetensors file"):
+    with pytest.raises(CodecError, match="not a complete safetensors file"):
         load_published(tmp_path / "bare.safetensors", spec)
 
 
@@ -237,7 +237,7 @@ def test_unusable_weights(
         load_published(lightning_checkpoint(tmp_path / "a.ckpt", broken), spec)
     for value in (torch.zeros(4).to_sparse(), torch.zeros(4, device="meta"), torch.zeros(1).expand(4)):
         path = lightning_checkpoint(tmp_path / "b.ckpt", {**weights, "quant_conv.bias": value})
-        with pytest.raises(CodecError, match=r"1 entries are no plain tensors, such as quant_conv\.bias"):
+        with pytest.raises(CodecError, match=r"1 entries are not plain tensors, such as quant_conv\.bias"):
             load_published(path, spec)
 
 
@@ -252,7 +252,7 @@ def test_other_files(tmp_path: Path, spec: CodecSpec) -> None:
     for value, said in (
         (3, "holds a int"),
         ({}, "not a state dict"),
-        ({"a": 3}, "no plain tensors, such as a"),
+        ({"a": 3}, "not plain tensors, such as a"),
     ):
         torch.save(value, path)
         with pytest.raises(CodecError, match=said):
@@ -300,7 +300,7 @@ def test_weights_that_are_no_vqgan(spec: CodecSpec, weights: dict[str, Tensor]) 
     with pytest.raises(CodecError, match=r"missing keys: decoder\.conv_out"):
         infer_spec(without("decoder.conv_out"), "x")
     odd = {**weights, "encoder.conv_in.weight": torch.zeros(20, 3, 3, 3)}
-    with pytest.raises(CodecError, match="no multiples of ch=20"):
+    with pytest.raises(CodecError, match="not multiples of ch=20"):
         infer_spec(odd, "x")
 
 

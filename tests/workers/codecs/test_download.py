@@ -3,14 +3,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import resource
+import ssl
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import HTTPSHandler, Request
+from urllib.response import addinfourl
 
 import pytest
 from torch import Tensor
@@ -30,8 +36,16 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "downloads" / "file"
 
 
-def fetch(source: Any, path: Path, **options: Any) -> str:
-    return download(source.url, path, backoff_s=0.001, timeout_s=5.0, **options)
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(module, "TIMEOUT_S", 5.0)
+
+
+def fetch(source: Any, path: Path, attempts: int = module.ATTEMPTS, **options: Any) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ATTEMPTS", attempts)
+        return download(source.url, path, **options)
 
 
 def files(path: Path) -> list[str]:
@@ -105,7 +119,7 @@ def test_part_that_is_whole_already(source: Any, path: Path, monkeypatch: pytest
     source.body = BODY
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
-        with pytest.raises(DownloadError, match="could not be kept"):
+        with pytest.raises(DownloadError, match="could not be stored"):
             fetch(source, path)
     assert fetch(source, path) == SHA
     assert source.requests[-1]["Range"] == f"bytes={len(BODY)}-"
@@ -155,34 +169,52 @@ def test_redirects(source: Any, path: Path) -> None:
     source.body, source.redirect_to = BODY, "/elsewhere?dl=1"
     assert fetch(source, path) == SHA
     source.redirect_to = "/file"
-    with pytest.raises(DownloadError, match="more than 10 redirects"):
+    with pytest.raises(DownloadError, match=r"would lead to an infinite loop.*HTTP status 302"):
         fetch(source, path)
     source.redirect_to = "file:///etc/hostname"
-    with pytest.raises(DownloadError, match="not protected"):
+    with pytest.raises(DownloadError, match=r"Redirection to url 'file:///etc/hostname' is not allowed"):
+        fetch(source, path)
+    source.redirect_to = "ftp://127.0.0.1/x"
+    with pytest.raises(DownloadError, match=r"redirects to ftp://127\.0\.0\.1/x, which is not protected"):
         fetch(source, path)
 
 
 def test_https_is_not_left_for_http(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    class Redirect:
-        status = 302
+    def redirect(handler: HTTPSHandler, request: Request) -> addinfourl:
+        headers = Message()
+        headers["Location"] = "http://127.0.0.1/file"
+        response = addinfourl(io.BytesIO(), headers, request.full_url, 302)
+        response.msg = "Found"
+        return response
 
-        def get_redirect_location(self) -> str:
-            return "http://127.0.0.1/file"
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(module.urllib3.PoolManager, "request", lambda *_, **__: Redirect())
+    monkeypatch.setattr(HTTPSHandler, "https_open", redirect)
     with pytest.raises(DownloadError, match=r"redirects to http://127\.0\.0\.1/file, which is not protected"):
         download("https://127.0.0.1/file", path)
 
 
-def test_unusable_addresses(path: Path) -> None:
+def test_an_untrusted_certificate_ends_the_download(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    requests: list[str] = []
+
+    def refuse(handler: HTTPSHandler, request: Request) -> addinfourl:
+        requests.append(request.full_url)
+        raise URLError(ssl.SSLCertVerificationError("self-signed certificate"))
+
+    monkeypatch.setattr(HTTPSHandler, "https_open", refuse)
+    with pytest.raises(DownloadError, match=r"cannot be trusted: .*self-signed certificate"):
+        download("https://127.0.0.1/file", path)
+    assert len(requests) == 1
+
+
+def test_unusable_addresses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("file:///etc/hostname", "ftp://127.0.0.1/x", "last.ckpt"):
         with pytest.raises(DownloadError, match="only http and https"):
             download(url, path)
+    for url in ("http:///x", "http://127.0.0.1:port/x", "http://127.0.0.1/a b"):
+        with pytest.raises(DownloadError, match="the address cannot be used"):
+            download(url, path)
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
     with pytest.raises(DownloadError, match="gave up after 1 attempts"):
-        download("http://127.0.0.1:9/x", path, attempts=1)
+        download("http://127.0.0.1:9/x", path)
 
 
 def test_full_disk(source: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import doctest
-import math
 
 import pytest
 
 from dat_workers.codecs import file, registry, store
-from dat_workers.codecs.registry import REGISTRY, UnknownCodec, get
+from dat_workers.codecs.registry import REGISTRY, CodecNotFound, get
 from dat_workers.codecs.spec import CodecError
 
 
@@ -26,8 +25,8 @@ def test_geometry_is_that_of_table_5(name: str, factor: int, k: int, d: int, mil
     spec = get(name)
     assert spec.name == name
     assert (spec.factor, spec.codebook_size, spec.latent_dim) == (factor, k, d)
-    parameters = sum(math.prod(shape) for shape in file.expected_shapes(spec).values())
-    assert round(parameters / 1e6, 1) == millions
+
+    assert round(file.parameter_count(spec) / 1e6, 1) == millions
 
 
 def test_published_names_and_shapes() -> None:
@@ -56,10 +55,10 @@ def test_every_published_entry_says_where_from_and_under_which_licence() -> None
 
 
 def test_unknown_name_lists_near_ones() -> None:
-    with pytest.raises(UnknownCodec, match=r"'vqgan-openimage-f8'.*vqgan-openimages-f8-256") as caught:
+    with pytest.raises(CodecNotFound, match=r"'vqgan-openimage-f8'.*vqgan-openimages-f8-256") as caught:
         get("vqgan-openimage-f8")
     assert isinstance(caught.value, CodecError)
-    with pytest.raises(UnknownCodec, match="known: tiny-f8, "):
+    with pytest.raises(CodecNotFound, match="known: tiny-f8, "):
         get("§§§")
 
 

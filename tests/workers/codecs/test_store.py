@@ -11,7 +11,7 @@ from torch import Tensor
 from dat_workers.codecs import file, store
 from dat_workers.codecs.file import Origin
 from dat_workers.codecs.networks.vqgan import VQGAN
-from dat_workers.codecs.registry import REGISTRY, UnknownCodec
+from dat_workers.codecs.registry import REGISTRY, CodecNotFound
 from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.store import CodecStore, load_model
 
@@ -52,7 +52,7 @@ def test_model(home: CodecStore, spec: CodecSpec, weights: dict[str, Tensor]) ->
     x = torch.rand(1, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         assert torch.equal(model.decode(model.encode(x)), reference.decode(reference.encode(x)))
-    with pytest.raises(CodecError, match="'identity' is no network"):
+    with pytest.raises(CodecError, match="'identity' has no network"):
         load_model(home.load("identity"))
 
 
@@ -69,7 +69,7 @@ def test_not_installed_tells_the_command(home: CodecStore) -> None:
     assert home.status(name) == "not installed"
     with pytest.raises(CodecError, match=rf"dat codecs pull {name} .*dat codecs import CKPT --as {name}"):
         home.load(name)
-    with pytest.raises(UnknownCodec, match=name):
+    with pytest.raises(CodecNotFound, match=name):
         home.load("vqgan-openimages-f8-16383")
 
 
@@ -127,7 +127,7 @@ def test_broken_files(home: CodecStore, spec: CodecSpec, weights: dict[str, Tens
         home.load("other")
     home.path("other").write_bytes(home.path("other").read_bytes()[:-1])
     assert home.status("other").startswith("broken: ")
-    assert "not a whole safetensors file" in home.status("other")
+    assert "not a complete safetensors file" in home.status("other")
     home.add(replace(spec, name="other"), weights, ORIGIN)  # a broken one may be replaced
     assert home.status("other") == "installed"
 

@@ -1,8 +1,8 @@
-"""Published checkpoints (taming-transformers, latent-diffusion) to plain tensors, without running a pickle.
+"""Reads published checkpoints (taming-transformers, latent-diffusion) as plain tensors, without running a pickle.
 
 A published `.ckpt` is a Lightning pickle: beside `state_dict` it holds callbacks, optimizer states and
-hyper-parameters made of classes of pytorch_lightning, omegaconf and numpy. It is read with torch's
-weights-only unpickler and nothing of it is imported or run: see `unpickle`.
+hyper-parameters made of classes of pytorch_lightning, omegaconf and numpy. torch's weights-only unpickler reads it,
+and none of those packages is imported: see `unpickle`.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.unpickle import unpickle
 
 MAX_MEMBER_BYTES = 16 << 30
-DROPPED_PREFIX = "loss."  # the training loss: LPIPS and discriminator. `model_ema.*` never occurs (vq-f4's
-# 55 keys beside the network, the count users report, are 33 of LPIPS and 22 of the discriminator)
+# Weights of the training loss: LPIPS and the discriminator. Of vq-f4's 55 keys beside the network, the number that
+# users report, 33 belong to LPIPS and 22 to the discriminator. `model_ema.*` never occurs.
+DROPPED_PREFIX = "loss."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The network's weights of a checkpoint, and in words what else it held."""
+    """The network's weights in a checkpoint, and a description of everything else that the checkpoint held."""
 
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...]
 
 
 def load_published(path: Path, spec: CodecSpec) -> dict[str, Tensor]:
-    """The weights of a published checkpoint, strictly those of the spec's network.
+    """Returns the weights of a published checkpoint, which must be exactly those of the spec's network.
 
     >>> load_published(Path("vq-f8.zip"), registry.get("vqgan-openimages-f8-16384"))  # doctest: +SKIP
 
-    `path` may be a Lightning `.ckpt` (torch's zip or older format), a zip that holds `spec.source_member`,
-    a bare state dict or a `.safetensors` file. Raises CodecError: see `read_checkpoint` and
-    `file.check_weights`.
+    `path` may be a Lightning `.ckpt` (torch's zip format or its older one), a zip that holds `spec.source_member`,
+    a bare state dict or a `.safetensors` file. Raises CodecError as `read_checkpoint` and `file.check_weights` do.
     """
     tensors = read_checkpoint(path, spec.source_member).tensors
     check_weights(spec, tensors, str(path))
@@ -53,27 +53,22 @@ def load_published(path: Path, spec: CodecSpec) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, member: str | None = None) -> Checkpoint:
-    """The tensors of a checkpoint file, less `loss.*`, not yet compared with any spec.
+    """Returns the tensors of a checkpoint file without `loss.*`; they are not compared with any spec.
 
     >>> read_checkpoint(Path("last.ckpt")).dropped  # doctest: +SKIP
     ('55 weights of the training loss (loss.*)', 'callbacks', 'optimizer_states')
 
-    `member` names the checkpoint inside a zip; without it the only `.ckpt` in there is taken. Raises
-    CodecError for a file of another kind, a damaged one, and one whose pickle names anything outside
-    `unpickle.ALLOWED` (nothing of it is imported or run).
+    `member` is the checkpoint's name inside a zip; by default the zip must hold a single `.ckpt`. Raises CodecError
+    for a file of another kind, a damaged file, and a file whose pickle names anything outside `unpickle.ALLOWED`
+    (nothing in it is imported or run).
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
         if not zipfile.is_zipfile(path) or _is_torch_zip(path):
-            return _read_plain(path, head)
-        # beside the archive, not in /tmp: a checkpoint is about 1 GB and /tmp may be memory
+            return _read_unpacked(path, str(path))
+        # The member is unpacked beside the archive, not in /tmp: it has about 1 GB, and /tmp may be memory.
         beside = path.parent if os.access(path.parent, os.W_OK) else None
         with tempfile.TemporaryDirectory(dir=beside, prefix=".unzip-") as folder:
-            inner = _extract(path, member, Path(folder))
-            with inner.open("rb") as file:
-                head = file.read(9)
-            return _read_plain(inner, head, f"{path}, member {member or 'ckpt'}")
+            return _read_unpacked(_extract(path, member, Path(folder)), f"{path}, member {member or 'ckpt'}")
     except FileNotFoundError as error:
         raise CodecError(f"{path}: no such file") from error
     except OSError as error:
@@ -89,43 +84,36 @@ def _is_torch_zip(path: Path) -> bool:
 
 
 def _extract(path: Path, member: str | None, folder: Path) -> Path:
-    """Writes one member under a name of our own: names inside the archive never become paths."""
+    """Unpacks one member under a fixed name, because names inside an archive must never become paths."""
+    pattern = PurePosixPath(member).name if member else "*.ckpt"
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [
-                info
-                for info in archive.infolist()
-                if (info.filename.endswith(".ckpt") if member is None else _same_name(info.filename, member))
-            ]
-            wanted = member or "*.ckpt"
-            if len(found) != 1:
+            matches = [i for i in archive.infolist() if PurePosixPath(i.filename).match(pattern)]
+            if len(matches) != 1:
                 names = ", ".join(archive.namelist()[:5]) or "nothing"
-                raise CodecError(f"{path} must hold one {wanted}, it has {len(found)} (it holds {names})")
-            if found[0].file_size > MAX_MEMBER_BYTES:
+                raise CodecError(f"{path} must hold one {pattern}, it has {len(matches)} (it holds {names})")
+            if matches[0].file_size > MAX_MEMBER_BYTES:
                 raise CodecError(
-                    f"{path}: {wanted} unpacks to {found[0].file_size} bytes, the limit is {MAX_MEMBER_BYTES}"
+                    f"{path}: {pattern} unpacks to {matches[0].file_size} bytes, the limit is {MAX_MEMBER_BYTES}"
                 )
             target = folder / "member.ckpt"
-            with archive.open(found[0]) as source, target.open("wb") as sink:
+            with archive.open(matches[0]) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
             return target
-    # RuntimeError: encrypted, and (NotImplementedError) a compression that Python lacks
+    # RuntimeError: the archive is encrypted, or (NotImplementedError) compressed in a way that Python lacks
     except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
         raise CodecError(f"{path} could not be unpacked: {error}") from error
 
 
-def _same_name(filename: str, member: str) -> bool:
-    return PurePosixPath(filename).name == PurePosixPath(member).name
-
-
-def _read_plain(path: Path, head: bytes, where: str = "") -> Checkpoint:
-    where = where or str(path)
+def _read_unpacked(path: Path, where: str) -> Checkpoint:
+    with path.open("rb") as file:
+        head = file.read(9)
     content: object
-    if head[8:9] == b"{":  # a safetensors header; neither a zip nor torch's older magic number has that there
+    if head[8:9] == b"{":  # only a safetensors header has it there, neither a zip nor torch's older magic number
         try:
             content = load_file(path)
         except SafetensorError as error:
-            raise CodecError(f"{where} is not a whole safetensors file: {error}") from error
+            raise CodecError(f"{where} is not a complete safetensors file: {error}") from error
     else:
         content = unpickle(path, where)
     state: object = content
@@ -138,21 +126,21 @@ def _read_plain(path: Path, head: bytes, where: str = "") -> Checkpoint:
     foreign = [str(key) for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))]
     if foreign:
         raise CodecError(
-            f"{where} holds no state dict: {len(foreign)} entries are no plain tensors, such as "
+            f"{where} does not hold a state dict: {len(foreign)} entries are not plain tensors, such as "
             f"{', '.join(foreign[:5])}"
         )
-    kept = {k: v for k, v in state.items() if not k.startswith(DROPPED_PREFIX)}
-    if len(state) > len(kept):
-        dropped.insert(0, f"{len(state) - len(kept)} weights of the training loss ({DROPPED_PREFIX}*)")
-    # copies: the loaded tensors are views into a mapped file that may be deleted next
-    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in kept.items()}
+    weights = {k: v for k, v in state.items() if not k.startswith(DROPPED_PREFIX)}
+    if len(state) > len(weights):
+        dropped.insert(0, f"{len(state) - len(weights)} weights of the training loss ({DROPPED_PREFIX}*)")
+    # The loaded tensors are views of a mapped file that may be deleted next, so they are copied.
+    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
     return Checkpoint(tensors, tuple(dropped))
 
 
 def _is_plain(value: object) -> bool:
-    """A dense tensor with all its values in the file: no sparse, quantized, meta or expanded one.
+    """Whether a value is a dense tensor with all its values in the file: not sparse, quantized, meta or expanded.
 
-    An expanded tensor of a few bytes can claim any shape, and would be allocated when it is copied.
+    An expanded tensor of a few bytes can claim any shape, and copying it would allocate that much memory.
     """
     return (
         isinstance(value, Tensor)
@@ -167,13 +155,13 @@ _BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
 
 
 def infer_spec(tensors: dict[str, Tensor], name: str) -> CodecSpec:
-    """The geometry of a VQGAN, read from the names and shapes of its weights.
+    """Returns the geometry of a VQGAN, read from the names and shapes of its weights.
 
     >>> infer_spec(read_checkpoint(Path("mine.ckpt")).tensors, "mine").ch_mult  # doctest: +SKIP
     (1, 2, 2, 4)
 
-    The training resolution is not in the weights; 256 is assumed, it only names the levels with attention.
-    Raises CodecError where the weights are not exactly one VQGAN.
+    The weights do not tell the training resolution; 256 is assumed, which only names the levels with attention.
+    Raises CodecError unless the weights are exactly those of one VQGAN.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for key, rank in (
@@ -183,27 +171,26 @@ def infer_spec(tensors: dict[str, Tensor], name: str) -> CodecSpec:
     ):
         if len(shapes.get(key, ())) != rank:
             found = list(shapes[key]) if key in shapes else "absent"
-            raise CodecError(f"codec {name!r}: no VQGAN, {key} must have {rank} dimensions and is {found}")
-    blocks: dict[int, list[int]] = {}
+            raise CodecError(f"codec {name!r} is not a VQGAN: {key} must have {rank} dimensions and is {found}")
+    blocks: dict[int, list[int]] = {}  # level: the width of each of its blocks
     for key, shape in shapes.items():
-        match = _BLOCK.fullmatch(key)
-        if match:
+        if match := _BLOCK.fullmatch(key):
             blocks.setdefault(int(match[1]), []).append(shape[0] if shape else 0)
-    if sorted(blocks) != list(range(len(blocks))) or not blocks:
-        raise CodecError(f"codec {name!r}: no VQGAN, its encoder has the levels {sorted(blocks)}")
+    levels = range(len(blocks))
+    if sorted(blocks) != list(levels) or not blocks:
+        raise CodecError(f"codec {name!r} is not a VQGAN: its encoder has the levels {sorted(blocks)}")
     ch = shapes["encoder.conv_in.weight"][0]
-    widths = [blocks[level][0] for level in sorted(blocks)]
+    widths = [blocks[i][0] for i in levels]
     if any(width % ch for width in widths):
-        raise CodecError(f"codec {name!r}: its levels are {widths} wide, which are no multiples of ch={ch}")
+        raise CodecError(f"codec {name!r}: its levels have {widths} channels, which are not multiples of ch={ch}")
     resolution = max(256, 1 << (len(widths) - 1))
-    attention = [i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.norm.weight" in shapes]
     codebook_size, latent_dim = shapes["quantize.embedding.weight"]
     spec = CodecSpec(
         name,
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=len(blocks[0]),
-        attn_resolutions=tuple(resolution >> i for i in attention),
+        attn_resolutions=tuple(resolution >> i for i in levels if f"encoder.down.{i}.attn.0.norm.weight" in shapes),
         resolution=resolution,
         z_channels=shapes["encoder.conv_out.weight"][0],
         codebook_size=codebook_size,

@@ -1,27 +1,27 @@
-"""Fetching published checkpoints: resumable, and compared with the hash first seen.
+"""Downloads published checkpoints: resumes interrupted downloads, and checks the hash first seen at an address.
 
-None of the sources publishes a hash, so the first one seen is kept (`HOME/hashes.json`) and every later
-download of the same address must match it. HTTP is urllib3's (a dependency of this package).
+None of the sources publishes a hash. The first one seen is therefore recorded (`HOME/hashes.json`), and every later
+download from the same address must match it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
+import http.client
 import json
 import os
 import re
 import shutil
+import ssl
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
-from urllib.parse import urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-import urllib3
+from typing import IO, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from dat_workers.codecs.checkpoint import load_published
 from dat_workers.codecs.file import Origin
@@ -33,221 +33,207 @@ from dat_workers.system.files import write_atomically
 if sys.platform != "win32":
     import fcntl
 
-Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says so
+# bytes received so far, and bytes in total if the server sent a length
+ProgressCallback = Callable[[int, int | None], None]
+Response = http.client.HTTPResponse | HTTPError
 
-CHUNK_BYTES = 1 << 16  # what a dropped connection loses at most
-MAX_REDIRECTS = 10
+CHUNK_BYTES = 1 << 16  # a dropped connection loses at most this much
+ATTEMPTS = 5  # in a row that bring no new byte
+BACKOFF_S = 1.0  # before the second attempt; doubles with each further one
+TIMEOUT_S = 60.0  # of connecting, and of each read
 TRANSIENT = (429, 500, 502, 503, 504)
 
 
 class DownloadError(CodecError):
-    """A download failed for good; `status` is the HTTP status, where there was an answer."""
+    """A download failed for good; `status` is the HTTP status, if there was a response."""
 
     def __init__(self, url: str, problem: str, status: int | None = None) -> None:
-        said = f" (HTTP status {status})" if status is not None else ""
-        super().__init__(f"{url}: {problem}{said}")
+        super().__init__(f"{url}: {problem}" + (f" (HTTP status {status})" if status is not None else ""))
         self.url = url
         self.status = status
 
 
-class _Dropped(Exception):
-    """This attempt failed; another may do."""
+class _AttemptFailed(Exception):
+    """This attempt failed; another may succeed."""
 
     def __init__(self, problem: str, status: int | None = None) -> None:
         super().__init__(problem)
         self.status = status
 
 
-def download(
-    url: str,
-    path: Path,
-    progress: Progress | None = None,
-    *,
-    attempts: int = 5,
-    backoff_s: float = 1.0,
-    timeout_s: float = 60.0,
-) -> str:
-    """Downloads `url` to `path` and returns its sha256 (hex); `path` appears only when whole.
+def download(url: str, path: Path, progress: ProgressCallback | None = None) -> str:
+    """Downloads `url` to `path` and returns the file's sha256 (hex); `path` appears only when the file is complete.
 
     >>> download("https://example.org/last.ckpt", Path("last.ckpt"))  # doctest: +SKIP
 
-    What arrived is kept in `<path>.part`, across dropped connections (`attempts` in a row without a new
-    byte, with exponential backoff) and across calls. It is resumed with Range and If-Range (RFC 9110,
-    13.1.5): if the source has changed meanwhile, the download starts over. Raises DownloadError with
-    address and status, CodecError where the disk is full.
+    The bytes received so far stay in `<path>.part` when a connection drops and when this function fails, and the
+    next attempt or call continues from there, with Range and If-Range (RFC 9110, 13.1.5); if the source has changed
+    meanwhile, it starts over. Gives up after ATTEMPTS attempts in a row without a new byte, with exponential
+    backoff. Raises DownloadError with address and status, and CodecError if the disk is full.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(url, "only http and https addresses can be downloaded")
-    part = path.with_name(path.name + ".part")
-    note = path.with_name(path.name + ".part.json")
+    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a+b") as file:
-            _lock(file, part, url)
-            digest = _until_whole(url, file, note, progress, attempts, backoff_s, timeout_s)
+            _lock(file, url)
+            _complete(url, file, progress)
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.replace(part, path)
-            note.unlink(missing_ok=True)
+            _validator_file(file).unlink(missing_ok=True)
             return digest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _full(part, None) from error
-        raise DownloadError(url, f"could not be kept in {part}: {error}") from error
+            raise _disk_full(part) from error
+        raise DownloadError(url, f"could not be stored in {part}: {error}") from error
 
 
-def _until_whole(
-    url: str,
-    file: IO[bytes],
-    note: Path,
-    progress: Progress | None,
-    attempts: int,
-    backoff_s: float,
-    timeout_s: float,
-) -> str:
-    failures, farthest = 0, _size(file)
+def _complete(url: str, file: IO[bytes], progress: ProgressCallback | None) -> None:
+    """Makes attempts until the file is complete. Raises DownloadError after ATTEMPTS of them without a new byte."""
+    failures, most_received = 0, _size(file)
     while True:
         try:
-            return _attempt(url, file, note, progress, timeout_s)
-        except _Dropped as dropped:
-            reached = _size(file)
-            failures = 1 if reached > farthest else failures + 1
-            farthest = max(farthest, reached)
-            if failures >= attempts:
-                problem = f"gave up after {failures} attempts, {reached} bytes are kept for the next: {dropped}"
-                raise DownloadError(url, problem, dropped.status) from dropped
-            time.sleep(backoff_s * 2 ** (failures - 1))
+            return _attempt(url, file, progress)
+        except _AttemptFailed as error:
+            received = _size(file)
+            failures = 1 if received > most_received else failures + 1
+            most_received = max(most_received, received)
+            if failures >= ATTEMPTS:
+                problem = f"gave up after {failures} attempts, {received} bytes are kept for the next call: {error}"
+                raise DownloadError(url, problem, error.status) from error
+            time.sleep(BACKOFF_S * 2 ** (failures - 1))
 
 
-def _attempt(url: str, file: IO[bytes], note: Path, progress: Progress | None, timeout_s: float) -> str:
-    kept = _noted(note, url)
-    done = _size(file) if kept else 0
-    headers = {"Accept-Encoding": "identity", "User-Agent": "dat-service"}
-    if done:
-        headers |= {"Range": f"bytes={done}-", "If-Range": kept}
-    try:
-        with contextlib.closing(_open(url, headers, timeout_s)) as response:
-            if response.status in TRANSIENT:
-                raise _Dropped("the server is overloaded or failing", response.status)
-            if done and response.status in (206, 416):
-                first, total = _range_of(response)
-                if response.status == 416 and total == done:
-                    return _digest(file).hexdigest()  # all had arrived, only the renaming was missing
-                # a server that ignores If-Range would splice two files together
-                if response.status == 416 or first != done or _validator(response) not in ("", kept):
-                    _forget(file, note)
-                    raise _Dropped("the source changed; starting over", response.status)
-            elif response.status == 200:
-                done, total = 0, _length(response)
-                _check_is_file(url, response)
+def _attempt(url: str, file: IO[bytes], progress: ProgressCallback | None) -> None:
+    """Continues the file, or starts it over where it cannot be continued. Raises _AttemptFailed, DownloadError."""
+    validator = _read_validator(file, url)
+    received = _size(file) if validator else 0
+    headers = {"User-Agent": "dat-service"}
+    if received:
+        headers |= {"Range": f"bytes={received}-", "If-Range": validator}
+    with _open(url, headers) as response:
+        if response.status in TRANSIENT:
+            raise _AttemptFailed("the server is overloaded or failing", response.status)
+        if received and response.status in (206, 416):
+            first, total = _content_range(response)
+            if response.status == 416 and total == received:
+                return  # the file was complete, and only the renaming was missing
+            # a server that ignores If-Range would append another file's bytes
+            if response.status == 416 or first != received or _validator(response) not in ("", validator):
+                _validator_file(file).unlink(missing_ok=True)
                 file.truncate(0)
-                note.write_text(json.dumps({"url": url, "validator": _validator(response)}))
-            else:
-                raise DownloadError(url, "the server did not send the file", response.status)
-            return _receive(url, response, file, done, total, progress)
-    except urllib3.exceptions.SSLError as error:
-        raise DownloadError(url, f"no trustworthy connection: {error}") from error
-    except urllib3.exceptions.LocationValueError as error:
-        raise DownloadError(url, f"no usable address: {error}") from error
-    except urllib3.exceptions.HTTPError as error:
-        raise _Dropped(f"{type(error).__name__}: {error}") from error
+                raise _AttemptFailed("the source changed; starting over", response.status)
+        elif response.status == 200:
+            length = response.headers.get("Content-Length", "")
+            received, total = 0, int(length) if length.isdecimal() else None
+            _check_is_file(url, response)
+            file.truncate(0)
+            _validator_file(file).write_text(json.dumps({"url": url, "validator": _validator(response)}))
+        else:
+            reason = " ".join(response.reason.split())
+            raise DownloadError(url, f"the server did not send the file: {reason}", response.status)
+        _receive(url, response, file, received, total, progress)
 
 
 def _receive(
     url: str,
-    response: urllib3.BaseHTTPResponse,
+    response: Response,
     file: IO[bytes],
-    done: int,
+    received: int,
     total: int | None,
-    progress: Progress | None,
-) -> str:
-    if total is not None and total - done > shutil.disk_usage(Path(file.name).parent).free:
-        raise _full(Path(file.name), total - done)
-    digest = _digest(file)
-    if progress:
-        progress(done, total)
-    for chunk in response.stream(CHUNK_BYTES, decode_content=False):
-        if not done and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+    progress: ProgressCallback | None,
+) -> None:
+    if total is not None and total - received > _free_bytes(file.name):
+        raise _disk_full(Path(file.name), total - received)
+    while True:
+        if progress:
+            progress(received, total)
+        try:
+            chunk = response.read(CHUNK_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
+        if not chunk:
+            break
+        if not received and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
             raise DownloadError(url, "a web page came instead of a file", response.status)
         file.write(chunk)
-        digest.update(chunk)
-        done += len(chunk)
-        if progress:
-            progress(done, total)
+        received += len(chunk)
     file.flush()
-    if total is not None and done != total:
-        raise _Dropped(f"{done} of {total} bytes came")
-    return digest.hexdigest()
+    if total is not None and received != total:
+        raise _AttemptFailed(f"{received} of {total} bytes came")
 
 
-def _open(url: str, headers: dict[str, str], timeout_s: float) -> urllib3.BaseHTTPResponse:
-    """GET with redirects followed by hand: urllib3 would also follow one from https to http."""
-    for _ in range(MAX_REDIRECTS):
-        parts = urlsplit(url)
-        proxy = getproxies().get(parts.scheme)
-        direct = not proxy or proxy_bypass(parts.hostname or "")
-        pool = urllib3.PoolManager() if direct else urllib3.ProxyManager(str(proxy))
-        response = pool.request(
-            "GET",
-            url,
-            headers=headers,
-            preload_content=False,
-            decode_content=False,
-            redirect=False,
-            retries=False,
-            timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
-        )
-        location = response.get_redirect_location()
-        if not location:
-            return response
-        response.close()
-        target = urljoin(url, location)
-        if urlsplit(target).scheme != "https" and urlsplit(target).scheme != parts.scheme:
-            raise DownloadError(url, f"redirects to {target}, which is not protected", response.status)
-        url = target
-    raise DownloadError(url, f"more than {MAX_REDIRECTS} redirects")
+class _SafeRedirects(HTTPRedirectHandler):
+    """Refuses redirects from https to http, which urllib would follow."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Request | None:
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise DownloadError(req.full_url, f"redirects to {newurl}, which is not protected", code)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _check_is_file(url: str, response: urllib3.BaseHTTPResponse) -> None:
-    kind = response.headers.get("Content-Type", "")
-    if kind.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
-        raise DownloadError(url, f"a web page came instead of a file (Content-Type {kind})", response.status)
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        encoding = response.headers["Content-Encoding"]
-        raise DownloadError(url, f"came with Content-Encoding {encoding}, not asked for", response.status)
+def _open(url: str, headers: dict[str, str]) -> Response:
+    """Sends a GET request and returns the response, whatever its status. Raises _AttemptFailed, DownloadError."""
+    try:
+        response: Response = build_opener(_SafeRedirects).open(Request(url, headers=headers), timeout=TIMEOUT_S)
+        return response
+    except HTTPError as error:
+        return error
+    except URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            raise DownloadError(url, f"the connection cannot be trusted: {error.reason}") from error
+        if isinstance(error.reason, str):
+            raise DownloadError(url, f"the address cannot be used: {error.reason}") from error
+        raise _AttemptFailed(f"{type(error.reason).__name__}: {error.reason}") from error
+    except DownloadError:
+        raise
+    except (http.client.InvalidURL, ValueError) as error:
+        raise DownloadError(url, f"the address cannot be used: {error}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
 
 
-def _validator(response: urllib3.BaseHTTPResponse) -> str:
-    """What If-Range may carry: a strong ETag, else Last-Modified."""
+def _check_is_file(url: str, response: Response) -> None:
+    media_type = response.headers.get("Content-Type", "")
+    if media_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
+        raise DownloadError(url, f"a web page came instead of a file (Content-Type {media_type})", response.status)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise DownloadError(url, f"came with Content-Encoding {encoding}, must come without one", response.status)
+
+
+def _validator(response: Response) -> str:
+    """Returns what If-Range may carry: a strong ETag, or else Last-Modified."""
     etag: str = response.headers.get("ETag", "")
     if etag and not etag.startswith("W/"):
         return etag
     return str(response.headers.get("Last-Modified", ""))
 
 
-def _noted(note: Path, url: str) -> str:
+def _validator_file(file: IO[bytes]) -> Path:
+    return Path(f"{file.name}.json")
+
+
+def _read_validator(file: IO[bytes], url: str) -> str:
+    """Returns the validator of the bytes received so far, or "" if this address cannot continue them."""
     try:
-        values = json.loads(note.read_text())
+        values = json.loads(_validator_file(file).read_text())
         return str(values["validator"]) if values["url"] == url else ""
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # nothing is known of the part, so it is not resumed
+        return ""
 
 
-def _forget(file: IO[bytes], note: Path) -> None:
-    note.unlink(missing_ok=True)
-    file.truncate(0)
-
-
-def _range_of(response: urllib3.BaseHTTPResponse) -> tuple[int | None, int | None]:
+def _content_range(response: Response) -> tuple[int | None, int | None]:
+    """Returns (first byte, total bytes) of the header Content-Range; None for what it does not say."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-    if not match:
-        return None, None
-    return (int(match[1]) if match[1] else None), (int(match[2]) if match[2] != "*" else None)
-
-
-def _length(response: urllib3.BaseHTTPResponse) -> int | None:
-    value = response.headers.get("Content-Length", "")
-    return int(value) if value.isdecimal() else None
+    first, total = match.groups() if match else (None, None)
+    return int(first) if first else None, int(total) if total and total != "*" else None
 
 
 def _size(file: IO[bytes]) -> int:
@@ -255,67 +241,63 @@ def _size(file: IO[bytes]) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _digest(file: IO[bytes]) -> hashlib._Hash:
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _lock(file: IO[bytes], part: Path, url: str) -> None:
-    """One process a download: two replicas that start together share the store's folder."""
+def _lock(file: IO[bytes], url: str) -> None:
+    """Lets one process at a time download to this file: replicas that start together share the store's folder."""
     if sys.platform == "win32":
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.fstat(file.fileno()).st_ino == part.stat().st_ino
+        still_there = os.fstat(file.fileno()).st_ino == os.stat(file.name).st_ino
     except (BlockingIOError, FileNotFoundError):
-        ours = False
-    if not ours:
-        raise DownloadError(url, f"another process is downloading it ({part}); try again when it is done")
+        still_there = False
+    if not still_there:
+        raise DownloadError(url, f"another process is downloading it ({file.name}); try again when it is done")
 
 
-def _full(part: Path, needed: int | None) -> CodecError:
-    free = shutil.disk_usage(part.parent).free
-    more = f"{needed} bytes are still to come, " if needed is not None else ""
-    return CodecError(f"{part}: the disk is full or a limit is reached ({more}{free} bytes are free)")
+def _free_bytes(path: str | Path) -> int:
+    return shutil.disk_usage(Path(path).parent).free
 
 
-def pull(name: str, store: CodecStore, progress: Progress | None = None, url: str | None = None) -> str:
-    """Downloads a codec of the registry, checks and installs it; returns its fingerprint.
+def _disk_full(part: Path, needed: int | None = None) -> CodecError:
+    missing = f"{needed} bytes are still to come, " if needed is not None else ""
+    free = _free_bytes(part)
+    return CodecError(f"{part}: the disk is full or a limit is reached ({missing}{free} bytes are free)")
+
+
+def pull(name: str, store: CodecStore, progress: ProgressCallback | None = None, url: str | None = None) -> str:
+    """Downloads a codec of the registry, checks and installs it, and returns its fingerprint.
 
     >>> pull("vqgan-openimages-f8-16384", CodecStore())  # doctest: +SKIP
 
-    `url` replaces the registry's address. The download itself is removed again. Raises UnknownCodec,
-    DownloadError, CodecError for a file whose sha256 is not the one first seen at that address (nothing
-    is installed), and as `checkpoint.load_published` and `CodecStore.add` do.
+    `url` replaces the registry's address. The downloaded file is removed in the end. Raises CodecNotFound,
+    DownloadError, CodecError for a file whose sha256 is not the one first seen at that address (nothing is
+    installed then), and CodecError as `checkpoint.load_published` and `CodecStore.add` do.
     """
     spec = get(name)
     source = url or spec.source_url
     if source is None:
-        raise CodecError(f"codec {name!r} is not downloaded from anywhere: {store.status(name)}")
+        raise CodecError(f"codec {name!r} has no address to download from: it is {store.status(name)}")
     path = store.home / "downloads" / f"{name}.download"
-    found = download(source, path, progress)
+    digest = download(source, path, progress)
     try:
         hashes = _read_hashes(store)
-        if hashes.get(source, found) != found:
+        if hashes.get(source, digest) != digest:
             raise CodecError(
-                f"{source} has changed: its sha256 was {hashes[source]} when first seen and is {found} now. "
+                f"{source} has changed: its sha256 was {hashes[source]} when first seen and is {digest} now. "
                 f"Nothing was installed; to accept it, remove its line from {store.home / 'hashes.json'}"
             )
-        mark = store.add(spec, load_published(path, spec), Origin.now(source, found))
+        fingerprint = store.add(spec, load_published(path, spec), Origin.now(source, digest))
         if source not in hashes:
-            _write_hashes(store, {**hashes, source: found})
+            _write_hashes(store, {**hashes, source: digest})
     finally:
         path.unlink(missing_ok=True)
-    return mark
+    return fingerprint
 
 
 def _read_hashes(store: CodecStore) -> dict[str, str]:
     path = store.home / "hashes.json"
     try:
-        hashes = json.loads(path.read_text())
+        hashes: Any = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

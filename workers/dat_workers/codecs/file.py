@@ -1,8 +1,8 @@
-"""One codec is one `.safetensors` file: the weights, and in its metadata spec, fingerprint and origin.
+"""A codec file: the weights as `.safetensors`, with the codec's description in the metadata.
 
 metadata["spec"]         CodecSpec as JSON
 metadata["fingerprint"]  sha256 of geometry and weights, see `fingerprint`
-metadata["origin"]       Origin as JSON: where the weights came from, its sha256, the date
+metadata["origin"]       Origin as JSON: where the weights came from, the sha256 of that file, and the date
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,13 +27,13 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.system.files import write_atomically
 
-SHOWN = 5  # how many offending keys an error names; it counts the rest
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_KEYS_NAMED = 5  # how many offending keys an error names; it counts the rest
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a codec's weights came from: an address or file name, the sha256 of that file, and when (UTC)."""
+    """Where a codec's weights came from: an address or file name, the sha256 of that file, and the date (UTC)."""
 
     source: str
     sha256: str
@@ -40,13 +41,13 @@ class Origin:
 
     @classmethod
     def now(cls, source: str, sha256: str) -> Origin:
-        """An origin dated today."""
+        """Returns an origin dated today."""
         return cls(source, sha256, datetime.now(UTC).strftime("%Y-%m-%d"))
 
 
 @dataclass(frozen=True)
 class CodecHeader:
-    """What a codec file says about itself; nothing but names and shapes was checked."""
+    """The metadata of a codec file; the names and shapes of its weights were checked, the weights were not."""
 
     spec: CodecSpec
     fingerprint: str
@@ -54,18 +55,15 @@ class CodecHeader:
 
 
 @dataclass(frozen=True)
-class CodecFile:
-    """A codec as read and verified; the tensors have the dtype they were stored in."""
+class CodecFile(CodecHeader):
+    """A codec whose weights were read and verified; the tensors have the dtype in which they were stored."""
 
-    spec: CodecSpec
     tensors: dict[str, Tensor]
-    fingerprint: str
-    origin: Origin
 
 
 @functools.lru_cache(maxsize=32)
 def expected_shapes(spec: CodecSpec) -> Mapping[str, tuple[int, ...]]:
-    """Every weight's name and shape for that geometry; nothing is allocated.
+    """Returns the name and shape of every weight of the spec's network, without allocating any.
 
     >>> expected_shapes(CodecSpec("toy", ch=32, ch_mult=(1,), codebook_size=8, latent_dim=4))[
     ...     "quantize.embedding.weight"]
@@ -77,70 +75,66 @@ def expected_shapes(spec: CodecSpec) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in VQGAN(spec).state_dict().items()}
 
 
-def _listed(items: Sequence[str]) -> str:
-    more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+def parameter_count(spec: CodecSpec) -> int:
+    """Returns how many numbers the weights of the spec's network hold, the codebook included.
+
+    >>> parameter_count(CodecSpec("identity", architecture="identity"))
+    0
+    """
+    return sum(math.prod(shape) for shape in expected_shapes(spec).values())
+
+
+def _enumerate(items: Sequence[str]) -> str:
+    rest = f", and {len(items) - MAX_KEYS_NAMED} more" if len(items) > MAX_KEYS_NAMED else ""
+    return ", ".join(items[:MAX_KEYS_NAMED]) + rest
 
 
 def check_shapes(spec: CodecSpec, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     """Raises CodecError unless names and shapes are exactly those of the spec's network.
 
-    The error names the first keys that are missing, unexpected or of another shape, and counts all.
+    The error counts the keys that are missing, unexpected or of another shape, and names the first few.
+    `where` names the file in errors.
     """
-    wanted = expected_shapes(spec)
-    missing = [name for name in wanted if name not in shapes]
-    unexpected = sorted(name for name in shapes if name not in wanted)
-    differing = [
-        f"{name} (expected {list(shape)}, found {list(shapes[name])})"
-        for name, shape in wanted.items()
-        if name in shapes and tuple(shapes[name]) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_listed(names)}"
-        for names, what in (
-            (missing, "missing keys"),
-            (unexpected, "unexpected keys"),
-            (differing, "keys of another shape"),
-        )
-        if names
-    ]
+    expected = expected_shapes(spec)
+    offending_keys = {
+        "missing keys": [name for name in expected if name not in shapes],
+        "unexpected keys": sorted(name for name in shapes if name not in expected),
+        "keys of another shape": [
+            f"{name} (expected {list(shape)}, found {list(shapes[name])})"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ],
+    }
+    problems = [f"{len(keys)} {kind}: {_enumerate(keys)}" for kind, keys in offending_keys.items() if keys]
     if problems:
         raise CodecError(f"{where} does not hold the weights of codec {spec.name!r}: {'; '.join(problems)}")
 
 
 def check_weights(spec: CodecSpec, tensors: Mapping[str, Tensor], where: str) -> None:
-    """`check_shapes`, and every weight is floating point of 16 or 32 bits and finite; else CodecError."""
+    """Raises CodecError as `check_shapes` does, and unless all weights are finite and of one of STORED_DTYPES."""
     check_shapes(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
-    wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
+    wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED_DTYPES]
     if wrong:
-        raise CodecError(f"{where}: {len(wrong)} weights are not of float32, float16 or bfloat16: {_listed(wrong)}")
+        raise CodecError(f"{where}: {len(wrong)} weights are not float32, float16 or bfloat16: {_enumerate(wrong)}")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise CodecError(f"{where}: {len(broken)} weights hold NaN or infinity: {_listed(broken)}")
+        raise CodecError(f"{where}: {len(broken)} weights hold NaN or infinity: {_enumerate(broken)}")
 
 
 def geometry(spec: CodecSpec) -> dict[str, Any]:
-    """The fields that decide what the network computes, in one canonical form.
+    """Returns the fields that decide what the network computes, in one canonical form.
 
-    `resolution` and `attn_resolutions` only place the attention: what counts is on which levels it ends up.
+    `resolution` and `attn_resolutions` do nothing but place the attention, so the levels that have it are returned.
     """
     if spec.architecture == "identity":
         return {"architecture": "identity"}
-    levels = [i for i in range(len(spec.ch_mult)) if spec.resolution >> i in spec.attn_resolutions]
-    return {
-        "architecture": spec.architecture,
-        "ch": spec.ch,
-        "ch_mult": list(spec.ch_mult),
-        "num_res_blocks": spec.num_res_blocks,
-        "attention_levels": levels,
-        "z_channels": spec.z_channels,
-        "codebook_size": spec.codebook_size,
-        "latent_dim": spec.latent_dim,
-    }
+    fields = ("architecture", "ch", "ch_mult", "num_res_blocks", "z_channels", "codebook_size", "latent_dim")
+    values = spec.to_dict()
+    return {name: values[name] for name in fields} | {"attention_levels": spec.attention_levels}
 
 
 def fingerprint(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over `geometry` and every tensor's name, dtype, shape and bytes, in sorted order.
+    """Returns the sha256 (hex) of `geometry` and of every tensor's name, dtype, shape and bytes, in sorted order.
 
     Name, licence, summary and source do not count: equal fingerprints mean equal outputs.
 
@@ -150,36 +144,36 @@ def fingerprint(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(geometry(spec), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        digest.update(json.dumps([name, kind, list(tensor.shape)]).encode())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def write(path: Path, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Origin) -> str:
-    """Writes one codec file and returns its fingerprint; the name appears only once the file is whole.
+    """Writes one codec file and returns its fingerprint; the name appears only when the file is complete.
 
     >>> write(Path("toy.safetensors"), spec, tensors, Origin.now("toy.ckpt", sha256))  # doctest: +SKIP
 
-    Raises CodecError for weights that `read` would refuse and for what the disk refuses; nothing new is
-    left behind then, and an older file of that name stays as it was.
+    Raises CodecError for weights that `read` would refuse, and where the disk refuses to write. Nothing new is left
+    behind then, and an older file of that name stays as it was.
     """
-    check_weights(spec, tensors, f"what was to become {path}")
-    mark = fingerprint(spec, tensors)
+    check_weights(spec, tensors, f"the codec to be written to {path}")
+    digest = fingerprint(spec, tensors)
     metadata = {
         "spec": json.dumps(spec.to_dict()),
-        "fingerprint": mark,
+        "fingerprint": digest,
         "origin": json.dumps(asdict(origin)),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a copy each: safetensors refuses tensors that share memory. Not save_file: it makes a temporary file of
-        # its own, readable by its owner only
+        # Every tensor is copied because safetensors refuses tensors that share memory. `save_file` is not used: its
+        # own temporary file would be readable by its owner only.
         copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
         write_atomically(path, save(copies, metadata))
     except (OSError, SafetensorError) as error:
         raise CodecError(f"{path} could not be written: {error}") from error
-    return mark
+    return digest
 
 
 @contextmanager
@@ -190,7 +184,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise CodecError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
-        raise CodecError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CodecError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _header(file: Any, path: Path) -> CodecHeader:
@@ -204,16 +198,15 @@ def _header(file: Any, path: Path) -> CodecHeader:
     except CodecError as error:
         raise CodecError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise CodecError(f"{path}: its metadata is not readable: {error}") from error
-    names = file.keys()
-    check_shapes(spec, {name: file.get_slice(name).get_shape() for name in names}, str(path))
+        raise CodecError(f"{path}: its metadata cannot be read: {error}") from error
+    check_shapes(spec, {name: file.get_slice(name).get_shape() for name in file.keys()}, str(path))  # noqa: SIM118
     return CodecHeader(spec, metadata["fingerprint"], origin)
 
 
 def read_header(path: Path) -> CodecHeader:
-    """What the file says about itself, with names and shapes checked but not the weights: milliseconds.
+    """Reads a codec file's metadata and checks names and shapes, but not the weights: this takes milliseconds.
 
-    Raises CodecError as `read` does, save for altered or non-finite weights.
+    Raises CodecError as `read` does, except for altered or non-finite weights.
     """
     with _opened(path) as file:
         return _header(file, path)
@@ -225,17 +218,18 @@ def read(path: Path) -> CodecFile:
     >>> read(Path("tiny-f8.safetensors")).spec.factor  # doctest: +SKIP
     8
 
-    Raises CodecError, naming the file: truncated or no safetensors file, metadata absent, keys missing,
-    unexpected or of another shape, non-finite weights, weights that do not match the fingerprint.
+    Raises CodecError, naming the file, where it is truncated or not a safetensors file, where metadata or keys are
+    missing, where keys are unexpected or of another shape, and where weights are not finite or do not match the
+    fingerprint.
     """
     with _opened(path) as file:
         header = _header(file, path)
-        names = file.keys()
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     check_weights(header.spec, tensors, str(path))
-    found = fingerprint(header.spec, tensors)
-    if found != header.fingerprint:
+    digest = fingerprint(header.spec, tensors)
+    if digest != header.fingerprint:
         raise CodecError(
-            f"{path} was altered: its weights have fingerprint {found}, its metadata says {header.fingerprint}"
+            f"{path} was altered: its weights have fingerprint {digest}, its metadata says {header.fingerprint}; "
+            "install the codec again"
         )
-    return CodecFile(header.spec, tensors, found, header.origin)
+    return CodecFile(header.spec, digest, header.origin, tensors)

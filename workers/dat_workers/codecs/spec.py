@@ -1,4 +1,4 @@
-"""What a codec is, apart from its weights: geometry, source and licence."""
+"""Describes a codec apart from its weights: geometry, source and licence."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ ARCHITECTURES = ("vqgan", "identity")
 
 
 class CodecError(ValueError):
-    """A codec's description, file or weights are not what they must be."""
+    """A codec's description, file or weights are invalid."""
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """One codec of the registry, or one imported by a user.
+    """Describes one codec of the registry, or one that a user imported.
 
     >>> CodecSpec("toy", ch=32, ch_mult=(1, 1), codebook_size=256, latent_dim=4).factor
     2
 
-    Field names of the network are those of the published configuration files (taming-transformers,
-    latent-diffusion), so that an entry can be read beside its source.
+    The network's fields have the names of the published configuration files (taming-transformers,
+    latent-diffusion), so that an entry can be compared with its source. Raises CodecError for values that
+    describe no network.
     """
 
     name: str
@@ -29,7 +30,7 @@ class CodecSpec:
     ch_mult: tuple[int, ...] = (1, 2, 2, 4)
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()
-    resolution: int = 256  # the side the network was trained at; places attn_resolutions among the levels
+    resolution: int = 256  # side of the training images in pixels; places attn_resolutions among the levels
     z_channels: int = 4
     codebook_size: int = 0  # K
     latent_dim: int = 0  # d, the size of one codebook vector ("embed_dim" in the published files)
@@ -41,7 +42,7 @@ class CodecSpec:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise CodecError(
-                f"codec {self.name!r}: architecture {self.architecture!r} is not one of {ARCHITECTURES}"
+                f"codec {self.name!r}: architecture is {self.architecture!r}, must be one of {ARCHITECTURES}"
             )
         if self.architecture == "identity":
             return
@@ -53,17 +54,18 @@ class CodecSpec:
             raise CodecError(f"codec {self.name!r}: ch_mult is {self.ch_mult!r}, must hold positive numbers")
         if any(self.ch * m % 32 for m in (1, *self.ch_mult)):
             raise CodecError(
-                f"codec {self.name!r}: ch={self.ch} with ch_mult={self.ch_mult} gives channels that are no "
-                "multiple of 32, the number of groups of every GroupNorm"
+                f"codec {self.name!r}: ch={self.ch} with ch_mult={self.ch_mult} gives numbers of channels that are "
+                "not multiples of 32, the number of groups of every GroupNorm; choose ch as a multiple of 32"
             )
         if self.codebook_size > 65536:
             raise CodecError(
-                f"codec {self.name!r}: codebook_size is {self.codebook_size}, at most 65536 fit uint16 indices"
+                f"codec {self.name!r}: codebook_size is {self.codebook_size}, must be at most 65536, because "
+                "indices are uint16"
             )
 
     @property
     def factor(self) -> int:
-        """f: pixels a side that one latent vector stands for."""
+        """f, the side in pixels of the square that one latent vector stands for."""
         return 1 if self.architecture == "identity" else 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -71,18 +73,31 @@ class CodecSpec:
         """Whether the codec has a codebook (`identity` has none)."""
         return self.codebook_size > 0
 
+    @property
+    def widths(self) -> list[int]:
+        """The number of channels of each level, from full resolution to the lowest."""
+        return [self.ch * m for m in self.ch_mult]
+
+    @property
+    def attention_levels(self) -> list[int]:
+        """The levels whose blocks are followed by attention; level i works at resolution / 2^i."""
+        return [i for i in range(len(self.ch_mult)) if self.resolution >> i in self.attn_resolutions]
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; `from_dict` turns it back."""
+        """Returns the fields as plain JSON types; `from_dict` is the inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecSpec:
-        """Raises CodecError for a field that is unknown or of the wrong kind."""
+        """Builds a spec from the result of `to_dict`.
+
+        Raises CodecError for a field that is unknown or of the wrong type.
+        """
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
-            raise CodecError(f"codec description has unknown fields {unknown}")
+            raise CodecError(f"codec description has unknown fields {unknown}; was it written by another version?")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**fields)
         except TypeError as error:
-            raise CodecError(f"codec description is not usable: {error}") from error
+            raise CodecError(f"codec description is invalid: {error}") from error

@@ -1,8 +1,8 @@
-"""Where codecs live: inside the package, or installed under `$DAT_HOME` (else the user's cache folder).
+"""Where codecs are on this machine: inside the package, or under `$DAT_HOME` (by default the user's cache folder).
 
 HOME/codecs/NAME.safetensors    installed codecs
-HOME/downloads/                 downloads under way (`.part`), removed when installed
-HOME/hashes.json                sha256 of every address downloaded from, as first seen
+HOME/downloads/                 unfinished downloads (`.part`); they are removed once installed
+HOME/hashes.json                the sha256 first seen at every address that was downloaded from
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from dat_workers.codecs import file
 from dat_workers.codecs.file import CodecFile, Origin
 from dat_workers.codecs.networks.vqgan import VQGAN
-from dat_workers.codecs.registry import REGISTRY, UnknownCodec
+from dat_workers.codecs.registry import REGISTRY, CodecNotFound
 from dat_workers.codecs.spec import CodecError, CodecSpec
 
 EMBEDDED = ("tiny-f8",)
@@ -29,15 +29,15 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """The name, if it is safe as a file name; else CodecError.
+    """Returns the name if it is safe as a file name. Raises CodecError otherwise.
 
     >>> check_name("vq-f8_2")
     'vq-f8_2'
     """
     if not _NAME.fullmatch(name):
         raise CodecError(
-            f"codec name {name!r} is not allowed: 1 to 100 letters, digits, '.', '_' and '-', "
-            "not beginning with '.'"
+            f"codec name {name!r} is not allowed: use 1 to 100 letters, digits, '.', '_' and '-', and do not begin "
+            "with '.'"
         )
     return name
 
@@ -56,24 +56,27 @@ class CodecStore:
 
     @property
     def folder(self) -> Path:
-        """Where installed codecs are."""
+        """The folder of the installed codecs."""
         return self.home / "codecs"
 
     def names(self) -> list[str]:
-        """All names of the registry, then what else is installed."""
+        """Returns all names of the registry, followed by the other installed codecs."""
         installed = sorted(p.name.removesuffix(SUFFIX) for p in self.folder.glob(f"*{SUFFIX}"))
         return [*REGISTRY, *(name for name in installed if name not in REGISTRY and _NAME.fullmatch(name))]
 
     def path(self, name: str) -> Path:
-        """The file a codec is, or would be, in. Raises CodecError for an unsafe name and for `identity`."""
+        """Returns the file in which a codec is, or would be, stored.
+
+        Raises CodecError for an unsafe name, and for `identity`, which has no file.
+        """
         if check_name(name) == "identity":
             raise CodecError("codec 'identity' has no weights and no file")
         return (EMBEDDED_FOLDER if name in EMBEDDED else self.folder) / f"{name}{SUFFIX}"
 
     def status(self, name: str) -> str:
-        """One of "embedded", "installed", "not installed", or "broken: " and why.
+        """Returns "embedded", "installed", "not installed", or "broken: " followed by the reason.
 
-        Header, names, shapes and size of the file are checked; its weights are when it is loaded.
+        The file's header, names, shapes and size are checked here; its weights are checked when it is loaded.
         """
         if name == "identity":
             return "embedded"
@@ -89,12 +92,12 @@ class CodecStore:
     def load(self, name: str) -> CodecFile:
         """Reads and verifies a codec.
 
-        Raises UnknownCodec; CodecError for a codec that is not installed (with the command that installs
-        it) and for a file that `file.read` refuses or that holds another codec than its name says.
+        Raises CodecNotFound for an unknown name; CodecError for a codec that is not installed (with the command
+        that installs it), and for a file that `file.read` refuses or that holds another codec than its name says.
         """
         if name == "identity":
             spec = REGISTRY[name]
-            return CodecFile(spec, {}, file.fingerprint(spec, {}), Origin("built in", "", ""))
+            return CodecFile(spec, file.fingerprint(spec, {}), Origin("built in", "", ""), {})
         path = self.path(name)
         if not path.is_file():
             raise self._absent(name)
@@ -104,19 +107,21 @@ class CodecStore:
 
     def _absent(self, name: str) -> CodecError:
         if name not in REGISTRY:
-            return UnknownCodec(name, self.names())
+            return CodecNotFound(name, self.names())
         if name in EMBEDDED:
-            return CodecError(f"codec {name!r} is missing from the package ({self.path(name)}): install it anew")
+            return CodecError(
+                f"codec {name!r} is missing from the package ({self.path(name)}); reinstall dat-service"
+            )
         return CodecError(
             f"codec {name!r} is not installed; run: dat codecs pull {name} "
-            f"(or, with the checkpoint at hand: dat codecs import CKPT --as {name})"
+            f"(or, if you have the checkpoint: dat codecs import CKPT --as {name})"
         )
 
     def add(self, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Origin, replace: bool = False) -> str:
         """Installs a codec under `spec.name` and returns its fingerprint.
 
-        Raises CodecError for a name that is unsafe or the package's own, for another geometry than the
-        registry's, and, unless `replace`, where that name is installed with another fingerprint.
+        Raises CodecError for a name that is unsafe or the package's own, for another geometry than the registry's,
+        and, unless `replace` is set, if that name is installed with another fingerprint.
         """
         path = self.path(spec.name)
         if spec.name in EMBEDDED:
@@ -143,18 +148,18 @@ def _check_identity(name: str, spec: CodecSpec, path: Path) -> None:
 
 
 def load_model(codec: str | CodecFile) -> VQGAN:
-    """The codec as an fp32 network on the CPU, in eval mode, without gradients.
+    """Returns the codec as an fp32 network on the CPU, in eval mode and without gradients.
 
     >>> load_model("tiny-f8").encode(torch.zeros(1, 3, 64, 64)).shape  # doctest: +SKIP
     torch.Size([1, 8, 8])
 
-    Raises CodecError as `CodecStore.load` does, and for `identity`, which is no network.
+    Raises CodecError as `CodecStore.load` does, and for `identity`, which has no network.
     """
     if isinstance(codec, str):
         codec = CodecStore().load(codec)
     if codec.spec.architecture != "vqgan":
-        raise CodecError(f"codec {codec.spec.name!r} is no network (architecture {codec.spec.architecture!r})")
-    # on meta and then assigned: the random initialisation of a full-size network takes seconds
+        raise CodecError(f"codec {codec.spec.name!r} has no network (architecture {codec.spec.architecture!r})")
+    # The network is built on the meta device because the random initialisation of a full-size one takes seconds.
     with torch.device("meta"):
         model = VQGAN(codec.spec)
     weights = {key: tensor.to(torch.float32, copy=True) for key, tensor in codec.tensors.items()}

@@ -1,8 +1,8 @@
 """The VQGAN of "Taming Transformers" (Esser et al., 2021) and of latent-diffusion's first stages.
 
-Parameter names are those of the published checkpoints (`encoder.down.0.block.0.norm1.weight`, ...,
-`quantize.embedding.weight`), so a published state dict loads strictly. The modules are plain fp32
-PyTorch; how they are run fast is the engines' business.
+Parameters have the names of the published checkpoints (`encoder.down.0.block.0.norm1.weight`, ...,
+`quantize.embedding.weight`), so that a published state dict loads strictly. The modules are plain fp32 PyTorch; the
+engines make them fast.
 """
 
 from __future__ import annotations
@@ -13,38 +13,40 @@ from torch.nn import functional as F
 
 from dat_workers.codecs.spec import CodecSpec
 
-# Positions from which attention is computed in blocks. Below, it is the published formula to the last bit; whole,
-# the matrix of a 2048 x 2048 picture at f = 8 would take 17 GB.
+# Attention over more positions than this is computed in blocks: the whole matrix of a 2048 x 2048 image at f = 8
+# would take 17 GB. Up to this limit the published formula is computed to the last bit.
 LARGE_ATTENTION = 4096
 
 
 def swish(x: Tensor) -> Tensor:
-    """x·sigmoid(x) in the two roundings of the published code: F.silu differs in the last bit, and that flips
-    tokens (4 in 10,000 of `tiny-f8`)."""
+    """Returns x·sigmoid(x), rounded twice as in the published code.
+
+    F.silu rounds once and differs in the last bit, which changes tokens (4 in 10,000 of `tiny-f8`).
+    """
     return x * torch.sigmoid(x)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm as published: 32 groups, eps 1e-6."""
+    """GroupNorm with the published settings: 32 groups, eps 1e-6."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(num_groups=32, num_channels=channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In channels_last PyTorch's CPU kernel sums x and x² at once, and cancels where the mean is large: with
-        # mean/deviation of 300 it was off by 0.5. Contiguous, as published, by 4e-5.
+        # In channels_last PyTorch's CPU kernel sums x and x² at once, so digits cancel where the mean is large:
+        # with mean/deviation of 300 it was off by 0.5. On contiguous input, as published, it was off by 4e-5.
         return super().forward(x.contiguous())
 
 
 class NormSwish(Norm):
-    """swish(norm(x)): one module, so that an engine can put one kernel in its place."""
+    """Computes swish(norm(x)) in one module, so that an engine can replace it by one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return swish(super().forward(x))
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on x where channels change."""
+    """Computes x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on x if the channels change."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class AttnBlock(nn.Module):
         n, c, height, width = x.shape
         q, k, v = (conv(h).flatten(2) for conv in (self.q, self.k, self.v))
         if height * width > LARGE_ATTENTION:
-            heads = (t.transpose(1, 2).contiguous()[:, None] for t in (q, k, v))  # fused kernels ask for this form
+            heads = (t.transpose(1, 2).contiguous()[:, None] for t in (q, k, v))  # fused kernels need this layout
             h = F.scaled_dot_product_attention(*heads)[:, 0].transpose(1, 2)
         else:
             weights = torch.bmm(q.transpose(1, 2), k).mul(c**-0.5).softmax(2)
@@ -88,7 +90,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the side: zero padding right and below, then a strided convolution."""
+    """Halves the side: pads with zeros on the right and below, then convolves with stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: nearest neighbour, then a convolution."""
+    """Doubles the side: repeats the nearest pixel, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, then the step to the next one: `downsample`, `upsample`, or none."""
+    """The blocks of one resolution, followed by `downsample`, `upsample` or nothing."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """A block, attention and another block, at the lowest resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -146,16 +148,16 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images [N,3,H,W] in -1..1 to z [N,z_channels,H/f,W/f]."""
+    """Maps images [N,3,H,W] in -1..1 to features [N,z_channels,H/f,W/f]."""
 
     def __init__(self, spec: CodecSpec) -> None:
         super().__init__()
-        widths = [spec.ch * m for m in spec.ch_mult]
+        widths = spec.widths
         self.conv_in = nn.Conv2d(3, spec.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            attention = spec.resolution >> i in spec.attn_resolutions
-            level = Level(widths[i - 1] if i else spec.ch, width, spec.num_res_blocks, attention)
+            narrower = widths[i - 1] if i else spec.ch
+            level = Level(narrower, width, spec.num_res_blocks, i in spec.attention_levels)
             if i + 1 < len(widths):
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -172,18 +174,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [N,z_channels,h,w] to images [N,3,h*f,w*f], meant for -1..1 but not clipped."""
+    """Maps features [N,z_channels,h,w] to images [N,3,h*f,w*f], which lie about in -1..1 and are not clipped."""
 
     def __init__(self, spec: CodecSpec) -> None:
         super().__init__()
-        widths = [spec.ch * m for m in spec.ch_mult]
+        widths = spec.widths
         top = len(widths) - 1
         self.conv_in = nn.Conv2d(spec.z_channels, widths[top], 3, padding=1)
         self.mid = Middle(widths[top])
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            attention = spec.resolution >> i in spec.attn_resolutions
-            level = Level(widths[min(i + 1, top)], width, spec.num_res_blocks + 1, attention)
+            wider = widths[min(i + 1, top)]
+            level = Level(wider, width, spec.num_res_blocks + 1, i in spec.attention_levels)
             if i:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -199,27 +201,28 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K vectors of size d; the field's name for it in the checkpoints is `quantize.embedding`."""
+    """The codebook: K vectors of size d, named `quantize.embedding` in the published checkpoints."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, dim)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest vector (Eq. 3), z [N,d,h,w] to int64 [N,h,w].
+        """Returns the index of the codebook vector nearest to each latent vector (Eq. 3).
 
-        Distances are fp32 and taken a block of latent vectors at a time: whole, they are 51 MB an image of
-        224² at K = 16384. A block of 4 M distances stays in a CPU's cache, where it is twice as fast.
+        z [N,d,h,w] gives int64 [N,h,w]. Distances are fp32 and are computed for a block of latent vectors at a
+        time: all at once they take 51 MB for an image of 224² at K = 16384. A block of 4 M distances stays in a
+        CPU's cache, where it is twice as fast.
         """
         n, d, height, width = z.shape
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, d)
         vectors = self.embedding.weight.float()
         norms = vectors.square().sum(1)
         chunk = max(16, (1 << (27 if z.is_cuda else 22)) // len(vectors))
-        # |z|² is the same for every e and could be left out. It stays, and so does the order of the additions,
-        # because the published quantizer rounds this way: with K = 16384 and d = 4 one token in a thousand is
-        # nearer to a tie than fp32 tells apart, and there the same rounding is the same token (seen on CPUs).
-        # MKL rounds a product of a few rows otherwise, so no block is much shorter than the others.
+        # |z|² is the same for every codebook vector and could be left out. It stays, and so does the order of the
+        # additions, because the published quantizer rounds this way: with K = 16384 and d = 4 one token in a
+        # thousand is nearer to a tie than fp32 can resolve, and there equal rounding gives equal tokens (observed
+        # on CPUs). MKL rounds a product of a few rows differently, so no block is much shorter than the others.
         parts = [
             torch.addmm(rows.square().sum(1, keepdim=True) + norms, rows, vectors.t(), alpha=-2.0).argmin(1)
             for rows in torch.tensor_split(flat, -(-len(flat) // chunk))
@@ -227,13 +230,13 @@ class Codebook(nn.Module):
         return torch.cat(parts).view(n, height, width)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """The codebook's vectors, indices [N,h,w] to [N,d,h,w]."""
+        """Returns the codebook vectors [N,d,h,w] of indices [N,h,w]."""
         vectors: Tensor = self.embedding(indices)
         return vectors.permute(0, 3, 1, 2).contiguous()
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder: Q(x) = decode(encode(x)) (Eq. 3-4)."""
+    """Encoder, codebook and decoder; Q(x) = decode(encode(x)) (Eq. 3-4)."""
 
     def __init__(self, spec: CodecSpec) -> None:
         super().__init__()
@@ -245,19 +248,19 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(spec.latent_dim, spec.z_channels, 1)
 
     def latents(self, x: Tensor) -> Tensor:
-        """Latent vectors before the codebook: images [N,3,H,W] in -1..1 to [N,d,h,w]."""
+        """Returns the latent vectors [N,d,h,w], before the codebook, of images [N,3,H,W] in -1..1."""
         out: Tensor = self.quant_conv(self.encoder(x))
         return out
 
     def pictures(self, z: Tensor) -> Tensor:
-        """Images from latent vectors: [N,d,h,w] to [N,3,H,W], about -1..1."""
+        """Returns the images [N,3,H,W], in about -1..1, of latent vectors [N,d,h,w]."""
         out: Tensor = self.decoder(self.post_quant_conv(z))
         return out
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices int64 [N,h,w] of images [N,3,H,W] in -1..1."""
+        """Returns the indices int64 [N,h,w] of images [N,3,H,W] in -1..1."""
         return self.quantize.nearest(self.latents(x))
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Images [N,3,H,W] in about -1..1 of indices [N,h,w]."""
+        """Returns the images [N,3,H,W], in about -1..1, of indices [N,h,w]."""
         return self.pictures(self.quantize.lookup(indices))
