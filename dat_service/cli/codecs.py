@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from dat_workers.codecs.spec import CodecSpec
 
 app = typer.Typer(
     help="Codecs: list, show, pull, import and verify.", no_args_is_help=True, pretty_exceptions_show_locals=False
@@ -37,18 +34,6 @@ def told(interrupted: str = "interrupted") -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.echo(f"dat: {interrupted}", err=True)
         raise typer.Exit(130) from error
-
-
-def _parameters(spec: CodecSpec) -> int:
-    from dat_workers.codecs.file import expected_shapes
-
-    total = 0
-    for shape in expected_shapes(spec).values():
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
-    return total
 
 
 @app.command("list")
@@ -74,7 +59,7 @@ def list_codecs() -> None:
                 except CodecError:
                     table.add_row(name, "", "", "", "", status)
                     continue
-            size = f"{_parameters(spec) / 1e6:.1f} M" if spec.has_tokens else "–"
+            size = f"{file.parameter_count(spec) / 1e6:.1f} M" if spec.has_tokens else "–"
             k, d = (str(spec.codebook_size), str(spec.latent_dim)) if spec.has_tokens else ("–", "–")
             table.add_row(name, str(spec.factor), k, d, size, status)
         # whole lines where the output is read by a program: rich would cut names at 80 columns
@@ -87,6 +72,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """Everything known of one codec; an installed one is read and verified."""
+    from dat_workers.codecs import file
     from dat_workers.codecs.registry import REGISTRY
     from dat_workers.codecs.store import CodecStore
 
@@ -100,7 +86,7 @@ def show(
         facts: dict[str, Any] = {
             **spec.to_dict(),
             "factor": spec.factor,
-            "parameters": _parameters(spec),
+            "parameters": file.parameter_count(spec),
             "status": status,
             "path": None if name == "identity" else str(store.path(name)),
             "fingerprint": codec.fingerprint if codec else None,
