@@ -1,18 +1,42 @@
-"""The client for asyncio: `AsyncClient`, the same methods as coroutines over the same core."""
+"""The client for asyncio: `AsyncClient` has the methods of `Client` as coroutines."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from dat_client.calls.core import Array, Discretized, decode_call, discretize_call
 from dat_client.calls.profile import Profile
 from dat_client.client import Client
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _constructor(
+    init: Callable[Concatenate[Client, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[AsyncClient, P], None]]:
+    """Gives a constructor the arguments of Client's."""
+    return functools.wraps(init)
+
+
+def _coroutine(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """Returns a method of Client as a coroutine, which runs the method in one of the client's threads."""
+    # The client is checked to be open before the call waits for a thread; close() lets waiting calls finish.
+    unchecked = inspect.unwrap(method)
+
+    @functools.wraps(method)
+    async def coroutine(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = functools.partial(unchecked, self._client, *args, **kwargs)
+        return await asyncio.wrap_future(self._client._spawn(call))
+
+    return coroutine
 
 
 class AsyncClient:
@@ -21,83 +45,27 @@ class AsyncClient:
         async with AsyncClient("http://codec:8000", codec="tiny-f8") as client:
             answers = await asyncio.gather(*(client.discretize(batch) for batch in batches))
 
-    Every call runs in one of the `max_connections` threads of a Client. A cancelled call is dropped if it
-    waits; one that is on its way ends in its thread and nobody hears of it.
+    There is no `submit`: `asyncio.gather` runs many calls at once. Every call runs in one of the `max_connections`
+    threads of a Client. A call that is cancelled while it waits for a thread is dropped; one that was sent ends in
+    its thread, and its answer is discarded.
     """
 
-    def __init__(
-        self,
-        url: str,
-        codec: str = "tiny-f8",
-        *,
-        timeout_s: float = 60.0,
-        connect_timeout_s: float = 5.0,
-        retries: int | None = None,
-        max_connections: int = 8,
-        max_in_flight: int = 1,
-        api_key: str | None = None,
-    ) -> None:
-        self._client = Client(
-            url,
-            codec,
-            timeout_s=timeout_s,
-            connect_timeout_s=connect_timeout_s,
-            retries=retries,
-            max_connections=max_connections,
-            max_in_flight=max_in_flight,
-            api_key=api_key,
-        )
+    @_constructor(Client.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._client = Client(*args, **kwargs)
 
-    async def discretize(
-        self,
-        images: Any,
-        gradients: Any = None,
-        *,
-        gradient_dtype: str = "FP16",
-        outputs: Sequence[str] | None = None,
-        output_dtype: str | None = None,
-        timeout_s: float | None = None,
-        **parameters: Any,
-    ) -> Discretized:
-        """As `Client.discretize`; many at once with `asyncio.gather`, so there is no `submit`."""
-        arguments = (images, gradients, gradient_dtype, outputs, output_dtype, parameters)
-        return await self._run(lambda: self._client._answer(timeout_s, discretize_call, *arguments))
-
-    async def decode(
-        self,
-        indices: Any,
-        *,
-        output_dtype: str | None = None,
-        timeout_s: float | None = None,
-        **parameters: Any,
-    ) -> Array:
-        """As `Client.decode`."""
-        arguments = (indices, output_dtype, parameters)
-        return (await self._run(lambda: self._client._answer(timeout_s, decode_call, *arguments))).reconstruction
+    discretize = _coroutine(Client.discretize)
+    decode = _coroutine(Client.decode)
 
     def profile(self) -> AbstractContextManager[Profile]:
-        """As `Client.profile`; `with`, not `async with`."""
+        """As `Client.profile`; enter it by `with`, not `async with`."""
         return self._client.profile()
 
-    async def metadata(self) -> dict[str, Any]:
-        """As `Client.metadata`."""
-        return await self._run(self._client.metadata)
-
-    async def server_metadata(self) -> dict[str, Any]:
-        """As `Client.server_metadata`."""
-        return await self._run(self._client.server_metadata)
-
-    async def live(self) -> bool:
-        """As `Client.live`."""
-        return await self._run(self._client.live)
-
-    async def ready(self) -> bool:
-        """As `Client.ready`."""
-        return await self._run(self._client.ready)
-
-    async def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """As `Client.wait_ready`."""
-        await self._run(lambda: self._client.wait_ready(timeout_s))
+    metadata = _coroutine(Client.metadata)
+    server_metadata = _coroutine(Client.server_metadata)
+    live = _coroutine(Client.live)
+    ready = _coroutine(Client.ready)
+    wait_ready = _coroutine(Client.wait_ready)
 
     async def close(self) -> None:
         """As `Client.close`."""
@@ -113,6 +81,3 @@ class AsyncClient:
 
     def __repr__(self) -> str:
         return f"Async{self._client!r}"
-
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._client._spawn(function))

@@ -1,10 +1,10 @@
-"""The client a trainer uses: `Client`."""
+"""The client of a trainer: `Client`."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import random
 import threading
 import time
 import uuid
@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from dat_client._version import __version__
-from dat_client.calls import core
-from dat_client.calls.checks import positive, whole
-from dat_client.calls.codec_watch import Watch
-from dat_client.calls.core import Array, Call, Discretized, Exchange
-from dat_client.calls.profile import Profile, sample
+from dat_client.calls.checks import integer, positive_seconds
+from dat_client.calls.codec_watch import FingerprintWatch
+from dat_client.calls.core import Array, Call, Discretized, Exchange, decode_call, discretize_call, discretized
+from dat_client.calls.profile import Profile, call_timing
 from dat_client.errors import (
     DatError,
     InvalidRequest,
@@ -28,44 +27,57 @@ from dat_client.errors import (
     Unauthorized,
     Unavailable,
     UnknownCodec,
-    shown,
+    invalid,
 )
 from dat_client.transports import split
-from dat_client.transports.http import HttpWay, check_url
+from dat_client.transports.base import Question, Transport
+from dat_client.transports.http import HttpTransport, check_url
 from dat_client.transports.retry import repeat
 from dat_client.wire.headers import CLIENT_ID
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _POLL_S = 0.2
 
 
+def _only_while_open(method: Callable[Concatenate[Client, P], T]) -> Callable[Concatenate[Client, P], T]:
+    """Makes a method of Client raise RuntimeError after `close`."""
+
+    @functools.wraps(method)
+    def checked(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._check_open()
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class Client:
-    """A codec on a server, as a function of images. Thread-safe; may be forked and pickled.
+    """A codec on a server, as a function of images. It is thread-safe and may be forked and pickled.
 
         with Client("http://codec:8000", codec="tiny-f8") as client:
             q = client.discretize(images)                # q.reconstruction is Q(x)
 
-    Q is a pure function, so a request that was lost (connection refused or reset, short reply, 408, 429, 5xx)
-    is repeated with exponential backoff and full jitter, or when the server's Retry-After says, inside
-    `timeout_s`. Answers from other weights than before give the warning CodecChanged.
+    Q is a pure function, so a request that was lost (connection refused or reset, short reply, status 408, 429 or
+    5xx) is repeated within `timeout_s`, after the server's Retry-After and an exponential backoff with full jitter.
+    A change of the codec's weights gives the warning CodecChanged.
 
-    Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their
-    own. A submitted call runs in a thread of this process.
+    Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their own. A
+    submitted call runs in a thread of this process.
 
     Args:
         url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one.
-        codec: name of the codec, as in `GET /v2/models/{codec}`.
-        timeout_s: total time of a call with all its repetitions, in seconds.
-        connect_timeout_s: time for making one connection, and for `live()` and `ready()`.
-        retries: how often a failed request is sent again at most; None for as long as `timeout_s` lasts, after
-            the service's own status 500 (which may be a bug rather than a bad moment) 8 times.
-        max_connections: connections, and threads for `submit`, at most.
-        max_in_flight: into how many requests, sent at the same time, a batch is cut at most.
+        codec: the name of the codec, as in `GET /v2/models/{codec}`.
+        timeout_s: the total time of a call with all its repetitions, in seconds.
+        connect_timeout_s: the time in which a connection must be made, and `live()` and `ready()` answered.
+        retries: the largest number of repetitions of a failed request. None: as many as fit into `timeout_s`, but
+            at most 8 after the service's own status 500, which may be a bug rather than a bad moment.
+        max_connections: the largest number of connections, and of threads for `submit`.
+        max_in_flight: the largest number of requests, sent at the same time, that a batch is split into.
         api_key: sent as `Authorization: Bearer <api_key>`.
 
     Raises:
-        InvalidRequest: an argument is wrong; `field` says which.
+        InvalidRequest: an argument is wrong; `field` names it.
     """
 
     def __init__(
@@ -82,18 +94,18 @@ class Client:
     ) -> None:
         self.url = check_url(url)
         self.codec = codec
-        self.timeout_s = positive("timeout_s", timeout_s)
-        self.connect_timeout_s = positive("connect_timeout_s", connect_timeout_s)
-        self.retries = None if retries is None else whole("retries", retries, 0)
-        self.max_connections = whole("max_connections", max_connections, 1)
-        self.max_in_flight = whole("max_in_flight", max_in_flight, 1)
+        self.timeout_s = positive_seconds("timeout_s", timeout_s)
+        self.connect_timeout_s = positive_seconds("connect_timeout_s", connect_timeout_s)
+        self.retries = None if retries is None else integer("retries", retries, 0)
+        self.max_connections = integer("max_connections", max_connections, 1)
+        self.max_in_flight = integer("max_in_flight", max_in_flight, 1)
         self._api_key = api_key
         if not isinstance(codec, str) or not codec:
-            raise InvalidRequest(f"codec: not a name, got {shown(codec)}", field="codec", value=codec)
+            raise invalid("codec", "a name", value=codec)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
-            raise InvalidRequest("api_key: must be printable ASCII", field="api_key")
+            raise invalid("api_key", "printable ASCII", found="other characters")  # a secret is not shown
         self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
-        self._watch = Watch()
+        self._watch = FingerprintWatch()
         self._open()
 
     def _open(self, closed: bool = False) -> None:
@@ -103,24 +115,23 @@ class Client:
             self._closed.set()
         self._executor: ThreadPoolExecutor | None = None
         self._parts_executor: ThreadPoolExecutor | None = None
-        self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without
-        self._way: HttpWay = self._make_way()
-        _clients.add(self)
-
-    def _make_way(self) -> HttpWay:
+        self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without it
         headers = {"User-Agent": f"dat-client/{__version__}", CLIENT_ID: self._id}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        return HttpWay(
+        self._transport: Transport = HttpTransport(
             self.url,
             self.codec,
             connect_timeout_s=self.connect_timeout_s,
             max_connections=self.max_connections,
             headers=headers,
         )
+        _clients.add(self)
 
+    @_only_while_open
     def discretize(
         self,
+        /,
         images: Any,
         gradients: Any = None,
         *,
@@ -130,7 +141,9 @@ class Client:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Discretized:
-        """Q(x): encode, snap every latent vector to its nearest codebook entry, decode; and Q(x + δ) (Algorithm 1).
+        """Returns Q(x), and with gradients Q(x + δ) (Algorithm 1).
+
+        Q encodes the images, replaces every latent vector by its nearest codebook entry and decodes.
 
             q = client.discretize(images, outputs=["reconstruction", "indices"])
             q = client.discretize(images, gradients=g, preset="easyrobust", alpha=0.1)
@@ -138,31 +151,31 @@ class Client:
 
         Args:
             images: uint8 [N,3,H,W] 0..255, or float16/float32 [N,3,H,W] in 0..1, numpy or torch on any
-                device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`, which come back as numpy.
-            gradients: of the loss at the image, float16/float32 of the images' shape; per sample, so of a summed
-                loss for `normalize="none"`. Asks for `adversarial`.
-            gradient_dtype: how they travel: FP16 with a scale for each sample, so that 1e-9 survives (and what
-                is far below the sample's largest does not: FP32 for normalize="sign"); FP32; or INT8 with a
-                scale for each sample, half the bytes of FP16 (docs/thin-links.md says what it costs in tokens).
-            outputs: some of reconstruction, indices, adversarial, adversarial_indices; None for the server's
+                device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`, which are answered in numpy.
+            gradients: the loss's gradient at each image, float16/float32 of the images' shape. For
+                `normalize="none"` it must be that of the summed loss. With it the answer has `adversarial`.
+            gradient_dtype: the datatype in which gradients are sent. FP16 has a scale for each sample, so that a
+                gradient of 1e-9 survives, but not values far below the sample's largest (use FP32 for
+                `normalize="sign"`). FP32. INT8 has a scale for each sample and half the bytes of FP16;
+                docs/thin-links.md has its cost in tokens.
+            outputs: some of reconstruction, adversarial, indices, adversarial_indices; None for the server's
                 default (reconstruction, with gradients adversarial too).
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
-            timeout_s: total time of this call, instead of the client's.
+            timeout_s: the total time of this call, in place of the client's.
             parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed of the service;
                 None means the service's default.
 
         Returns:
-            Arrays of the kind that `images` is, torch tensors on the device they came from.
+            Arrays of the same kind as `images`; torch tensors on the device they came from.
 
         Raises:
-            InvalidRequest: something in the call is wrong; UnknownCodec and TooLarge are of this kind.
+            InvalidRequest: an argument is wrong; UnknownCodec and TooLarge are subclasses.
             Unauthorized: the API key is missing or wrong.
-            Unavailable: no good answer in `timeout_s`; Overloaded if the server is full.
-            ProtocolError: what answered does not speak the Open Inference Protocol.
+            Unavailable: no good answer arrived within `timeout_s`; Overloaded if the server is full.
+            ProtocolError: the answer does not follow the Open Inference Protocol.
         """
-        self._check_open()
-        arguments = (images, gradients, gradient_dtype, outputs, output_dtype, parameters)
-        return self._answer(timeout_s, core.discretize_call, *arguments)
+        call = discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
+        return self._infer(call, timeout_s)
 
     def submit(
         self,
@@ -175,48 +188,46 @@ class Client:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Future[Discretized]:
-        """As `discretize`, without waiting: the call runs in one of at most `max_connections` threads.
+        """Starts `discretize` without waiting: the call runs in one of at most `max_connections` threads.
 
             futures = [client.submit(batch) for batch in batches]
             for future in futures:
                 train_on(future.result().reconstruction)
 
-        What is wrong with the arguments is raised here, at once. numpy arrays and CPU tensors are not copied:
-        leave them unchanged until the future is done. `timeout_s` counts from when a thread takes the call
-        up.
+        Wrong arguments raise InvalidRequest at once. numpy arrays and CPU tensors are not copied, so leave them
+        unchanged until the future is done. `timeout_s` counts from the moment when a thread takes the call up.
         """
-        begun_s = time.perf_counter()
-        call = core.discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
-        made_s = time.perf_counter() - begun_s
-        return self._spawn(lambda: self._infer(call, timeout_s, made_s))
+        call = discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
+        return self._spawn(lambda: self._infer(call, timeout_s))
 
+    @_only_while_open
     def decode(
         self,
+        /,
         indices: Any,
         *,
         output_dtype: str | None = None,
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Array:
-        """The pictures that tokens stand for, [N,3,H,W], of the kind that `indices` is.
+        """Returns the images that tokens stand for, [N,3,H,W], in the kind of array that `indices` is.
 
             images = client.decode(q.indices)
 
         `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
         """
-        self._check_open()
-        return self._answer(timeout_s, core.decode_call, indices, output_dtype, parameters).reconstruction
+        return self._infer(decode_call(indices, output_dtype, parameters), timeout_s).reconstruction
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
-        """Where the time of the calls inside goes: client, network, queue, codec, the rest of the server.
+        """Measures where the time of the calls inside goes: client, network, queue, codec, rest of the server.
 
             with client.profile() as profile:
                 train()
             print(profile)                               # medians, shares, images/s and MB/s
 
-        Counts the calls of this client in this process, whatever their thread. Where the server sends no
-        Server-Timing its time is counted as the network's.
+        It counts the calls of this client in all threads of this process. If the server sends no Server-Timing, its
+        time is counted as the network's.
         """
         profile = Profile()
         with self._lock:
@@ -229,48 +240,46 @@ class Client:
                 self._profiles = tuple(other for other in self._profiles if other is not profile)
 
     def metadata(self) -> dict[str, Any]:
-        """What the server says of the codec: name, inputs, outputs (`GET /v2/models/{codec}`, OIP v2)."""
+        """Returns the codec's name, inputs and outputs (`GET /v2/models/{codec}`, OIP v2)."""
         return self._ask("metadata")
 
     def server_metadata(self) -> dict[str, Any]:
-        """What the server says of itself: name, version, extensions (`GET /v2`, OIP v2)."""
+        """Returns the server's name, version and extensions (`GET /v2`, OIP v2)."""
         return self._ask("server_metadata")
 
     def live(self) -> bool:
-        """Whether the server is up (`GET /v2/health/live`). One try of `connect_timeout_s`."""
-        return self._why_not("live") is None
+        """Whether the server is up (`GET /v2/health/live`). Tries once, for `connect_timeout_s`."""
+        return self._obstacle("live", self.connect_timeout_s) is None
 
     def ready(self) -> bool:
         """Whether the codec takes requests now (`GET /v2/models/{codec}/ready`).
 
-        One try of `connect_timeout_s`. Raises UnknownCodec where the server has no such codec, Unauthorized
-        where it wants another key.
+        Tries once, for `connect_timeout_s`. Raises UnknownCodec if the server has no such codec, Unauthorized if it
+        requires another key.
         """
-        return self._why_not("ready") is None
+        return self._obstacle("ready", self.connect_timeout_s) is None
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the codec takes requests; raises Unavailable after `timeout_s`, else as `ready`."""
-        deadline = time.monotonic() + positive("timeout_s", timeout_s)
-        attempts = 0
-        while True:
-            attempts += 1
-            error = self._why_not("ready", min(self.connect_timeout_s, max(0.01, deadline - time.monotonic())))
+        """Returns when the codec takes requests; raises Unavailable after `timeout_s`, and otherwise as `ready`."""
+        deadline = time.monotonic() + positive_seconds("timeout_s", timeout_s)
+        for attempts in itertools.count(1):
+            error = self._obstacle("ready", min(self.connect_timeout_s, max(0.01, deadline - time.monotonic())))
             if error is None:
                 return
             if deadline - time.monotonic() <= _POLL_S or self._closed.wait(_POLL_S):
-                message = f"{self._way.address('ready')}: not ready after {timeout_s:g} s; last: {error}"
+                message = f"{self._transport.address('ready')}: not ready after {timeout_s:g} s; last: {error}"
                 raise Unavailable(message, attempts=attempts, cause=str(error)) from error
 
     def close(self) -> None:
-        """Let what was submitted finish, repeat nothing any more, close the connections. Idempotent."""
+        """Lets submitted calls finish without further repetitions, then closes the connections. Idempotent."""
         self._closed.set()
-        for name in ("_executor", "_parts_executor"):  # in this order: what was submitted may ask for parts
+        for name in ("_executor", "_parts_executor"):  # in this order, because submitted calls may send parts
             with self._lock:
                 executor = getattr(self, name)
                 setattr(self, name, None)
             if executor is not None:
                 executor.shutdown(wait=True)
-        self._way.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +299,7 @@ class Client:
         return {**state, "fingerprint": self._watch.last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._watch = Watch(state.pop("fingerprint"))
+        self._watch = FingerprintWatch(state.pop("fingerprint"))
         self.__dict__.update(state)
         self._open()
 
@@ -302,7 +311,7 @@ class Client:
             return self._executor.submit(function)
 
     def _spawn_part(self, function: Callable[[], T]) -> Future[T]:
-        # threads apart from those of submit, all of which may be waiting for parts
+        # The threads of submit cannot run parts: all of them may be waiting for parts.
         with self._lock:
             if self._parts_executor is None:
                 self._parts_executor = ThreadPoolExecutor(
@@ -310,74 +319,61 @@ class Client:
                 )
             return self._parts_executor.submit(function)
 
-    def _answer(self, timeout_s: float | None, make: Callable[..., Call], *arguments: Any) -> Discretized:
-        """The answer to `make(*arguments)`, also where the client was closed since it was asked for."""
+    def _infer(self, call: Call, timeout_s: float | None) -> Discretized:
+        """Returns the answer to a call, also after `close` if the call waited for a thread."""
         begun_s = time.perf_counter()
-        call = make(*arguments)
-        return self._infer(call, timeout_s, time.perf_counter() - begun_s)
-
-    def _infer(self, call: Call, timeout_s: float | None, made_s: float) -> Discretized:
-        """The answer to a call that was made, in `made_s`, just now."""
-        begun_s = time.perf_counter()
-        exchange, sent_s = self._exchange(call, timeout_s)
-        answer = core.discretized(call, exchange.response)
+        exchange, first_attempt_s = self._exchange(call, timeout_s)
+        answer = discretized(call, exchange.response)
         if self._profiles:
-            taken = sample(call, exchange, sent_s, made_s + time.perf_counter() - begun_s)
+            timing = call_timing(call, exchange, first_attempt_s, time.perf_counter() - begun_s)
             for profile in self._profiles:
-                profile.calls.append(taken)
-        self._watch.saw(answer.fingerprint, answer.codec)
+                profile.calls.append(timing)
+        self._watch.observe(answer.fingerprint, answer.codec)
         return answer
 
     def _exchange(self, call: Call, timeout_s: float | None) -> tuple[Exchange, float]:
-        """The answer, and when (time.perf_counter) the first attempt was begun."""
-        way, closed = self._way, self._closed
-        patiently = self._patience(f"POST {way.address('infer')}", timeout_s)
+        """Returns the answer, and time.perf_counter() when the first attempt began."""
+        transport, closed = self._transport, self._closed
+        repeated = self._repeater(f"POST {transport.address('infer')}", timeout_s)
         if min(self.max_in_flight, call.batch) == 1:
-            attempt = way.sending(call)
-            sent_s = time.perf_counter()
-            return patiently(attempt, wait=closed.wait), sent_s
+            attempt = transport.prepare(call)
+            first_attempt_s = time.perf_counter()
+            return repeated(attempt, wait=closed.wait), first_attempt_s
 
-        def one(part: Call, stop: threading.Event) -> Exchange:
-            answered: Exchange = patiently(way.sending(part), wait=functools.partial(split.wait_for, stop, closed))
-            return answered
+        def send_part(part: Call, stop: threading.Event) -> Exchange:
+            wait = functools.partial(split.wait_for, stop, closed)
+            exchange: Exchange = repeated(transport.prepare(part), wait=wait)
+            return exchange
 
         def attempt_parts(deadline: float, number: int) -> Exchange | DatError:
-            return split.infer(call, self.max_in_flight, one, self._spawn_part)
+            return split.infer(call, self.max_in_flight, send_part, self._spawn_part)
 
-        sent_s = time.perf_counter()
-        answer = patiently(attempt_parts, wait=closed.wait)
-        if isinstance(answer, DatError):
-            raise answer
-        return answer, sent_s
+        first_attempt_s = time.perf_counter()
+        exchange = repeated(attempt_parts, wait=closed.wait)
+        if isinstance(exchange, DatError):
+            raise exchange
+        return exchange, first_attempt_s
 
-    def _patience(self, what: str, timeout_s: float | None) -> Callable[..., Any]:
-        """`repeat` with one deadline, from now, for all that it is called for."""
-        timeout_s = self.timeout_s if timeout_s is None else positive("timeout_s", timeout_s)
+    def _repeater(self, target: str, timeout_s: float | None) -> Callable[..., Any]:
+        """Returns `repeat` with one deadline, from now, for everything that it repeats."""
+        timeout_s = self.timeout_s if timeout_s is None else positive_seconds("timeout_s", timeout_s)
+        deadline = time.monotonic() + timeout_s
         return functools.partial(
-            repeat,
-            what=what,
-            timeout_s=timeout_s,
-            deadline=time.monotonic() + timeout_s,
-            retries=self.retries,
-            clock=time.monotonic,
-            jitter=random.uniform,
+            repeat, target=target, timeout_s=timeout_s, deadline=deadline, retries=self.retries
         )
 
-    def _ask(self, what: str) -> dict[str, Any]:
+    def _ask(self, question: Question) -> dict[str, Any]:
         self._check_open()
-        way = self._way
-        answer: dict[str, Any] = self._patience(f"GET {way.address(what)}", None)(
-            functools.partial(way.ask, what), wait=self._closed.wait
-        )
+        repeated = self._repeater(f"GET {self._transport.address(question)}", None)
+        answer: dict[str, Any] = repeated(functools.partial(self._transport.ask, question), wait=self._closed.wait)
         return answer
 
-    def _why_not(self, what: str, timeout_s: float | None = None) -> Exception | None:
-        """None if the server says that it is live or ready, else why not."""
+    def _obstacle(self, question: Literal["live", "ready"], timeout_s: float) -> Exception | None:
+        """Returns why the server is not live or ready, None if it is."""
         self._check_open()
-        deadline = time.monotonic() + (self.connect_timeout_s if timeout_s is None else timeout_s)
         try:
-            if self._way.ask(what, deadline).get(what) is False:
-                return Unavailable(f"{self._way.address(what)}: {what} is false")
+            if self._transport.ask(question, time.monotonic() + timeout_s).get(question) is False:
+                return Unavailable(f"{self._transport.address(question)}: {question} is false")
         except (UnknownCodec, Unauthorized):
             raise
         except (Unavailable, InvalidRequest, ProtocolError) as error:
@@ -393,9 +389,9 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    # Locks may be held and sockets used by threads that the child does not have.
+    # Locks may be held, and sockets in use, by threads that the child does not have.
     for client in list(_clients):
-        client._way.close()
+        client._transport.close()
         client._open(closed=client._closed.is_set())
 
 

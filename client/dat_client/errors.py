@@ -1,19 +1,19 @@
-"""Everything that dat_client raises about a request, a server or the way between them, and about stored Q(x).
+"""The exceptions of dat_client: about a request, the service, the network between them, and stored Q(x).
 
     DatError
     ├── InvalidRequest (ValueError)   the request is wrong: repeating it is pointless   400, 422, 4xx
-    │   ├── UnknownCodec              no such codec on that server                      404
-    │   ├── TooLarge                  more bytes or images than the server takes        413
-    │   └── WireError                 bytes that are not the protocol                   400, 422
-    ├── Unauthorized                  the key is missing or wrong, not the request      401, 403
+    │   ├── UnknownCodec              the server has no codec of that name              404
+    │   ├── TooLarge                  more bytes or images than the server accepts      413
+    │   └── WireError                 the message violates the protocol                 400, 422
+    ├── Unauthorized                  the API key is missing or wrong                   401, 403
     ├── Unavailable                   no good answer arrived: may be repeated           408, 5xx, network
-    │   └── Overloaded                the server is full: may be repeated, later        429, 503
-    ├── ProtocolError                 what answered does not speak the protocol
-    └── InvalidDataset (ValueError)   not what `dat precompute` wrote, or it lacks what is asked of it
+    │   └── Overloaded                the server is full: may be repeated later         429, 503
+    ├── ProtocolError                 the answer does not follow the protocol
+    └── InvalidDataset (ValueError)   the folder was not written by `dat precompute`, or lacks what was asked for
 
     CodecChanged (UserWarning)        answers come from other weights than before
 
-All of them survive pickling (a DataLoader worker sends its exception to the trainer's process).
+All of them can be pickled, because a DataLoader worker sends its exception to the trainer's process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "WireError",
 ]
 
-MAX_SHOWN = 80
+MAX_SHOWN = 80  # characters
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 3
@@ -44,7 +44,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = MAX_SHOWN
 
 
 def shown(value: object) -> str:
-    """The repr of `value`, cut to about 80 characters, for messages about what a stranger sent.
+    """Returns the repr of `value`, cut to 80 characters, so that a message is short whatever was sent.
 
     >>> shown([1, 2, 3])
     '[1, 2, 3]'
@@ -59,12 +59,11 @@ def shown(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value itself where it is short JSON, else its repr cut to 80 characters."""
-    is_plain = isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value)
-    )
+    """Returns the value itself where it is short JSON, else its repr cut to 80 characters."""
+    items = value if isinstance(value, list | tuple) else [value]
     try:
-        if is_plain and len(json.dumps(value, allow_nan=False)) <= 80:
+        is_plain = all(isinstance(item, bool | int | float | str) for item in items)
+        if is_plain and len(json.dumps(value, allow_nan=False)) <= MAX_SHOWN:
             return value
     except ValueError:
         pass
@@ -72,18 +71,19 @@ def plain(value: Any) -> Any:
 
 
 class DatError(Exception):
-    """Root of the tree: `except DatError` catches all that the service or the way to it can do wrong."""
+    """The root of the tree: `except DatError` catches every failure of a request, the service or the network."""
 
 
 class InvalidRequest(DatError, ValueError):
-    """The request is wrong and will be wrong again.
+    """The request is wrong, and would be refused again.
 
     >>> error = InvalidRequest("images: 5 axes", field="images", value=[1, 1, 3, 8, 8], limit="[N,3,H,W]")
     >>> error.field, error.limit
     ('images', '[N,3,H,W]')
 
-    `field` names the tensor or parameter, `value` is what it was and `limit` what is allowed (each None if
-    unknown). `status` is the HTTP status of the server's answer, None when found before sending.
+    `field` names the tensor or parameter, `value` is its value (or a description of it) and `limit` says which
+    values are allowed; each is None if unknown. `status` is the HTTP status of the server's answer, None when the
+    client refused the request before sending it.
     """
 
     def __init__(
@@ -102,20 +102,36 @@ class InvalidRequest(DatError, ValueError):
         self.status = status
 
 
+def invalid(
+    field: str, limit: str, *, value: Any = None, found: str | None = None, hint: str | None = None
+) -> InvalidRequest:
+    """Returns the InvalidRequest of an argument that the client itself refuses.
+
+    The message shows `value`; where that is large, `found` describes it instead. `hint` says what to do.
+
+    >>> str(invalid("retries", "an integer of at least 0", value=-1))
+    'retries: got -1, must be an integer of at least 0'
+    """
+    message = f"{field}: got {shown(value) if found is None else found}, must be {limit}"
+    if hint is not None:
+        message += f"; {hint}"
+    return InvalidRequest(message, field=field, value=value if found is None else found, limit=limit)
+
+
 class UnknownCodec(InvalidRequest):
     """The server has no codec of that name (404)."""
 
 
 class TooLarge(InvalidRequest):
-    """The request is larger than the server takes (413): send fewer images at once."""
+    """The request is larger than the server accepts (413): send fewer images at once."""
 
 
 class WireError(InvalidRequest):
-    """Bytes or arrays that cannot be carried by the Open Inference Protocol v2; see `dat_client.wire`.
+    """A message or an array does not fit the Open Inference Protocol v2; see `dat_client.wire`.
 
-    `malformed` is True when the message is not the protocol at all (HTTP 400: not JSON, sizes that do not add
-    up to the body, missing keys) and False when it is, but says something impossible (HTTP 422: unknown
-    datatype, a shape that does not match its data). `status` follows from it.
+    `malformed` is True when the message cannot be read at all (HTTP 400: it is not JSON, its sizes do not add up to
+    the body, keys are missing) and False when it can be read but describes something impossible (HTTP 422: an
+    unknown datatype, a shape that does not match its data). `status` follows from it.
     """
 
     def __init__(
@@ -128,13 +144,13 @@ class WireError(InvalidRequest):
         malformed: bool = False,
     ) -> None:
         status = 400 if malformed else 422
-        # not what was parsed, which may be large: an error outlives the request
+        # The parsed value may be large, and the error may outlive the request, so only a short form is stored.
         super().__init__(message, field=field, value=plain(value), limit=limit, status=status)
         self.malformed = malformed
 
 
 class Unauthorized(DatError):
-    """The server wants an API key, or another one (401, 403): `Client(..., api_key=...)`."""
+    """The server requires an API key, or refused the one that was sent (401, 403): `Client(..., api_key=...)`."""
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
@@ -142,11 +158,11 @@ class Unauthorized(DatError):
 
 
 class Unavailable(DatError):
-    """No good answer arrived in time. The call may be repeated: Q is a pure function.
+    """No good answer arrived in time. The call may be repeated, because Q is a pure function.
 
-    `attempts` counts the requests sent, `cause` is the last failure in words, `__cause__` the failure itself
-    (`__cause__` does not survive pickling; connection errors hold sockets). `status` is that of the service's own
-    last answer, None where the network failed or a proxy answered.
+    `attempts` counts the requests that were sent, `cause` is the last failure in words and `__cause__` that failure
+    itself (which pickling drops, because connection errors hold sockets). `status` is the HTTP status of the
+    service's last answer, None where the network failed or a proxy answered.
     """
 
     def __init__(
@@ -159,7 +175,7 @@ class Unavailable(DatError):
 
 
 class Overloaded(Unavailable):
-    """The server is full. `retry_after_s` is when it wants to be asked again, None if it did not say."""
+    """The server is full. `retry_after_s` is the pause it asks for in seconds, None if it named none."""
 
     def __init__(
         self,
@@ -175,15 +191,15 @@ class Overloaded(Unavailable):
 
 
 class ProtocolError(DatError):
-    """Something answered that does not speak the protocol: a wrong URL, a proxy's page, a mixed-up answer."""
+    """The answer does not follow the protocol: the URL is wrong, a proxy answered, or answers were mixed up."""
 
 
 class InvalidDataset(DatError, ValueError):
-    """A folder is not what `dat precompute` wrote, or lacks what is asked of it."""
+    """A folder was not written by `dat precompute`, or lacks what was asked for."""
 
 
 class CodecChanged(UserWarning):
-    """The service answers with another codec's weights than before: Q is not the Q that the run began with.
+    """The service answers from other weights than before, so Q is no longer the function the run began with.
 
-    `warnings.filterwarnings("error", category=CodecChanged)` makes an exception of it.
+    `warnings.filterwarnings("error", category=CodecChanged)` turns it into an exception.
     """

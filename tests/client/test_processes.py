@@ -35,7 +35,7 @@ def test_a_pickled_client_keeps_its_settings_and_opens_its_own_connections(serve
         client.submit(images).result(20)
         with pickle.loads(pickle.dumps(client)) as copy:
             assert repr(copy) == repr(client)
-            assert copy._way is not client._way
+            assert copy._transport is not client._transport
             assert copy._executor is None
             assert copy.__getstate__() == client.__getstate__()
             assert np.array_equal(copy.submit(images).result(20).reconstruction, images)

@@ -1,29 +1,36 @@
-"""Arguments that are plain numbers, checked."""
+"""Checks of arguments that are plain numbers."""
 
 from __future__ import annotations
 
 import math
 
-from dat_client.errors import InvalidRequest, shown
+from dat_client.errors import invalid
 
-#: Longer is as good as for ever, and poll(2) counts milliseconds in an int: 24 days.
+#: Longer timeouts are cut to this: poll(2) counts milliseconds in an int, which holds 24 days.
 LONGEST_S = 1e6
 
 
-def positive(name: str, value: float) -> float:
-    """A finite number of seconds above 0, at most LONGEST_S of them; raises InvalidRequest."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        message = f"{name}: must be a finite number of seconds above 0, got {shown(value)}"
-        raise InvalidRequest(message, field=name, value=value, limit="> 0")
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float. A bool is not a number here."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def positive_seconds(name: str, value: float) -> float:
+    """Returns a finite number of seconds above 0, cut to LONGEST_S; raises InvalidRequest."""
+    if not is_number(value) or value <= 0:
+        raise invalid(name, "a finite number of seconds above 0", value=value)
     return float(min(value, LONGEST_S))
 
 
-def whole(name: str, value: int, least: int, most: int | None = None) -> int:
-    """An integer from `least` to `most`; raises InvalidRequest."""
-    wrong = isinstance(value, bool) or not isinstance(value, int)
-    if wrong or value < least or (most is not None and value > most):
-        limit = f">= {least}" if most is None else f"{least} to {most}"
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        message = f"{name}: must be an integer {allowed}, got {shown(value)}"
-        raise InvalidRequest(message, field=name, value=value, limit=limit)
+def integer(name: str, value: int, least: int) -> int:
+    """Returns an integer of at least `least`; raises InvalidRequest."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise invalid(name, f"an integer of at least {least}", value=value)
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """Returns a number in 0..1; raises InvalidRequest."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise invalid(name, "a number in 0..1", value=value)
     return value

@@ -1,4 +1,4 @@
-"""A codec that changes while a run goes on is told to its user."""
+"""Warns the user when the codec changes while a training run goes on."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import warnings
 from dat_client.errors import CodecChanged
 
 
-class Watch:
-    """The fingerprint that answered last; a change is told once for each pair of old and new.
+class FingerprintWatch:
+    """Remembers the fingerprint of the last answer and warns once for each pair of old and new.
 
-    While a codec is being replaced, replica by replica, answers alternate between the two: that is two warnings.
+    While the service replaces its replicas one by one, answers alternate between two codecs: that is two warnings.
     """
 
     def __init__(self, last: str | None = None) -> None:
         self.last = last
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
-    def saw(self, fingerprint: str | None, codec: str) -> None:
-        """Warns with CodecChanged where `fingerprint` is not the one before it."""
+    def observe(self, fingerprint: str | None, codec: str) -> None:
+        """Warns with CodecChanged if `fingerprint` differs from the one before."""
         last, self.last = self.last, fingerprint or self.last
-        if last is None or fingerprint is None or fingerprint == last or (last, fingerprint) in self._told:
+        if last is None or fingerprint is None or fingerprint == last or (last, fingerprint) in self._warned:
             return
-        self._told.add((last, fingerprint))
+        self._warned.add((last, fingerprint))
         message = f"codec {codec!r} changed: it answered with fingerprint {last} before, with {fingerprint} now"
-        warnings.warn(message, CodecChanged, stacklevel=5)  # the caller of discretize or decode
+        warnings.warn(message, CodecChanged, stacklevel=5)  # points at the caller of discretize or decode

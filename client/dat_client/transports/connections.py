@@ -1,7 +1,7 @@
-"""Connections to one server: HTTP/1.1 over http.client, kept while idle, no byte of a tensor copied on the way.
+"""Connections to one server: HTTP/1.1 over http.client, reused, without copying a byte of a tensor.
 
-Buffers are handed to the socket as they are, a reply is received into one array of its own size, and every wait on
-the way has what is left of one deadline. urllib3 would receive each block into `bytes` and copy it from there.
+Buffers are handed to the socket as they are, a reply is received into one array of its own size, and every wait is
+limited by what is left of one deadline. urllib3 would receive each block into `bytes` and copy it from there.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from dat_client.calls.core import Reply
 from dat_client.errors import ProtocolError
 from dat_client.wire.headers import TIMEOUT_MS
 
 MAX_REPLY_BYTES = 4 << 30
-_BLOCK = 1 << 18  # of a reply that does not say its length, and of what TLS is given at once
+_BLOCK = 1 << 18  # bytes read at once from a reply without a length, and given to TLS at once
 _BUFFER = 1 << 16
 
-# A host that vanished says nothing: without these, who waits for its answer would wait until his own deadline.
+# A host that vanished sends nothing: without these options, a call would wait for its answer until the deadline.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 
 
@@ -38,20 +37,33 @@ class Unanswered(ConnectionError):
     """The connection ended before the first byte of a reply."""
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP reply; the names in `headers` are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytearray | memoryview
+
+    def header(self, name: str) -> str | None:
+        """Returns the value of a header, whose name may be in any case, None if the reply lacks it."""
+        return self.headers.get(name.lower())
+
+
 class Connections:
-    """At most `limit` connections to the server of a URL; thread-safe, not fork-safe (close it in the child)."""
+    """At most `limit` connections to the server of a URL. Thread-safe; not fork-safe: close it in the child."""
 
     def __init__(self, url: str, *, connect_timeout_s: float, limit: int) -> None:
         parts = urlsplit(url)
         self._context = ssl.create_default_context() if parts.scheme == "https" else None
         self._host, self._port = parts.hostname or "", parts.port
-        if self._port is None:  # http.client would look for one in the host, and find that of ::1
+        if self._port is None:  # http.client would look for a port in the host, and find one in ::1
             self._port = HTTPConnection.default_port if self._context is None else HTTPSConnection.default_port
         self._connect_timeout_s = connect_timeout_s
         self._slots = threading.BoundedSemaphore(limit)
-        self._idle: deque[HTTPConnection] = deque()  # its append and pop are atomic
+        self._idle: deque[HTTPConnection] = deque()  # append and pop are atomic
         self._closed = False
-        weakref.finalize(self, _close_all, self._idle)  # who drops a client unclosed leaves nothing open
+        weakref.finalize(self, _close_all, self._idle)  # a client dropped unclosed leaves no socket open
 
     def request(
         self,
@@ -61,30 +73,31 @@ class Connections:
         buffers: Sequence[bytes | memoryview],
         deadline: float,
     ) -> Reply:
-        """One request and its whole reply. `deadline` is of time.monotonic; the server is told what is left of it.
+        """Sends one request and returns its whole reply.
 
-        A kept connection that turns out to be closed, nothing answered, is replaced at once by a new one. Raises
-        OSError or http.client.HTTPException where no whole reply arrives, ProtocolError where none ever will.
+        `deadline` is a time of time.monotonic(); the server learns what is left of it. If an idle connection turns
+        out to be closed before a byte of the reply, a new one replaces it at once. Raises OSError or
+        http.client.HTTPException if no whole reply arrives, ProtocolError if none ever will.
         """
-        if not self._slots.acquire(timeout=left(deadline, "waiting for a connection")):
+        if not self._slots.acquire(timeout=time_left(deadline, "waiting for a connection")):
             raise TimeoutError("timed out waiting for a connection")
         try:
-            connection = self._kept()
+            connection = self._pop_idle()
             if connection is not None:
                 try:
                     return self._exchange(connection, method, target, headers, buffers, deadline)
                 except Unanswered:
                     pass
-            return self._exchange(self._new(deadline), method, target, headers, buffers, deadline)
+            return self._exchange(self._connect(deadline), method, target, headers, buffers, deadline)
         finally:
             self._slots.release()
 
     def close(self) -> None:
-        """Close the idle connections; those in use close when their request ends."""
+        """Closes the idle connections; those in use close when their request ends."""
         self._closed = True
         _close_all(self._idle)
 
-    def _kept(self) -> HTTPConnection | None:
+    def _pop_idle(self) -> HTTPConnection | None:
         while True:
             try:
                 connection = self._idle.pop()
@@ -92,10 +105,10 @@ class Connections:
                 return None
             if not _events(connection.sock, select.POLLIN, 0.0):
                 return connection
-            connection.close()  # an idle connection has nothing to say but that it ended
+            connection.close()  # there is nothing to read on an idle connection but its end
 
-    def _new(self, deadline: float) -> HTTPConnection:
-        timeout = min(self._connect_timeout_s, left(deadline, "before connecting"))
+    def _connect(self, deadline: float) -> HTTPConnection:
+        timeout = min(self._connect_timeout_s, time_left(deadline, "before connecting"))
         connection: HTTPConnection
         if self._context is None:
             connection = HTTPConnection(self._host, self._port, timeout=timeout)
@@ -103,7 +116,7 @@ class Connections:
             connection = HTTPSConnection(self._host, self._port, timeout=timeout, context=self._context)
         try:
             connection.connect()
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # it went away in the handshake
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the server closed during the handshake
             raise
         except ssl.SSLError as error:
             raise ProtocolError(f"{self._host}: TLS failed: {error}") from error
@@ -127,11 +140,11 @@ class Connections:
                     _close_all(self._idle)
 
 
-def left(deadline: float, where: str) -> float:
-    """Seconds until `deadline`; raises TimeoutError where there are none."""
+def time_left(deadline: float, activity: str) -> float:
+    """Returns the seconds until `deadline`; raises TimeoutError, which names the activity, if it has passed."""
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-        raise TimeoutError(f"timed out {where}")
+        raise TimeoutError(f"timed out {activity}")
     return left_s
 
 
@@ -148,9 +161,9 @@ def _exchange(
     buffers: Sequence[bytes | memoryview],
     deadline: float,
 ) -> tuple[Reply, bool]:
-    """The reply, and whether the connection can carry another request."""
+    """Returns the reply, and whether the connection can carry another request."""
     sock = connection.sock
-    left_s = left(deadline, "before sending")
+    left_s = time_left(deadline, "before sending")
     sock.settimeout(left_s)
     try:
         connection.putrequest(method, target, skip_accept_encoding=True)
@@ -160,25 +173,29 @@ def _exchange(
         connection.endheaders()
         sent = _send(sock, buffers, deadline)
     except (BrokenPipeError, ConnectionResetError):
-        sent = False  # it may have said why before it closed
-    with _timed_replies(connection, deadline):
-        try:
-            response = connection.getresponse()
-        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            raise Unanswered(str(error)) from error
-    body = _body(response)
-    response.read()  # nothing is left; this ends the response in http.client's eyes
+        sent = False  # the server may have answered before it closed
+
+    def timed_response(sock: Any, **arguments: Any) -> HTTPResponse:
+        return HTTPResponse(_DeadlineReader(sock, deadline), **arguments)  # type: ignore[arg-type]
+
+    connection.response_class = timed_response  # type: ignore[assignment]
+    try:
+        response = connection.getresponse()
+    except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        raise Unanswered(str(error)) from error
+    body = _read_body(response)
+    response.read()  # nothing is left to read; http.client takes this as the end of the response
     reply = Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
     return reply, sent and not response.will_close
 
 
 def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: float) -> bool:
-    """Sends the buffers; False where the server answers or closes before they are out: its refusal is heard."""
-    tls = isinstance(sock, ssl.SSLSocket)  # there, something to read may be no answer but a session ticket
+    """Sends the buffers. Returns False if the server answers or closes before they are sent: it refuses them."""
+    tls = isinstance(sock, ssl.SSLSocket)  # with TLS, readable bytes may be a session ticket instead of an answer
     for buffer in buffers:
         view = memoryview(buffer)
         while view:
-            left_s = left(deadline, "while sending")
+            left_s = time_left(deadline, "while sending")
             if not tls:
                 events = _events(sock, select.POLLIN | select.POLLOUT, left_s)
                 if not events:
@@ -190,15 +207,15 @@ def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: 
     return True
 
 
-def _events(sock: socket.socket, wanted: int, timeout_s: float) -> int:
-    """Which of these poll(2) events, or errors, are there within the time; 0 for none."""
-    poller = select.poll()  # select(2) knows no descriptors above 1023
-    poller.register(sock, wanted)
-    found = poller.poll(timeout_s * 1000)
-    return found[0][1] if found else 0
+def _events(sock: socket.socket, mask: int, timeout_s: float) -> int:
+    """Returns those of the poll(2) events in `mask`, and errors, that occur within the time; 0 for none."""
+    poller = select.poll()  # select(2) does not support descriptors above 1023
+    poller.register(sock, mask)
+    events = poller.poll(timeout_s * 1000)
+    return events[0][1] if events else 0
 
 
-def _body(response: HTTPResponse) -> bytearray | memoryview:
+def _read_body(response: HTTPResponse) -> bytearray | memoryview:
     length = response.length
     if length is None:
         grown = bytearray()
@@ -208,33 +225,19 @@ def _body(response: HTTPResponse) -> bytearray | memoryview:
         return grown
     _check_size(length)
     body = np.empty(length, np.uint8).data  # a bytearray would be filled with zeros first
-    arrived = response.readinto(body) if length else 0
-    if arrived < length:
-        raise ConnectionError(f"IncompleteRead: {arrived} of {length} bytes of the reply")
+    received = response.readinto(body) if length else 0
+    if received < length:
+        raise ConnectionError(f"IncompleteRead: {received} of {length} bytes of the reply")
     return body
 
 
 def _check_size(size: int) -> None:
     if size > MAX_REPLY_BYTES:
-        raise ProtocolError(f"a reply of {size} bytes, limit {MAX_REPLY_BYTES}")
+        raise ProtocolError(f"the reply has {size} bytes or more, the limit is {MAX_REPLY_BYTES}")
 
 
-@contextmanager
-def _timed_replies(connection: HTTPConnection, deadline: float) -> Iterator[None]:
-    """Inside, http.client reads its reply through `_Timed`."""
-
-    def response(sock: Any, **arguments: Any) -> HTTPResponse:
-        return HTTPResponse(_Timed(sock, deadline), **arguments)  # type: ignore[arg-type]
-
-    connection.response_class = response  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        connection.response_class = HTTPResponse
-
-
-class _Timed(io.RawIOBase):
-    """A socket as the file http.client reads a reply from, each recv with what is left of the deadline."""
+class _DeadlineReader(io.RawIOBase):
+    """A socket in the form in which http.client reads a reply, with what is left of the deadline for each recv."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
@@ -242,15 +245,15 @@ class _Timed(io.RawIOBase):
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What http.client asks its socket for. Reads beyond the buffer go straight into the caller's memory."""
+        """Called by http.client. Reads that exceed the buffer go straight into the caller's memory."""
         return io.BufferedReader(self, _BUFFER)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """One recv."""
-        self._sock.settimeout(left(self._deadline, "while waiting for the reply"))
+        """Receives once."""
+        self._sock.settimeout(time_left(self._deadline, "while waiting for the reply"))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

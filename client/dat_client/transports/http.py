@@ -1,4 +1,4 @@
-"""The way over HTTP: Open Inference Protocol v2, one request a call."""
+"""The transport over HTTP: Open Inference Protocol v2, one request for each call."""
 
 from __future__ import annotations
 
@@ -7,49 +7,62 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from dat_client.calls.core import Call, Exchange, Reply, error_of, next_id, read_response
-from dat_client.errors import InvalidRequest, ProtocolError, Unavailable, shown
-from dat_client.transports.connections import Connections
-from dat_client.wire.headers import ATTEMPT, HEADER_LENGTH, REQUEST_ID, SERVER_TIMING, parse_server_timing
+from dat_client import wire
+from dat_client.calls.core import Call, Exchange, next_id, read_response
+from dat_client.errors import (
+    DatError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnknownCodec,
+    invalid,
+    shown,
+)
+from dat_client.transports.base import Question
+from dat_client.transports.connections import Connections, Reply
+from dat_client.wire.headers import (
+    ATTEMPT,
+    HEADER_LENGTH,
+    REQUEST_ID,
+    RETRY_AFTER,
+    SERVER_TIMING,
+    parse_server_timing,
+    retry_after_s,
+)
 
 
 def check_url(url: str) -> str:
-    """The base URL without a trailing slash; raises InvalidRequest for what is not one.
+    """Returns the base URL without a trailing slash; raises InvalidRequest if it cannot be one.
 
     >>> check_url("http://codec:8000/prefix/")
     'http://codec:8000/prefix'
     """
-    limit = "http://host:port or https://host:port/prefix"
-
-    def refuse(problem: str) -> InvalidRequest:
-        return InvalidRequest(f"url: {problem}, got {shown(url)}", field="url", value=url, limit=limit)
-
-    if not isinstance(url, str):
-        raise refuse(f"must be {limit}")
+    parts, hint = urlsplit(""), None
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url if isinstance(url, str) else "")
         parts.port  # noqa: B018  (raises for a bad one)
         (parts.hostname or "").encode("idna")
     except ValueError as error:
-        raise refuse(str(error)) from None
-    if parts.scheme not in ("http", "https"):
-        raise refuse(f"scheme must be http or https, as in {limit}")
-    if not parts.hostname:
-        raise refuse(f"host missing, must be {limit}")
-    if parts.username is not None:
-        raise InvalidRequest("url: no user or password in it; use api_key", field="url", limit=limit)
-    if parts.query or parts.fragment:
-        raise refuse(f"no query and no fragment, must be {limit}")
-    if re.search(r"[\x00-\x20\x7f]", url) or not parts.path.isascii():
-        raise refuse("no blanks, and in the path only ASCII (percent-encode the rest)")
+        hint = str(error)
+    if parts.username is not None:  # the password is not shown
+        raise invalid("url", "without user and password", found="a URL that has them", hint="use api_key")
+    if re.search(r"[\x00-\x20\x7f]", str(url)) or not parts.path.isascii():
+        hint = "percent-encode blanks and what is not ASCII in the path"
+    elif parts.query or parts.fragment:
+        hint = "a query or fragment cannot be part of it"
+    if hint or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise invalid("url", "http://host:port or https://host:port/prefix", value=url, hint=hint)
     return url.rstrip("/")
 
 
 def codec_path(codec: str) -> str:
-    """The path of a codec, its name percent-encoded.
+    """Returns the path of a codec, its name percent-encoded.
 
     >>> codec_path("a/b c")
     '/v2/models/a%2Fb%20c'
@@ -57,8 +70,8 @@ def codec_path(codec: str) -> str:
     return f"/v2/models/{quote(codec, safe='')}"
 
 
-class HttpWay:
-    """A codec behind a URL; thread-safe, not fork-safe (the child is given a new one)."""
+class HttpTransport:
+    """A codec behind a URL; see `Transport`."""
 
     def __init__(
         self, url: str, codec: str, *, connect_timeout_s: float, max_connections: int, headers: Mapping[str, str]
@@ -68,74 +81,103 @@ class HttpWay:
         self._headers = {"Accept-Encoding": "identity", **headers}
         self._connections = Connections(url, connect_timeout_s=connect_timeout_s, limit=max_connections)
         path = codec_path(codec)
-        self._infer = f"{path}/infer"
         self._paths = {
+            "infer": f"{path}/infer",
             "live": "/v2/health/live",
             "ready": f"{path}/ready",
             "metadata": path,
             "server_metadata": "/v2",
         }
 
-    def address(self, what: str) -> str:
-        """Where a question, or "infer", goes, for messages."""
-        return self.url + self._paths.get(what, self._infer)
+    def address(self, target: Question | Literal["infer"]) -> str:
+        """Returns the URL of a question or of inference."""
+        return self.url + self._paths[target]
 
-    def sending(self, call: Call) -> Callable[[float, int], Exchange]:
-        """The attempt that `repeat` makes: `call` is encoded here, once, and sent at each attempt."""
+    def prepare(self, call: Call) -> Callable[[float, int], Exchange]:
+        """Encodes the call once and returns the attempt that sends it."""
         buffers, header_length = call.encode()
-        headers = {
+        size = sum(map(len, buffers))
+        call_headers = {
             "Content-Type": "application/octet-stream",
             HEADER_LENGTH: str(header_length),
-            "Content-Length": str(sum(map(len, buffers))),
+            "Content-Length": str(size),
             REQUEST_ID: call.id,
         }
 
         def attempt(deadline: float, number: int) -> Exchange:
             begun_s = time.perf_counter()
-            sent = {**headers, ATTEMPT: str(number)}
-            reply = self._send("POST", self._infer, sent, buffers, deadline)
+            attempt_headers = {**call_headers, ATTEMPT: str(number)}
+            reply = self._send("POST", "infer", attempt_headers, buffers, deadline)
             seconds = time.perf_counter() - begun_s
             timing = parse_server_timing(reply.header(SERVER_TIMING))
-            response = read_response(call, reply)
-            return Exchange(response, timing, begun_s, seconds, sum(map(len, buffers)), len(reply.body))
+            response = read_response(call, reply.body, reply.header(HEADER_LENGTH))
+            return Exchange(response, timing, begun_s, seconds, size, len(reply.body))
 
         return attempt
 
-    def ask(self, what: str, deadline: float, number: int = 1) -> dict[str, Any]:
-        """The answer to "live", "ready", "metadata" or "server_metadata"; raises as `Client.metadata`."""
-        headers = {REQUEST_ID: next_id(), ATTEMPT: str(number)}
-        reply = self._send("GET", self._paths[what], headers, (), deadline)
+    def ask(self, question: Question, deadline: float, number: int = 1) -> dict[str, Any]:
+        """Returns the JSON object that answers a question; raises as `Client.metadata`."""
+        question_headers = {REQUEST_ID: next_id(), ATTEMPT: str(number)}
+        reply = self._send("GET", question, question_headers, (), deadline)
         try:
             answer = json.loads(bytes(reply.body))
         except (ValueError, RecursionError):
             answer = None
         if isinstance(answer, dict):
             return answer
-        if what in ("live", "ready"):  # in OIP v2 the status says it
+        if question in ("live", "ready"):  # OIP v2 answers these by the status alone
             return {}
         start = shown(bytes(reply.body[:80]))
-        raise ProtocolError(f"{self.address(what)}: the answer is not a JSON object, begins with {start}")
+        raise ProtocolError(f"{self.address(question)}: the answer is not a JSON object, it begins with {start}")
 
     def _send(
         self,
         method: str,
-        path: str,
+        target: Question | Literal["infer"],
         headers: Mapping[str, str],
         buffers: Sequence[bytes | memoryview],
         deadline: float,
     ) -> Reply:
-        """A 2xx reply. Raises Unavailable, and what another status means."""
+        """Returns a reply of status 2xx. Raises Unavailable, or the exception that another status stands for."""
         try:
-            target = self._prefix + path
-            reply = self._connections.request(method, target, {**self._headers, **headers}, buffers, deadline)
+            path = self._prefix + self._paths[target]
+            reply = self._connections.request(method, path, {**self._headers, **headers}, buffers, deadline)
         except (HTTPException, OSError) as error:
             cause = f"{type(error).__name__}: {error}"
-            raise Unavailable(f"{self.url}{path}: {cause}", cause=cause) from error
-        refusal = error_of(reply, self.url + path)
+            raise Unavailable(f"{self.address(target)}: {cause}", cause=cause) from error
+        refusal = error_of(reply, self.address(target))
         if refusal is not None:
             raise refusal
         return reply
 
     def close(self) -> None:
-        """Close the idle connections; those in use close when their request ends."""
+        """Closes the idle connections; those in use close when their request ends."""
         self._connections.close()
+
+
+def error_of(reply: Reply, url: str) -> DatError | None:
+    """Returns the exception that a reply's status stands for, None for 2xx."""
+    status = reply.status
+    if 200 <= status < 300:
+        return None
+    if 300 <= status < 400:
+        location = shown(reply.header("location") or "elsewhere")
+        return ProtocolError(f"{url}: {status}: redirects to {location}; use that address")
+    body = wire.decode_error(reply.body)
+    own_status = status if body else None  # without OIP's error body, a proxy answered
+    text = body.error if body else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
+    message = f"{url}: {status}: {text}"
+    pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
+    if status == 429 or (status == 503 and pause_s is not None):
+        return Overloaded(message, cause=message, status=own_status, retry_after_s=pause_s)
+    if status == 408 or status >= 500:
+        return Unavailable(message, cause=message, status=own_status)
+    if status in (401, 403):
+        return Unauthorized(f"{message} (api_key)", status=status)
+    if status == 404 and not body:
+        return ProtocolError(f"{message}: no inference service at this address")
+    kinds: dict[int, type[InvalidRequest]] = {404: UnknownCodec, 413: TooLarge}
+    kind = kinds.get(status, InvalidRequest)
+    if not body:
+        return kind(message, status=status)
+    return kind(message, field=body.field, value=body.value, limit=body.limit, status=status)

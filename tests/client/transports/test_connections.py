@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from dat_client import Client, ProtocolError
-
-from .loopback import running
+from tests.client.loopback import running
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_a_client_that_is_dropped_leaves_nothing_open(server, images) -> None:
     client = Client(server.url, max_in_flight=2)  # a ResourceWarning would fail this test
     client.discretize(images)
     client.submit(images).result(20)
-    sockets = [connection.sock for connection in client._way._connections._idle]
+    sockets = [connection.sock for connection in client._transport._connections._idle]
     assert sockets
     del client
     gc.collect()
@@ -151,7 +150,7 @@ def test_an_interrupt_in_the_middle_of_a_call_leaves_the_client_whole(server, im
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("dat_client.transports.connections._body", interrupted)
+            patch.setattr("dat_client.transports.connections._read_body", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 client.discretize(images)
         assert np.array_equal(client.discretize(images, timeout_s=5).reconstruction, images)

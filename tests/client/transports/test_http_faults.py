@@ -158,9 +158,7 @@ def test_nobody_there(images):
 
 
 def test_close_ends_the_waiting_for_a_repeat(server, images, monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 1000.0)
-    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    monkeypatch.setattr(retry, "pause_s", lambda *_: 1000.0)
     server.every = "status 500"
     client = Client(server.url, timeout_s=2000)
     future = client.submit(images)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dat_client import Discretized
+from dat_client.calls import core
+from dat_client.errors import (
+    InvalidRequest,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n...."
+JPEG = b"\xff\xd8\xff\xe0...."
+
+
+def call(images, **kwargs):
+    return core.discretize_call(
+        images,
+        kwargs.pop("gradients", None),
+        kwargs.pop("gradient_dtype", "FP16"),
+        kwargs.pop("outputs", None),
+        kwargs.pop("output_dtype", None),
+        kwargs,
+    )
+
+
+@pytest.mark.parametrize("outputs", [["colour"], [], ["indices", "indices"], "colour"])
+def test_bad_outputs_are_refused(images, outputs):
+    with pytest.raises(InvalidRequest, match="outputs") as caught:
+        call(images, outputs=outputs)
+    assert caught.value.field == "outputs"
+
+
+def test_parameters_are_plain_numbers_and_none_is_left_out(images):
+    made = call(images, alpha=np.float32(0.5), seed=None, preset="paper", output_dtype="FP16")
+    assert made.parameters == {"alpha": 0.5, "preset": "paper", "output_dtype": "FP16"}
+    assert call(images).parameters == {}
+
+
+@pytest.mark.parametrize("bad", [{"alpha": float("nan")}, {"seed": [1]}, {"output_dtype": "INT8"}])
+def test_bad_parameters_are_refused_by_name(images, bad):
+    with pytest.raises(InvalidRequest) as caught:
+        call(images, **bad)
+    assert caught.value.field == next(iter(bad))
+
+
+def test_ids_are_never_given_twice(images):
+    assert len({call(images).id for _ in range(100)}) == 100
+
+
+def test_repr_shows_shapes_rather_than_data():
+    q = Discretized(np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 1, 1), np.uint16), codec="c", fingerprint="f")
+    assert (
+        repr(q) == "Discretized(reconstruction=uint8[2, 3, 8, 8], indices=uint16[2, 1, 1], "
+        "codec='c', fingerprint='f')"
+    )
