@@ -47,8 +47,8 @@ def verify(
     from dat_workers.engines.factory import create
     from dat_workers.errors import InvalidInput
     from dat_workers.images.crops import sample_crops
-    from dat_workers.verify.agreement import STAND_IN, measure, stand_in_gradients
-    from dat_workers.verify.survey import fastest, judged, survey
+    from dat_workers.verify.agreement import STAND_IN_CLASSIFIER, reference_outputs, stand_in_gradients
+    from dat_workers.verify.survey import deciding_rows, fastest_passing, survey
 
     with told():
         try:
@@ -65,18 +65,18 @@ def verify(
             reference = create(EngineConfig("reference", device), load_model(file))
             images = sample_crops(pictures, crop, limit)
             given_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
-            _say(f"judging the reference on {len(images)} pictures")
-            yardstick = measure(
+            _say(f"computing the reference on {len(images)} pictures")
+            expected = reference_outputs(
                 reference,
                 images.astype("float32") / 255,
                 stand_in_gradients if given_gradients is None else lambda q: given_gradients,
             )
-            rows = survey(model, yardstick, device=device, engines=engine or (), dtypes=dtype or (), say=_say)
+            rows = survey(model, expected, device=device, engines=engine or (), dtypes=dtype or (), report=_say)
         except (InvalidInput, ValueError, RuntimeError, OSError) as error:
             raise error if isinstance(error, CodecError) else CodecError(str(error)) from error
-        source = STAND_IN if gradients is None else gradients.name
-        best = fastest(rows)
-        deciding = judged(rows, engines=bool(engine), dtypes=bool(dtype))
+        source = STAND_IN_CLASSIFIER if gradients is None else gradients.name
+        best = fastest_passing(rows)
+        deciding = deciding_rows(rows, engines=bool(engine), dtypes=bool(dtype))
         short = [row for row in deciding if row.shortfall]
         facts: dict[str, Any] = {
             "codec": name,
@@ -85,8 +85,8 @@ def verify(
             "pictures": f"{len(images)} centre crops of {crop} x {crop}",
             "step": "easyrobust: α = 0.1, l2, from Q(x)",
             "gradients": source,
-            "tokens": yardstick.tokens.numel(),
-            "tokens_changed": int(yardstick.changed.sum()) if yardstick.changed is not None else 0,
+            "tokens": expected.indices.numel(),
+            "tokens_changed": int(expected.changed.sum()) if expected.changed is not None else 0,
         }
         _print(facts, rows)
         for row in deciding:

@@ -1,4 +1,4 @@
-"""Are the numbers right? Engines against a reference, the same pictures, token by token."""
+"""Compares an engine with a reference engine on the same images, token by token."""
 
 from __future__ import annotations
 
@@ -14,165 +14,158 @@ from torch import Tensor, nn
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.perturbation import PRESETS, perturb
 
-LEAST_AGREEMENT = 0.9999  # of fp32 engines: kernels that add in another order flip a near-tie now and then
-LEAST_HALF_AGREEMENT = 0.995  # of anything less precise (DESIGN.md, "Numerics")
-LEAST_FIDELITY = 0.95  # of all: whoever sees too little of δ, or δ where there is none, trains on noise
-LEAST_PSNR_DB = 80.0  # of pictures decoded from the same tokens: a fortieth of a grey level
-LEAST_HALF_PSNR_DB = 40.0  # in half precision: about a grey level
+MIN_AGREEMENT = 0.9999  # in fp32, where kernels that add in another order flip a near-tie now and then
+MIN_HALF_AGREEMENT = 0.995  # in any precision below fp32
+MIN_FIDELITY = 0.95  # in every precision: an encoder that misses δ, or sees one that is not there, trains on noise
+MIN_PSNR_DB = 80.0  # in fp32, of images decoded from the same tokens: an error of a fortieth of a grey level
+MIN_HALF_PSNR_DB = 40.0  # in any precision below fp32: an error of about one grey level
 
 STEP = PRESETS["easyrobust"]  # α = 0.1, l2, from Q(x): the smallest δ in use, 2.6e-4 a pixel at 224²
-STAND_IN = "untrained convolutional classifier, seed 0 (a stand-in for a trained one)"
-NO_TOKEN = -1  # where the encoder overflowed: equal to nothing
+STAND_IN_CLASSIFIER = "untrained convolutional classifier, seed 0 (a stand-in for a trained one)"
+NO_TOKEN = -1  # the index of every token of an image whose encoding overflowed: equal to no token
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an engine compares with the reference on the same pictures."""
+    """The result of comparing an engine with the reference on the same images."""
 
     token_agreement: float  # share of equal indices
-    psnr_db: float  # of the finite pictures decoded from the reference's tokens, peak 1
-    largest_difference: float  # between those, of 1
-    non_finite: int  # pictures with a NaN or infinity, on the way to tokens or back
-    half: bool  # less precise than fp32
-    fidelity: float | None = None  # see `changed`; both step from the reference's Q(x)
-    own_fidelity: float | None = None  # the same, each stepping from its own Q(x)
+    psnr_db: float  # of the finite images decoded from the reference's tokens; the peak is 1
+    largest_difference: float  # between pixels of those images, whose range is 1
+    non_finite: int  # images with a NaN or infinity in their latent vectors or after decoding
+    half: bool  # whether the engine is less precise than fp32
+    fidelity: float | None = None  # see `changed_tokens`; both engines step from the reference's Q(x)
+    own_fidelity: float | None = None  # the same, but each engine steps from its own Q(x)
 
     @property
     def shortfall(self) -> str:
-        """What is not as it must be at this precision; empty where all is."""
-        least = LEAST_HALF_AGREEMENT if self.half else LEAST_AGREEMENT
-        least_psnr = LEAST_HALF_PSNR_DB if self.half else LEAST_PSNR_DB
-        wrong = []
+        """The values that miss their limit at this precision, with the limits; empty if none does."""
+        min_agreement = MIN_HALF_AGREEMENT if self.half else MIN_AGREEMENT
+        min_psnr_db = MIN_HALF_PSNR_DB if self.half else MIN_PSNR_DB
+        misses = []
         if self.non_finite:
-            wrong.append(f"{self.non_finite} pictures are not finite")
-        if not self.token_agreement >= least:
-            wrong.append(f"token agreement {self.token_agreement:.4%}, at least {least:.2%}")
-        if self.fidelity is not None and not self.fidelity >= LEAST_FIDELITY:
-            wrong.append(f"fidelity {self.fidelity:.2%}, at least {LEAST_FIDELITY:.0%}")
-        if not self.psnr_db >= least_psnr:
-            wrong.append(f"PSNR {self.psnr_db:.1f} dB, at least {least_psnr:g}")
-        return "; ".join(wrong)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing falls short."""
-        return not self.shortfall
+            misses.append(f"{self.non_finite} images are not finite")
+        if not self.token_agreement >= min_agreement:
+            misses.append(f"token agreement {self.token_agreement:.4%}, must be at least {min_agreement:.2%}")
+        if self.fidelity is not None and not self.fidelity >= MIN_FIDELITY:
+            misses.append(f"fidelity {self.fidelity:.2%}, must be at least {MIN_FIDELITY:.0%}")
+        if not self.psnr_db >= min_psnr_db:
+            misses.append(f"PSNR {self.psnr_db:.1f} dB, must be at least {min_psnr_db:g}")
+        return "; ".join(misses)
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """The reference's answers, to be computed once for many engines. All on the CPU.
+class ReferenceOutputs:
+    """The reference's outputs for some images, computed once to compare many engines with. All are on the CPU.
 
-    images fp32 [N,3,H,W] in 0..1; tokens int64 [N,h,w]; pictures fp32, decoded from them, not clipped; gradients
-    fp32 [N,3,H,W] and changed bool [N,h,w], or None where fidelity is not asked for.
+    images fp32 [N,3,H,W] in 0..1; indices int64 [N,h,w]; reconstructions fp32 [N,3,H,W], decoded from them and not
+    clipped; gradients fp32 [N,3,H,W] and changed bool [N,h,w], or None if fidelity is not measured.
     """
 
     images: Tensor
-    tokens: Tensor
-    pictures: Tensor
-    gradients: Tensor | None
-    changed: Tensor | None
+    indices: Tensor
+    reconstructions: Tensor
+    gradients: Tensor | None = None
+    changed: Tensor | None = None
 
     @property
     def base(self) -> Tensor:
-        """Q(x) as a trainer sees it: where the step starts and where the gradient is taken."""
-        return self.pictures.clamp(0, 1)
+        """Q(x) as a trainer receives it, clipped to 0..1: the start of the step, and the place of the gradient."""
+        return self.reconstructions.clamp(0, 1)
 
 
-def measure(
+def reference_outputs(
     reference: Engine,
     images: npt.NDArray[Any] | Tensor,
     gradients: Callable[[Tensor], Tensor] | None = None,
-) -> Yardstick:
-    """The yardstick for fp32 images [N,3,H,W] in 0..1, H and W multiples of f.
+) -> ReferenceOutputs:
+    """Computes the reference's outputs for fp32 images [N,3,H,W] in 0..1, H and W multiples of f.
 
-    `gradients` gives the loss's gradient at Q(x), from fp32 pictures to the same shape (`stand_in_gradients`).
+    `gradients` returns the loss's gradient at Q(x): fp32 [N,3,H,W] to the same shape (`stand_in_gradients`).
+    Without it fidelity is not measured.
     """
     x = torch.as_tensor(images)
-    tokens = encode(reference, x)
-    pictures = decode(reference, tokens)
-    base = pictures.clamp(0, 1)
+    indices = encode(reference, x)
+    outputs = ReferenceOutputs(x, indices, decode(reference, indices))
     if gradients is None:
-        return Yardstick(x, tokens, pictures, None, None)
-    g = gradients(base)
-    return Yardstick(x, tokens, pictures, g, changed(reference, base, g))
+        return outputs
+    g = gradients(outputs.base)
+    changed = changed_tokens(reference, outputs.base, g)
+    return ReferenceOutputs(x, indices, outputs.reconstructions, g, changed)
 
 
-def judge(engine: Engine, yardstick: Yardstick) -> Agreement:
-    """An engine against the reference: token agreement of Q(x), fidelity, and pictures from the same tokens."""
-    x, theirs = yardstick.images, yardstick.tokens
-    tokens = encode(engine, x)
-    pictures = decode(engine, theirs)
-    finite = pictures.isfinite().flatten(1).all(1)
-    difference = (pictures - yardstick.pictures)[finite]
+def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:
+    """Compares an engine's tokens of Q(x), its decoding of the reference's tokens, and its fidelity."""
+    indices = encode(engine, expected.images)
+    decoded = decode(engine, expected.indices)
+    finite = decoded.isfinite().flatten(1).all(1)
+    difference = (decoded - expected.reconstructions)[finite]
     mse = float(difference.double().square().mean()) if len(difference) else float("nan")
-    lost = (tokens == NO_TOKEN).flatten(1).any(1) | ~finite
-    fidelity = own = None
-    if yardstick.gradients is not None and yardstick.changed is not None:
-        fidelity = jaccard(changed(engine, yardstick.base, yardstick.gradients), yardstick.changed)
-        mine = decode(engine, tokens).nan_to_num().clamp(0, 1) if not lost.any() else yardstick.base
-        own = jaccard(changed(engine, mine, yardstick.gradients), yardstick.changed)
+    lost = (indices == NO_TOKEN).flatten(1).any(1) | ~finite
+    fidelity = own_fidelity = None
+    if expected.gradients is not None and expected.changed is not None:
+        fidelity = jaccard(changed_tokens(engine, expected.base, expected.gradients), expected.changed)
+        own_base = expected.base if lost.any() else decode(engine, indices).nan_to_num().clamp(0, 1)
+        own_fidelity = jaccard(changed_tokens(engine, own_base, expected.gradients), expected.changed)
     return Agreement(
-        token_agreement=float((tokens == theirs).double().mean()),
+        token_agreement=float((indices == expected.indices).double().mean()),
         psnr_db=10 * float(np.log10(1 / max(mse, 1e-15))),
         largest_difference=float(difference.abs().max()) if len(difference) else float("nan"),
         non_finite=int(lost.sum()),
         half=engine.dtype != "fp32",
         fidelity=fidelity,
-        own_fidelity=own,
+        own_fidelity=own_fidelity,
     )
 
 
 def compare(engine: Engine, reference: Engine, images: npt.NDArray[Any] | Tensor) -> Agreement:
-    """Token agreement of Q(x), and PSNR of pictures decoded from the same tokens; no fidelity.
-
-    images: fp32 [N,3,H,W] in 0..1, H and W multiples of f.
-    """
-    return judge(engine, measure(reference, images))
+    """Compares two engines on fp32 images [N,3,H,W] in 0..1, H and W multiples of f; does not measure fidelity."""
+    return compare_outputs(engine, reference_outputs(reference, images))
 
 
-def changed(engine: Engine, base: Tensor, gradients: Tensor) -> Tensor:
-    """Which tokens δ changes: bool [N,h,w], those of base + δ against those of base, both by this engine.
+def changed_tokens(engine: Engine, base: Tensor, gradients: Tensor) -> Tensor:
+    """Returns the tokens that δ changes: bool [N,h,w], comparing this engine's tokens of base + δ and of base.
 
     The step is `easyrobust`'s, which starts at Q(x). Fidelity compares two engines from one base, the reference's
-    Q(x): then all that differs is what their encoders see of δ. From its own Q(x) each engine starts elsewhere:
-    a decoder in half precision moves pixels by more than δ does, other tokens lie near a tie there, and the
-    overlap is small although every token may be right for the picture it belongs to (`own_fidelity`).
+    Q(x), so that they differ only in what their encoders make of δ. From its own Q(x) each engine starts at
+    different pixels: a decoder in half precision moves pixels by more than δ does, other tokens lie near a tie
+    there, and the overlap is small although every token may be right for the image it belongs to (`own_fidelity`).
     """
     return encode(engine, base) != encode(engine, perturb(base, base, gradients, STEP))
 
 
-def jaccard(ours: Tensor, theirs: Tensor) -> float:
-    """|A ∩ B| / |A ∪ B| of two bool masks; 1 where both are empty."""
-    union = int((ours | theirs).sum())
-    return int((ours & theirs).sum()) / union if union else 1.0
+def jaccard(a: Tensor, b: Tensor) -> float:
+    """Returns |A ∩ B| / |A ∪ B| of two bool masks; 1 if both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
 
 
 def encode(engine: Engine, images: Tensor) -> Tensor:
-    """Tokens int64 [N,h,w] on the CPU; NO_TOKEN throughout an image whose latents are not finite."""
+    """Returns indices int64 [N,h,w] on the CPU; an image whose latent vectors are not finite has NO_TOKEN only."""
     parts = torch.split(images, rows_at_once(engine, images.shape[2] * images.shape[3]))
     return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts])
 
 
 def decode(engine: Engine, indices: Tensor) -> Tensor:
-    """Pictures fp32 on the CPU, not clipped."""
+    """Returns the images of indices, fp32 [N,3,H,W] on the CPU, not clipped."""
     parts = torch.split(indices, engine.batch)
     return torch.cat([engine.decode(part.to(engine.device)).float().cpu() for part in parts])
 
 
-def stand_in_gradients(pictures: Tensor) -> Tensor:
-    """∇L of a fixed, untrained convolutional classifier at fp32 pictures [N,3,H,W], its own answers as labels.
+def stand_in_gradients(images: Tensor) -> Tensor:
+    """Returns ∇L of a fixed, untrained convolutional classifier at fp32 images [N,3,H,W].
 
-    What δ looks like depends on the classifier; one that is trained gives its own with `--gradients`.
+    The labels are its own answers. What δ looks like depends on the classifier; pass a trained one's gradients with
+    `--gradients`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for wide, narrow, kernel in ((3, 32, 7), (32, 64, 3), (64, 128, 3)):
-            layers += [nn.Conv2d(wide, narrow, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
+        for inputs, outputs, kernel in ((3, 32, 7), (32, 64, 3), (64, 128, 3)):
+            layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
         classifier = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
     gradients: list[Tensor] = []
-    for part in torch.split(pictures, 8):
+    for part in torch.split(images, 8):
         x = part.clone().requires_grad_()
         logits = classifier(x)
         loss = nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")

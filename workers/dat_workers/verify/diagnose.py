@@ -1,4 +1,4 @@
-"""Where half precision overflows: the first layer that turns finite numbers into infinity."""
+"""Finds the layer at which half precision overflows: the first one that turns finite numbers into infinity."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ from dat_workers.engines.factory import create
 
 @dataclass(frozen=True)
 class Overflow:
-    """A layer whose output is not finite, though all before it is."""
+    """A layer whose output is not finite, although the outputs of all layers before it are."""
 
     layer: str
-    largest: float  # finite number that went in, in absolute value
+    largest_input: float  # the largest absolute value among its finite inputs
 
     def __str__(self) -> str:
-        return f"{self.layer}, into which numbers up to {self.largest:.3g} go"
+        return f"{self.layer}, whose inputs reach {self.largest_input:.3g}"
 
 
 def find_overflow(
     model: VQGAN, images: Tensor, indices: Tensor, *, device: str = "auto", dtype: str = "fp16"
 ) -> Overflow | None:
-    """The first layer of the torch engine that overflows on images fp32 [N,3,H,W] or their indices [N,h,w].
+    """Returns the first layer that overflows on images fp32 [N,3,H,W] or on their indices [N,h,w], or None.
 
-    The engine runs one image at a time and with none of its tricks, as a fused kernel has no layers to ask; None
-    where nothing overflows so.
+    The torch engine computes one image at a time, without any of its tricks: a fused kernel has no layers to watch.
     """
     engine: Any = create(EngineConfig("torch", device, dtype, "none"), copy.deepcopy(model))
-    found: list[Overflow] = []
+    overflows: list[Overflow] = []
     for name, module in engine.model.named_modules():
-        module.register_forward_hook(_watch(name, found))
+        module.register_forward_hook(_record_overflow(name, overflows))
     for image, tokens in zip(torch.split(images, 1), torch.split(indices, 1), strict=True):
         engine.encode(image.to(engine.device))
         engine.decode(tokens.to(engine.device))
-        if found:
-            return found[0]
+        if overflows:
+            return overflows[0]
     return None
 
 
-def _watch(name: str, found: list[Overflow]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _record_overflow(
+    name: str, overflows: list[Overflow]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if found or bool(output.isfinite().all()):
+        if overflows or bool(output.isfinite().all()):
             return
         x = inputs[0].float()
         finite = x.isfinite()
         layer = name
-        if not finite.all():  # nothing before gave infinity: it arose between two layers, in their parent's sums
+        if not finite.all():  # no layer returned infinity: it arose between two layers, in a sum of their parent
             layer = f"{name.rpartition('.')[0] or 'the network'}, before its {name.rpartition('.')[2]}"
-        found.append(Overflow(layer, float(x[finite].abs().max()) if finite.any() else float("inf")))
+        overflows.append(Overflow(layer, float(x[finite].abs().max()) if finite.any() else float("inf")))
 
     return hook

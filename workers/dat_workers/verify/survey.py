@@ -1,11 +1,15 @@
-"""`dat codecs verify`: every engine and dtype of this machine against the reference, and which of them to use."""
+"""Measures every engine and dtype of this machine against the reference, and names the fastest that passes.
+
+`dat codecs verify` prints the result.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,21 +19,21 @@ from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs
 from dat_workers.system.timing import alternate, clock_for, one_line
-from dat_workers.verify.agreement import Agreement, Yardstick, judge
+from dat_workers.verify.agreement import Agreement, ReferenceOutputs, compare_outputs
 from dat_workers.verify.diagnose import find_overflow
 
-TIMED = {"cuda": 64, "cpu": 2}  # images a call; more tell nothing new on a CPU, which takes them one at a time
+TIMED_IMAGES = {"cuda": 64, "cpu": 2}  # a call; a CPU computes one image at a time, so more would tell nothing new
 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine and dtype: how it agrees and how fast it is, or why it could not be run."""
+    """The agreement and speed of one engine and dtype, or the reason why it could not run."""
 
     engine: str
     dtype: str
-    default: bool  # whether it is what runs where nothing is asked for
+    default: bool  # whether it runs when neither engine nor dtype is chosen
     agreement: Agreement | None = None
-    images_per_s: float | None = None  # of Q, median of a few rounds: to rank by, no benchmark
+    images_per_s: float | None = None  # of Q, the median of a few rounds: good for a ranking, not a benchmark
     overflow: str | None = None  # the layer
     error: str | None = None
 
@@ -39,11 +43,11 @@ class Row:
 
     @property
     def shortfall(self) -> str:
-        """What is not as it must be; empty where all is."""
+        """The limits that the engine misses, or why it did not run; empty if it passes."""
         return self.agreement.shortfall if self.agreement else self.error or "not run"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it: NaN is null."""
+        """Returns the row for JSON, which has null instead of NaN."""
         values = asdict(self) | {"shortfall": self.shortfall}
         if self.agreement:
             values["agreement"] = {
@@ -55,84 +59,87 @@ class Row:
 
 def survey(
     model: VQGAN,
-    yardstick: Yardstick,
+    expected: ReferenceOutputs,
     *,
     device: str = "auto",
     engines: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     rounds: int = 3,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """A row for every engine and dtype, or for those named. What cannot be made or run is a row with its error."""
-    rows: dict[str, Row] = {}
-    made: dict[str, Engine] = {}
-    default = create(EngineConfig(device=device), copy.deepcopy(model))  # what runs where nothing is asked for
-    names = [name if name != "auto" else default.name for name in engines]
-    named = [dtype if dtype != "auto" else default.dtype for dtype in dtypes]
+    """Returns a row for every engine and dtype, or for the named ones.
+
+    An engine that cannot be created or run has a row with its error. `report` receives a line before each step.
+    """
+    default = create(EngineConfig(device=device), copy.deepcopy(model))
     cuda = default.device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(default.device)  # events and graphs are of the current device
-    there = [*engine_dtype_pairs(cuda), ("reference", "fp32")]
-    if names and named:
-        pairs = [(name, dtype) for name in names for dtype in named]
-    elif names or named:
-        pairs = [pair for pair in there if pair[0] in names or pair[1] in named]
-    else:
-        pairs = there[:-1] + ([] if cuda else [("torch", "tf32")])
-    for name, dtype in pairs:
+        torch.cuda.set_device(default.device)  # CUDA events and graphs belong to the current device
+    rows: dict[str, Row] = {}
+    ready: dict[str, Engine] = {}
+    for name, dtype in _pairs(default, engines, dtypes):
         row = Row(name, dtype, (name, dtype) == (default.name, default.dtype))
         if dtype == "tf32" and not cuda:
             rows[row.name] = replace(row, error="not measured: TF32 needs CUDA")
             continue
-        say(f"judging {row.name}")
+        report(f"comparing {row.name}")
         try:
             engine = create(EngineConfig(name, device, dtype), copy.deepcopy(model))
-            engine.warm_up(yardstick.images.shape[2])
-            agreement = judge(engine, yardstick)
+            engine.warm_up(expected.images.shape[2])
+            agreement = compare_outputs(engine, expected)
             overflow = None
             if agreement.non_finite:
-                found = find_overflow(model, yardstick.images, yardstick.tokens, device=device, dtype=dtype)
-                overflow = str(found) if found else "no layer, when run one by one"
+                layer = find_overflow(model, expected.images, expected.indices, device=device, dtype=dtype)
+                overflow = str(layer) if layer else "no layer, when they run one by one"
         except Exception as error:
             rows[row.name] = replace(row, error=one_line(error))
             continue
-        made[row.name] = engine
+        ready[row.name] = engine
         rows[row.name] = replace(row, agreement=agreement, overflow=overflow)
-    speeds = _speeds(made, yardstick.images[: TIMED["cuda" if cuda else "cpu"]], rounds, say)
+    if ready:
+        report(f"timing {len(ready)} engines")
+    speeds = _images_per_s(ready, expected.images[: TIMED_IMAGES["cuda" if cuda else "cpu"]], rounds)
     return [replace(row, images_per_s=speeds.get(row.name)) for row in rows.values()]
 
 
-def _speeds(
-    made: dict[str, Engine], images: torch.Tensor, rounds: int, say: Callable[[str], None]
-) -> dict[str, float]:
-    """Images/s of Q from device to device, contestants in turn; those that fail are left out."""
+def _pairs(default: Engine, engines: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the (engine, dtype) pairs to survey; `auto` stands for the default's."""
+    names = [default.name if name == "auto" else name for name in engines]
+    chosen_dtypes = [default.dtype if dtype == "auto" else dtype for dtype in dtypes]
+    if names and chosen_dtypes:
+        return [(name, dtype) for name in names for dtype in chosen_dtypes]
+    cuda = default.device.type == "cuda"
+    available = engine_dtype_pairs(cuda)
+    if names or chosen_dtypes:
+        available.append(("reference", "fp32"))
+        return [(name, dtype) for name, dtype in available if name in names or dtype in chosen_dtypes]
+    return available if cuda else [*available, ("torch", "tf32")]
 
-    def call(engine: Engine, x: torch.Tensor) -> Callable[[], object]:
-        return lambda: engine.decode(engine.encode(x))
 
-    speeds: dict[str, float] = {}
-    if not made:
-        return speeds
-    say(f"timing {len(made)} engines")
-    device = next(iter(made.values())).device
-    calls = {name: call(engine, images.to(engine.device)) for name, engine in made.items()}
+def _images_per_s(engines: Mapping[str, Engine], images: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Times Q of images that are on the engine's device, all engines in turn; those that fail are left out."""
+    if not engines:
+        return {}
+    device = next(iter(engines.values())).device
+    calls = {name: partial(_q, engine, images.to(engine.device)) for name, engine in engines.items()}
     timings = alternate(calls, rounds=rounds, warmup=1, clock=clock_for(device), least_s=0)
-    for name, timing in timings.items():
-        if not timing.error:
-            speeds[name] = len(images) / timing.median
-    return speeds
+    return {name: len(images) / timing.median for name, timing in timings.items() if not timing.error}
 
 
-def fastest(rows: Sequence[Row]) -> Row | None:
-    """The default by measurement: the fastest of those that fall short nowhere (DESIGN.md, "Numerics")."""
-    good = [row for row in rows if not row.shortfall and row.images_per_s]
-    return max(good, key=lambda row: row.images_per_s or 0, default=None)
+def _q(engine: Engine, images: torch.Tensor) -> torch.Tensor:
+    return engine.decode(engine.encode(images))
 
 
-def judged(rows: Sequence[Row], *, engines: bool, dtypes: bool) -> list[Row]:
-    """The rows that decide: all that were asked for by name, else the default alone.
+def fastest_passing(rows: Sequence[Row]) -> Row | None:
+    """Returns the fastest of the engines that miss no limit: what the measurement recommends as the default."""
+    passing = [row for row in rows if not row.shortfall and row.images_per_s]
+    return max(passing, key=lambda row: row.images_per_s or 0, default=None)
 
-    An engine whose package is not installed decides only where both it and the dtype were named.
+
+def deciding_rows(rows: Sequence[Row], *, engines: bool, dtypes: bool) -> list[Row]:
+    """Returns the rows that decide the exit status: all if engines or dtypes were named, or else the default alone.
+
+    An engine whose package is not installed decides only if both it and the dtype were named.
     """
-    asked = [row for row in rows if engines or dtypes or row.default]
-    return [row for row in asked if (engines and dtypes) or "pip install" not in (row.error or "")]
+    named = [row for row in rows if engines or dtypes or row.default]
+    return [row for row in named if (engines and dtypes) or "pip install" not in (row.error or "")]
