@@ -18,10 +18,10 @@ from contextlib import ExitStack
 from itertools import repeat
 
 import torch
-from sleeping_codec import sleeping_codec
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
+from benchmarks.sleeping_codec import sleeping_codec
 from dat_client import Client
 from dat_client.torch import AdversarialLoader
 

@@ -30,9 +30,9 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.codec.report import columns
+from benchmarks.machine import cpu_name
 from dat_workers.batching.device_copies import Array
-from dat_workers.bench.machine import cpu_name
-from dat_workers.bench.report import columns
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
 from dat_workers.precompute import State, Summary, precompute

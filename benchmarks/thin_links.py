@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from tokens_changed import SIDE, trained
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.tokens_changed import SIDE, trained
 from dat_client.calls.arrays import gradient_tensors
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dat_service.bench.processes import clean_environment
+from benchmarks.processes import clean_environment
 
 
 @dataclass(frozen=True)

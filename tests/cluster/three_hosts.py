@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import clean_environment
 from dat_client import Client
-from dat_service.bench.processes import clean_environment
 from dat_service.launch import DAT, running_process
 from dat_service.ray import haproxy
 from tests.cluster.hosts import Host, hosts, why_not

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from dat_service.bench.processes import dat_serve, samples
+from benchmarks.processes import dat_serve, samples
 from dat_service.launch import RunningProcess
 from tests.fuzz.requests import CODEC, Message, good_requests, mutated
 from tests.load.traffic import show

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from dat_service.bench.processes import dat_serve
+from benchmarks.processes import dat_serve
 
 CODEC = "identity"
 EXAMPLES = int(os.environ.get("DAT_FUZZ_N", "10000")) // 40

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.pictures import pictures
 from dat_client import Client
-from dat_service.bench.pictures import pictures
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from dat_service.bench.processes import dat_serve, in_role, wait_until
+from benchmarks.processes import dat_serve, in_role, wait_until
 from dat_service.launch import RunningProcess
 from tests.load.answers import SERVE, answers
 from tests.load.traffic import Traffic, show

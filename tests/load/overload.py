@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dat_service.bench.echo import percentiles
-from dat_service.bench.pictures import pictures
-from dat_service.bench.processes import dat_serve, samples
+from benchmarks.pictures import pictures
+from benchmarks.processes import dat_serve, samples
+from benchmarks.service.echo import percentiles
 from dat_service.launch import RunningProcess
 from tests.load.answers import CODEC, SERVE
 from tests.load.raw import RawClient, Replies, open_loop, record

@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.codec.report import columns
+from benchmarks.processes import Sample, dat_serve, samples
 from dat_client import AsyncClient, Client, InvalidRequest, Unavailable, UnknownCodec, wire
-from dat_service.bench.processes import Sample, dat_serve, samples
-from dat_workers.bench.report import columns
 from tests.load.answers import CODEC, KINDS, SERVE, Answers, answers
 from tests.load.traffic import Traffic, show
 

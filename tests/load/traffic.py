@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.service.echo import percentiles
 from dat_client import Client
-from dat_service.bench.echo import percentiles
 from tests.load.answers import CODEC, Answers, kind_of
 
 

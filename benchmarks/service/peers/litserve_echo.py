@@ -12,7 +12,7 @@ from typing import Any
 import litserve as ls
 from fastapi import Response
 
-from dat_service.bench.peers import ready_once_open
+from benchmarks.service.peers import ready_once_open
 
 FIELD = "body"
 

@@ -7,7 +7,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from dat_service.bench.peers import ready_once_open
+from benchmarks.service.peers import ready_once_open
 
 app = FastAPI()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_workers.bench.diffusers_model import as_vqmodel
+from benchmarks.codec.diffusers_model import as_vqmodel
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import EngineConfig

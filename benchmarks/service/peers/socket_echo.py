@@ -11,7 +11,7 @@ import struct
 import sys
 import threading
 
-from dat_service.bench.peers import ready
+from benchmarks.service.peers import ready
 
 LENGTH = struct.Struct("!Q")
 

@@ -1,6 +1,6 @@
 """A stand-in for a codec on a GPU of its own: an engine that only sleeps. No codec at all.
 
-    python -m dat_service.bench.sleeping --replicas 4 --sleep-ms 100 --port 8123
+    python -m benchmarks.stand_ins.sleeping --replicas 4 --sleep-ms 100 --port 8123
 
 Everything but the engine is the real service on Ray Serve. The codec's name, as in `sleeping-stand-in-100ms`, says
 what it is and how long a batch of up to 8 images takes.
@@ -75,7 +75,7 @@ class SleepingReplica(CodecReplica):
 
 
 def main() -> None:
-    from dat_service.bench.sleeping import SleepingReplica
+    from benchmarks.stand_ins.sleeping import SleepingReplica
     from dat_service.ray.service import RayService
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

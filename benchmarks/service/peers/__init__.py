@@ -1,6 +1,6 @@
 """Servers that only send back what they were sent: the ceiling, and how others would serve the same bytes.
 
-    python -m dat_service.bench.peers.fastapi_echo PORT
+    python -m benchmarks.service.peers.fastapi_echo PORT
 
 Each as its own documentation shows it, with the fastest loop and parser that it takes; a module each, since most
 want their classes at the top of one. Each writes "ready" once it answers, and ends with SIGINT.

@@ -1,6 +1,6 @@
 """The engine without a service, in a process of its own: what the service is compared with.
 
-    python -m dat_service.bench.engine_process CODEC SIDE
+    python -m benchmarks.service.engine_process CODEC SIDE
 
 Reads a number of seconds a line, discretizes for so long and writes `images/s batch`. It tries batches first and
 keeps the best. uint8 in host memory to uint8 in host memory, as a request is.
@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from dat_service.bench.pictures import pictures
+from benchmarks.pictures import pictures
 from dat_service.settings import Settings
 from dat_workers.discretizer import Discretizer
 

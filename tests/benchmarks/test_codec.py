@@ -1,4 +1,4 @@
-"""`dat bench codec` on 64 x 64 pictures: what it measures is not looked at, only that and how it says it."""
+"""`python -m benchmarks.codec` on small images: not how fast, but that it measures and how it reports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from dat_service.cli.main import app
-from dat_workers.bench import cell, codec, machine, roofline
-from dat_workers.bench.contestants import Candidate, Codec, candidates, engine_candidate
+from benchmarks import machine
+from benchmarks.codec import __main__ as codec
+from benchmarks.codec import cell, roofline
+from benchmarks.codec.contestants import Candidate, Codec, candidates, engine_candidate
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
@@ -43,7 +43,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.set_num_threads(threads)
     results = json.loads(out.read_text())
-    assert results["command"].startswith("dat bench codec --batch 1 ")
+    assert results["command"].startswith("python -m benchmarks.codec --batch 1 ")
     assert results["machine"]["torch"] == torch.__version__
     assert results["codec"]["weights"].startswith("fingerprint ae675ccec0c9")
     assert results["matmul_peak_flops"]["fp32"] > 1e8
@@ -111,7 +111,7 @@ def test_diffusers_makes_the_same_pictures(spec: CodecSpec, photographs: Any) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' own
         pytest.importorskip("diffusers")
-        from dat_workers.bench.contestants import diffusers_candidate
+        from benchmarks.codec.contestants import diffusers_candidate
 
         torch.manual_seed(0)
         model = load_model("tiny-f8") if spec.name == "tiny-f8" else VQGAN(spec).eval().requires_grad_(False)
@@ -166,14 +166,7 @@ def test_what_cannot_be_asked(arguments: list[str], says: str, capsys: pytest.Ca
     assert codec.main(["--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
     assert says in error
-    assert error.startswith("dat bench codec: ")
-
-
-def test_help_of_the_command() -> None:
-    result = CliRunner().invoke(app, ["bench", "codec", "--help"])
-    assert result.exit_code == 0
-    assert "--geometry" in result.output
-    assert "codec" in CliRunner().invoke(app, ["bench", "--help"]).output
+    assert error.startswith("benchmarks.codec: ")
 
 
 def test_random_weights_need_torch_and_numpy_alone(tmp_path: Path) -> None:
@@ -183,10 +176,10 @@ def test_random_weights_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     flags = "--geometry tiny-f8 --device cpu --batch 1 --size 64 --rounds 1 --warmup 1 --threads 1 --contestants"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}.split()));"
-        "from dat_workers.bench.codec import main;"
+        "from benchmarks.codec.__main__ import main;"
         f"sys.exit(main([*{flags!r}.split(), 'torch fp32,taming*,diffusers fp32 eager', '--out', {str(out)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results["codec"] == {"name": "tiny-f8", "weights": "random weights"}
@@ -197,5 +190,3 @@ def test_random_weights_need_torch_and_numpy_alone(tmp_path: Path) -> None:
     assert rows["taming fp32"]["error"].startswith("not installed (")
     assert rows["diffusers fp32 eager"]["error"].startswith("not installed (")
     assert not out.with_suffix(".png").exists()
-    script = (ROOT / "benchmarks" / "codec.py").read_text()
-    assert "from dat_workers.bench.codec import main" in script

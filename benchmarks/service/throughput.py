@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.pictures import pictures
+from benchmarks.processes import clean_environment, dat_serve
 from dat_client import Client
-from dat_service.bench.pictures import pictures
-from dat_service.bench.processes import clean_environment, dat_serve
 from dat_service.launch import READY, StartFailed
 from dat_workers.system.timing import Timing, ratio
 
@@ -88,7 +88,7 @@ def closed_loop(
 @contextlib.contextmanager
 def engine(codec: str, side: int, **env: str) -> Iterator[Callable[[float], tuple[float, int]]]:
     """A function that says the engine's images/s over so many seconds, and its best batch."""
-    command = [sys.executable, "-m", "dat_service.bench.engine_process", codec, str(side)]
+    command = [sys.executable, "-m", "benchmarks.service.engine_process", codec, str(side)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment(env)
     )

@@ -1,4 +1,4 @@
-"""The results of `dat bench service` as tables, every figure beside its bar: for the screen and for Markdown."""
+"""The results of the service benchmark as tables, every figure beside its target: for screens and for Markdown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dat_service.bench import echo, scaling, throughput
-from dat_workers.bench.report import columns
+from benchmarks.codec.report import columns
+from benchmarks.service import echo, scaling, throughput
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dat_service.bench.peers import ready
+from benchmarks.service.peers import ready
 
 
 @serve.deployment

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_workers.bench import machine, roofline
-from dat_workers.bench.contestants import Candidate, Codec, engine_candidate
+from benchmarks import machine
+from benchmarks.codec import roofline
+from benchmarks.codec.contestants import Candidate, Codec, engine_candidate
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.processes import clean_environment, dat_serve
+from benchmarks.service.peers.socket_echo import LENGTH
 from dat_client import Client
 from dat_client.transports.connections import Connections
-from dat_service.bench.peers.socket_echo import LENGTH
-from dat_service.bench.processes import clean_environment, dat_serve
 from dat_service.launch import StartFailed, running_process
 from dat_service.ray.ports import free_port
 from dat_workers.system.timing import alternate, one_line, ratio
@@ -189,9 +189,9 @@ def triton(url: str, batch: Images) -> Iterator[Call]:
 
 @contextlib.contextmanager
 def peer(module: str, **env: str) -> Iterator[int]:
-    """The port of `dat_service.bench.peers.<module>`, in a process of its own."""
+    """The port of `benchmarks.service.peers.<module>`, in a process of its own."""
     port = free_port()
-    command = [sys.executable, "-m", f"dat_service.bench.peers.{module}", str(port)]
+    command = [sys.executable, "-m", f"benchmarks.service.peers.{module}", str(port)]
     with running_process(command, env=clean_environment(env)):
         yield port
 

@@ -1,7 +1,7 @@
 """How fast is the service beside its peers, and what do several clients get of the codec's own speed?
 
-    dat bench service --json service.json --markdown service.md
-    dat bench service --parts bytes --rounds 9
+    python -m benchmarks.service --json service.json --markdown service.md
+    python -m benchmarks.service --parts bytes --rounds 9
 
 bytes    `identity`, 128 images of 224 x 224 there and back: dat serve, FastAPI + uvicorn, Ray Serve with its
          default proxy, LitServe, tritonclient, and a raw socket echo as the ceiling
@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
+from benchmarks.service import echo, scaling, throughput
+from benchmarks.service.tables import as_markdown, as_text, table
 from dat_service import __version__
-from dat_service.bench import echo, scaling, throughput
-from dat_service.bench.tables import as_markdown, as_text, table
 from dat_service.launch import StartFailed
-from dat_workers.bench import machine
 from dat_workers.system.files import write_atomically
 
 PARTS = ("bytes", "codec", "small", "scaling")
@@ -39,7 +39,9 @@ PARTS = ("bytes", "codec", "small", "scaling")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dat bench service", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.service",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"[{','.join(PARTS)}]")
     parser.add_argument("--rounds", type=int, default=7, help="of each part [7]")
@@ -56,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 1 where a part did not run (why: stderr), 130 where it was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(parser().parse_args(given), shlex.join(["dat", "bench", "service", *given]))
+        run(parser().parse_args(given), shlex.join(["python", "-m", "benchmarks.service", *given]))
     except (ValueError, RuntimeError, OSError, StartFailed) as error:
-        say(f"dat bench service: {' '.join(str(error).split())}")
+        say(f"benchmarks.service: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
-        say("dat bench service: interrupted; the files hold the parts that were done")
+        say("benchmarks.service: interrupted; the files hold the parts that were done")
         return 130
     return 0
 
@@ -106,3 +108,7 @@ def add(results: dict[str, Any], part: dict[str, Any], a: argparse.Namespace) ->
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.processes import CpuShare, clean_environment
+from benchmarks.service.throughput import closed_loop
+from benchmarks.stand_ins.sleeping import BATCH, name_of
 from dat_client import Client
-from dat_service.bench.processes import CpuShare, clean_environment
-from dat_service.bench.sleeping import BATCH, name_of
-from dat_service.bench.throughput import closed_loop
 from dat_service.launch import running_process
 from dat_service.ray.ports import free_port
 
@@ -36,7 +36,7 @@ def sleepers(replicas: int, sleep_ms: float) -> Iterator[str]:
     """The address of the stand-in on Ray Serve, once every replica answers."""
     port = free_port()
     command = [
-        sys.executable, "-m", "dat_service.bench.sleeping",
+        sys.executable, "-m", "benchmarks.stand_ins.sleeping",
         "--replicas", str(replicas), "--sleep-ms", f"{sleep_ms:g}", "--port", str(port),
     ]  # fmt: skip
     with running_process(command, f"http://127.0.0.1:{port}", env=clean_environment()) as service:

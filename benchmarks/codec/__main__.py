@@ -1,7 +1,7 @@
 """How fast is Q, how near to what the chip can do, in how much memory, and is it still the same Q?
 
-    dat bench codec --codec tiny-f8 --images SHARD... --out codec-tiny-f8.json
-    PYTHONPATH=workers python benchmarks/codec.py --geometry vq-f8 --device cuda --out codec-vq-f8.json
+    python -m benchmarks.codec --codec tiny-f8 --images SHARD... --out codec-tiny-f8.json
+    PYTHONPATH=client:workers python -m benchmarks.codec --geometry vq-f8 --device cuda --out codec-vq-f8.json
 
 The second needs torch, triton and numpy alone: weights are random, so it says how fast and not how right.
 Contestants (contestants.py) run on the same images and take turns (runner.py); each operation is a run of its own:
@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from dat_workers.bench import machine, roofline
-from dat_workers.bench.cell import OPERATIONS, Plan, Pool, run_cell, run_steps, true_tokens
-from dat_workers.bench.contestants import Candidate, candidates
-from dat_workers.bench.report import show_cell, show_steps
+from benchmarks import machine
+from benchmarks.codec import roofline
+from benchmarks.codec.cell import OPERATIONS, Plan, Pool, run_cell, run_steps, true_tokens
+from benchmarks.codec.contestants import Candidate, candidates
+from benchmarks.codec.report import show_cell, show_steps
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.engines.factory import disable_tf32, pick_device
@@ -46,7 +47,7 @@ DEFAULTS = {  # where a flag is not given
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dat bench codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--codec", default="tiny-f8", help="an embedded or installed codec [tiny-f8]")
@@ -77,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 1 where nothing ran (the reason on stderr), 130 where it was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return run(parser().parse_args(given), shlex.join(["dat", "bench", "codec", *given]))
+        return run(parser().parse_args(given), shlex.join(["python", "-m", "benchmarks.codec", *given]))
     except (ValueError, RuntimeError, OSError) as error:
-        say(f"dat bench codec: {' '.join(str(error).split())}")
+        say(f"benchmarks.codec: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
-        say("dat bench codec: interrupted; --out holds the cells that were done")
+        say("benchmarks.codec: interrupted; --out holds the cells that were done")
         return 130
 
 
@@ -153,7 +154,7 @@ def save(results: dict[str, Any], out: Path | None) -> None:
         return
     write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
     try:
-        from dat_workers.bench.plot import plot
+        from benchmarks.codec.plot import plot
     except ImportError:
         return
     write_atomically(out.with_suffix(".png"), plot(results))
@@ -205,3 +206,7 @@ def peaks(device: torch.device, chosen: Sequence[Candidate]) -> dict[str, float 
             say(f"no matrix product in {precision}: {one_line(error)}")
             found[precision] = None
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
