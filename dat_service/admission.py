@@ -1,18 +1,18 @@
-"""What holders share of a capacity: none may hold more than is still free beside it."""
+"""Fair shares of a limited capacity: no holder may take more than what is free beside it."""
 
 from __future__ import annotations
 
 
-class Shares:
-    """Dynamic thresholds (Choudhury and Hahne, 1998): a holder's limit is what nobody holds yet.
+class FairShares:
+    """Divides a capacity by dynamic thresholds (Choudhury and Hahne, 1998): each holder's limit is what is free.
 
-    One flood alone gets half, two a third each, and there is always room left for somebody new. Whoever holds
-    nothing yet may take whatever is free.
+    So a single flood gets half of the capacity, two floods get a third each, and some capacity is always left for a
+    newcomer. A holder that holds nothing yet may take everything that is free.
 
-    >>> places = Shares(4)
-    >>> [places.take("flood", 1) for _ in range(4)]
+    >>> slots = FairShares(4)
+    >>> [slots.take("flood", 1) for _ in range(4)]
     [True, True, False, False]
-    >>> places.take("small", 1)
+    >>> slots.take("newcomer", 1)
     True
     """
 
@@ -22,30 +22,27 @@ class Shares:
         self._holders: dict[str, int] = {}
 
     def take(self, holder: str, amount: int) -> bool:
-        """Holds `amount` more for the holder, or says False and holds nothing."""
+        """Takes `amount` more for the holder and returns True, or takes nothing and returns False."""
         own, free = self._holders.get(holder, 0), self.capacity - self.held
         if amount > free or (own and own + amount > free):
             return False
-        self._hold(holder, amount)
+        self._add(holder, amount)
         return True
 
     def change(self, holder: str, old: int, new: int) -> bool:
-        """Holds `new` instead of `old` that was taken, judged as if it were taken anew; or leaves all as it is."""
-        self.give(holder, old)
+        """Replaces `old`, taken before, by `new` if `take` would allow it anew; else changes nothing."""
+        self._add(holder, -old)
         if self.take(holder, new):
             return True
-        self._hold(holder, old)
+        self._add(holder, old)
         return False
 
-    def _hold(self, holder: str, amount: int) -> None:
+    def give(self, holder: str, amount: int) -> None:
+        """Gives back `amount` that was taken."""
+        self._add(holder, -amount)
+
+    def _add(self, holder: str, amount: int) -> None:
         self.held += amount
         self._holders[holder] = self._holders.get(holder, 0) + amount
-
-    def give(self, holder: str, amount: int) -> None:
-        """Lets go of `amount` that was taken."""
-        self.held -= amount
-        left = self._holders.get(holder, 0) - amount
-        if left:
-            self._holders[holder] = left
-        else:
-            self._holders.pop(holder, None)
+        if not self._holders[holder]:
+            del self._holders[holder]

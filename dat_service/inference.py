@@ -1,4 +1,4 @@
-"""From a decoded request to its answer, whichever door it came through: limits, checks, the codec's queue."""
+"""From a decoded request to its answer: limits and checks, then the codec's queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 import dat_client.wire as wire
 from dat_service.settings import Settings
-from dat_service.worker import CodecWorker, Place
+from dat_service.worker import CodecWorker, Reservation
 from dat_workers.batching.device_copies import Array
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
@@ -23,12 +23,15 @@ from dat_workers.request import OUTPUTS, Task, Work, check_outputs, default_outp
 
 PARAMETERS = ("preset", "base", "alpha", "normalize", "epsilon", "replace_fraction", "seed", "output_dtype")
 INPUTS = ("images", "gradients", "gradient_scales")
+JSON_BYTES_PER_NUMBER = 20  # a number of a tensor in JSON, with its comma
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: `flow` has its turn in the queue, `deadline` by time.monotonic(), None for none; `holder` shares
-    places and bytes with the others.
+    """The caller of a request.
+
+    `flow`: the name under which the fair queue schedules the request. `deadline`: by time.monotonic(), None for
+    none. `holder`: the name under which the request takes its share of slots and bytes.
     """
 
     flow: str = ""
@@ -38,7 +41,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Answer:
-    """Outputs and parameters of a response, and the seconds that it waited for the codec and was in it."""
+    """Outputs and parameters of a response, and the seconds that its request spent in queue and codec."""
 
     outputs: dict[str, Array]
     parameters: dict[str, Any]
@@ -46,36 +49,36 @@ class Answer:
     codec_s: float
 
 
-async def infer(worker: CodecWorker, request: wire.Request, caller: Caller, place: Place) -> Answer:
-    """What the codec makes of a request that holds a place.
+async def infer(worker: CodecWorker, request: wire.Request, caller: Caller, reservation: Reservation) -> Answer:
+    """Computes an admitted request whose names were checked.
 
-    Raises InvalidInput and TooLarge for the request's faults; Full, DeadlinePassed and EngineError as
-    `Batcher.submit`. Cancelling it takes the request out of the queue.
+    Raises InvalidInput and TooLarge for an unusable request; Full, DeadlinePassed and EngineError as
+    `Batcher.submit`. Cancelling the call takes the request out of the queue.
     """
-    discretizer = worker.discretizer
-    assert discretizer is not None
     images = request.inputs.get("images")
     if images is not None and images.dtype == np.uint8 and len(request.inputs) == 1:
-        work = prepare(discretizer, request, worker.settings, place)  # nothing that takes time
+        work = prepare(worker, request, reservation)  # too quick to be worth a thread
     else:
-        work = await worker.aside(lambda: prepare(discretizer, request, worker.settings, place))
-    result = await compute(worker, work, caller)
-    parameters: dict[str, Any] = {"fingerprint": discretizer.fingerprint}
+        work = await worker.run_in_thread(lambda: prepare(worker, request, reservation))
+    return await compute(worker, work, caller)
+
+
+async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Answer:
+    """Returns the answer to a request, waiting until the caller's deadline, and counts it."""
+    assert worker.discretizer is not None
+    result = await _queued(worker, work, caller) if work.result is None else Result(work.result)
     outputs = dict(result.outputs)
+    parameters: dict[str, Any] = {"fingerprint": worker.discretizer.fingerprint}
     changed = outputs.pop("tokens_changed", None)
-    share = None if changed is None else float(changed.mean())
-    if share is not None:
-        parameters["tokens_changed"] = share
+    if changed is not None:
+        parameters["tokens_changed"] = float(changed.mean())
     kind = "decode" if work.task.decodes else "adversarial" if work.task.adversarial else "plain"
-    worker.metrics.answered(kind, work.rows, result.queue_s, share)
+    worker.metrics.answered(kind, work.rows, result.queue_s, parameters.get("tokens_changed"))
     return Answer(outputs, parameters, result.queue_s, result.codec_s)
 
 
-async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Result:
-    """The result of a work, waited for until the caller's deadline."""
-    if work.result is not None:
-        return Result(work.result)
-    future = worker.submit(work, caller.flow, caller.deadline)
+async def _queued(worker: CodecWorker, work: Work, caller: Caller) -> Result:
+    future = worker.batcher.submit(work, caller.flow, caller.deadline)
     left_s = None if caller.deadline is None else max(0.0, caller.deadline - time.monotonic())
     try:
         async with asyncio.timeout(left_s):
@@ -84,31 +87,31 @@ async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Result:
         raise DeadlinePassed("the deadline passed before the codec had the answer") from None
 
 
-def prepare(discretizer: Discretizer, request: wire.Request, settings: Settings, place: Place) -> Work:
-    """The request as work, every limit and value checked, and room held for its answer."""
-    check_names(request)
-    parameters, inputs = request.parameters, request.inputs
-    names = [o.name for o in request.outputs]
-    if "images" in inputs:
-        work = images_work(discretizer, request, names, settings, place)
+def prepare(worker: CodecWorker, request: wire.Request, reservation: Reservation) -> Work:
+    """Checks every limit and value of a request and reserves the bytes of its outputs."""
+    discretizer, settings = worker.discretizer, worker.settings
+    assert discretizer is not None
+    factor = discretizer.spec.factor
+    if "images" in request.inputs:
+        work = images_work(discretizer, request, settings, reservation)
     else:
-        others = sorted(set(parameters) - {"output_dtype"})
+        names = [o.name for o in request.outputs]
+        others = sorted(set(request.parameters) - {"output_dtype"})
         if others:
             raise InvalidInput("parameters", others, "output_dtype alone, where tokens are decoded")
         if names not in ([], ["reconstruction"]):
             raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
-        indices = inputs["indices"]
-        check_limits(indices, settings, scale=discretizer.spec.factor)
-        pixels = indices.size * discretizer.spec.factor**2
-        check_json_outputs(request, ["reconstruction"], pixels, discretizer.spec.factor, settings)
-        work = discretizer.decode_work(indices, output_dtype=parameters.get("output_dtype"))
+        indices = request.inputs["indices"]
+        check_limits(indices, settings, scale=factor)
+        check_json_outputs(request, ["reconstruction"], indices.size * factor**2, factor, settings)
+        work = discretizer.decode_work(indices, output_dtype=request.parameters.get("output_dtype"))
     if work.result is None:
-        place.grow(work.rows * output_bytes(work.task, discretizer.spec.factor))
+        reservation.grow(work.rows * output_bytes(work.task, factor))
     return work
 
 
 def check_names(request: wire.Request) -> None:
-    """Raises InvalidInput for parameters, inputs and outputs that no codec has, and parameters of many parts."""
+    """Raises InvalidInput for inputs, outputs and parameters that no codec has, and for lists as parameters."""
     for name, value in request.parameters.items():
         if name not in PARAMETERS:
             raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
@@ -120,22 +123,18 @@ def check_names(request: wire.Request) -> None:
     check_outputs([o.name for o in request.outputs], OUTPUTS)
 
 
-def size(array: Array) -> int:
-    """Bytes of an array; of one of encoded pictures, of the pictures."""
-    return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
-
-
 def images_work(
-    discretizer: Discretizer, request: wire.Request, names: list[str], settings: Settings, place: Place
+    discretizer: Discretizer, request: wire.Request, settings: Settings, reservation: Reservation
 ) -> Work:
-    """The work of a request with `images`, decoded where they are encoded."""
+    """Checks a request with `images`; encoded pictures are decoded."""
     parameters, inputs = request.parameters, request.inputs
+    names = [o.name for o in request.outputs]
     check_outputs(names, discretizer.outputs)
     images = inputs["images"]
     check_limits(images, settings)
     if images.dtype == object:
         images = decode_pictures(images, max_image_pixels=settings.max_image_pixels, max_pixels=settings.max_pixels)
-        place.grow(images.nbytes)
+        reservation.grow(images.nbytes)
     replaced = fraction(parameters)
     names = names or list(default_outputs("gradients" in inputs or replaced > 0))
     check_json_outputs(request, names, images.size // 3, discretizer.spec.factor, settings)
@@ -151,8 +150,13 @@ def images_work(
     )
 
 
+def nbytes_of(array: Array) -> int:
+    """Returns the bytes of a tensor; for BYTES those of its elements."""
+    return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
+
+
 def output_bytes(task: Task, factor: int) -> int:
-    """Bytes of one row of the answer."""
+    """Returns the bytes of one row of the outputs."""
     height, width = task.size
     picture, tokens = 3 * height * width * task.dtype.itemsize, 2 * -(-height // factor) * -(-width // factor)
     return sum(tokens if name.endswith("indices") else picture for name in task.outputs)
@@ -177,42 +181,37 @@ def whole_number(parameters: Mapping[str, Any], name: str) -> int:
 def check_json_outputs(
     request: wire.Request, names: Sequence[str], pixels: int, factor: int, settings: Settings
 ) -> None:
-    """Raises TooLarge where outputs of about `pixels` pixels are asked for as JSON, taken as 20 bytes a number."""
+    """Raises TooLarge if the outputs of `pixels` pixels that are wanted as JSON might exceed its limit."""
     as_json = [name for name in names if not request.wants_binary(name)]
     numbers = sum(pixels // factor**2 if name.endswith("indices") else 3 * pixels for name in as_json)
-    if 20 * numbers > settings.max_json_bytes:
+    nbytes = JSON_BYTES_PER_NUMBER * numbers
+    if nbytes > settings.max_json_bytes:
         raise TooLarge(
             "outputs",
-            f"{', '.join(as_json)} as JSON, up to {20 * numbers} bytes",
+            f"{', '.join(as_json)} as JSON, up to {nbytes} bytes",
             f"at most {settings.max_json_bytes} bytes of JSON; ask for binary data (binary_data_output)",
         )
 
 
-def check_limits(tensor: np.ndarray[Any, Any], settings: Settings, scale: int = 1) -> None:
-    """Raises TooLarge for more images or pixels than are taken; what is not [N,...,H,W] is judged later.
+def check_limits(tensor: Array, settings: Settings, scale: int = 1) -> None:
+    """Raises TooLarge for too many images or pixels; whether the shape is [N,...,H,W] is checked later.
 
-    `scale` is the side in pixels of one element (f for tokens).
+    `scale` is the side of one element in pixels: 1 for images, f for tokens.
     """
     field = "images" if scale == 1 else "indices"
-    if tensor.dtype == object and tensor.ndim != 1:
+    encoded = tensor.dtype == object
+    if encoded and tensor.ndim != 1:
         raise InvalidInput(field, f"BYTES of shape {list(tensor.shape)}", "BYTES [N]")
     if tensor.ndim and len(tensor) > settings.max_images:
         raise TooLarge(field, f"{len(tensor)} images", f"at most {settings.max_images} images")
-    if tensor.dtype == object:
-        if not len(tensor):
-            raise InvalidInput(field, "shape [0]", "BYTES [N] with N of 1 or more")
-        return
-    if tensor.ndim < 2:
+    if encoded and not len(tensor):
+        raise InvalidInput(field, "shape [0]", "BYTES [N] with N of 1 or more")
+    if encoded or tensor.ndim < 2:
         return
     height, width = tensor.shape[-2] * scale, tensor.shape[-1] * scale
-    pixels = height * width
-    if pixels > settings.max_image_pixels:
-        raise TooLarge(
-            field,
-            f"{width}x{height} = {pixels} pixels",
-            f"at most {settings.max_image_pixels} pixels an image",
-        )
-    if pixels * len(tensor) > settings.max_pixels:
-        raise TooLarge(
-            field, f"{pixels * len(tensor)} pixels", f"at most {settings.max_pixels} pixels in a request"
-        )
+    pixels, most = height * width, settings.max_image_pixels
+    if pixels > most:
+        raise TooLarge(field, f"{width}x{height} = {pixels} pixels", f"at most {most} pixels an image")
+    total, most = pixels * len(tensor), settings.max_pixels
+    if total > most:
+        raise TooLarge(field, f"{total} pixels", f"at most {most} pixels in a request")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from dat_service.ray.ports import free_port
+from dat_service.ports import free_port
 
 DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, which may not be on PATH
 READY = "ready"  # `dat serve` writes a line that begins with this word once it answers

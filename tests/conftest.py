@@ -17,7 +17,7 @@ import pytest
 
 from dat_client import Client
 from dat_service.launch import DAT, running_service
-from dat_service.ray.ports import free_port
+from dat_service.ports import free_port
 
 __all__ = ["DAT", "ROOT", "app_in_thread", "crop", "dat_serve", "free_port", "photograph"]
 

@@ -23,7 +23,7 @@ from benchmarks.service.peers.socket_echo import LENGTH
 from dat_client import Client
 from dat_client.transports.connections import Connections
 from dat_service.launch import StartFailed, running_process
-from dat_service.ray.ports import free_port
+from dat_service.ports import free_port
 from dat_workers.system.timing import alternate, one_line, ratio
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]

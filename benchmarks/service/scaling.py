@@ -20,7 +20,7 @@ from benchmarks.service.throughput import closed_loop
 from benchmarks.stand_ins.sleeping import BATCH, name_of
 from dat_client import Client
 from dat_service.launch import running_process
-from dat_service.ray.ports import free_port
+from dat_service.ports import free_port
 
 REPLICAS = (1, 2, 4, 8)
 SLEEP_MS = 100.0

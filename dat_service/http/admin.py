@@ -1,4 +1,4 @@
-"""For operators: metrics and the state of the replica that answers."""
+"""For operators: the metrics of all replicas, and the state of one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from dat_service import __version__
 from dat_service.http.auth import require_admin
-from dat_service.observability.metrics import render
-from dat_service.ray.metrics_board import Gather
+from dat_service.observability.metrics import MetricsSource, render
+from dat_service.worker import CodecWorker
 
 router = APIRouter(tags=["For operators"], dependencies=[Depends(require_admin)])
 
 
 @router.get("/metrics", summary="Metrics of all replicas, for Prometheus", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Text format 0.0.4, or OpenMetrics where Accept asks for it. Counters begin at 0 with each replica."""
-    gather: Gather | None = request.app.state.gather
-    families = request.app.state.worker.metrics.families() if gather is None else await gather.families()
+    """Text format 0.0.4, or OpenMetrics if Accept asks for it. Counters begin at 0 with each replica."""
+    source: MetricsSource | None = request.app.state.all_metrics
+    families = request.app.state.worker.metrics.families() if source is None else await source.families()
     body, media_type = render(families, request.headers.get("accept", ""))
     return Response(body, headers={"content-type": media_type})
 
 
-@router.get("/v1/status", summary="The replica that answers, and what it is doing")
+@router.get("/v1/status", summary="State and settings of the replica that answers")
 async def status(request: Request) -> dict[str, Any]:
     state = request.app.state
-    worker = state.worker
+    worker: CodecWorker = state.worker
     discretizer = worker.discretizer
     return {
         "version": __version__,

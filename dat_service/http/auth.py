@@ -1,4 +1,4 @@
-"""API keys: who may use the service, and who may look into it."""
+"""API keys: the scope `infer` allows using the codec, `admin` reading metrics and status."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fastapi import Request
 log = logging.getLogger("dat_service")
 
 SCOPES = ("infer", "admin")
-LOOK_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0  # how often the key file is checked for changes, at most
 NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
 
-class Refused(PermissionError):
-    """No API key, or not one of ours (HTTP 401)."""
+class InvalidKey(PermissionError):
+    """The request has no API key, or an unknown one (HTTP 401; `invalid_token` in RFC 6750)."""
 
 
-class Forbidden(PermissionError):
-    """A key of ours that may not do this (HTTP 403)."""
+class InsufficientScope(PermissionError):
+    """The API key is known, but its scopes do not allow the request (HTTP 403; RFC 6750)."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One line of the key file. The key itself is not kept, only its SHA-256."""
+    """One line of the key file. Only the SHA-256 of the key is stored."""
 
     digest: bytes
     scopes: frozenset[str]
-    id: str  # the name given to it, or the digest's first 8 hex digits: what logs may say
+    id: str  # shown in logs: its name in the file, else the first 8 hex digits of the digest
 
 
 def read_keys(path: Path | None) -> tuple[Key, ...]:
-    """The keys of a file, `KEY [SCOPES] [NAME]` a line; blank lines and lines that begin with # do not count.
+    """Reads a file with one key per line, `KEY [SCOPES] [NAME]`; skips blank lines and lines that begin with #.
 
-    SCOPES is `infer` (the default), `admin` or `infer,admin`. Raises ValueError for a line that is none of this,
-    and for a file without a key: it would lock everybody out, or nobody. No message holds a key.
+    SCOPES is `infer` (the default), `admin` or `infer,admin`. Raises ValueError for any other line, and for a file
+    without a key, which would lock out everybody. No message contains a key.
     """
     if path is None:
         return ()
@@ -55,21 +55,21 @@ def read_keys(path: Path | None) -> tuple[Key, ...]:
             try:
                 key = parse_key(line)
                 if key.digest in keys:
-                    raise ValueError("the key of an earlier line again")
+                    raise ValueError("the key is the same as on an earlier line")
             except ValueError as error:
                 raise ValueError(f"api_key_file: {path}, line {number}: {error}") from None
             keys[key.digest] = key
     if not keys:
-        raise ValueError(f"api_key_file: {path} holds no key")
+        raise ValueError(f"api_key_file: {path} contains no key")
     return tuple(keys.values())
 
 
 def parse_key(line: str) -> Key:
-    """One line of the file; raises ValueError."""
+    """Parses one line of the file; raises ValueError."""
     key, *rest = line.split()
     scopes = rest[0].split(",") if rest else ["infer"]
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
-        raise ValueError(f"{unknown[0][:32]!r} is no scope; KEY [infer|admin|infer,admin] [NAME] is expected")
+        raise ValueError(f"{unknown[0][:32]!r} is not a scope; expected KEY [infer|admin|infer,admin] [NAME]")
     digest = hashlib.sha256(key.encode()).digest()
     if len(rest) > 2 or (len(rest) == 2 and not NAME.fullmatch(rest[1])):
         raise ValueError("a name is one word of at most 32 letters, digits, dots, dashes and underscores")
@@ -77,44 +77,44 @@ def parse_key(line: str) -> Key:
 
 
 class KeyRing:
-    """The keys of a file that may change: rotating a key needs no restart.
+    """The keys of a file that may change while the service runs, so that rotating a key needs no restart.
 
-    The file is looked at when a request comes, at most once a second. A new one that is not usable changes nothing
-    and is logged once: what was good stays good. Without a file every route is open, those of operators too. Raises
-    what read_keys raises.
+    Requests check the file for changes, at most once a second. If a changed file is unusable, the old keys stay
+    valid and the error is logged once. Without a file every route is open, also those for operators. Raises what
+    read_keys raises.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.clock = path, clock
-        self.stamp = self._stamp()  # before the keys: a file that changes in between is read again
+        self.stamp = self._stamp()  # taken before reading: a file that changes in between is read again
         self.keys = read_keys(path)
-        self.looked = clock()
+        self.checked_s = clock()
 
-    def find(self, given: str) -> Key | None:
-        """The key that equals `given`, the text of an HTTP header."""
-        self._look()
-        digest = hashlib.sha256(given.encode("latin-1")).digest()
-        # every key is compared, and digests of one length: the time taken says nothing of any of them
+    def find(self, text: str) -> Key | None:
+        """Returns the key that equals `text`, which comes from an HTTP header."""
+        self._reload()
+        digest = hashlib.sha256(text.encode("latin-1")).digest()
+        # All keys are compared, and by digests of one length, so that the time taken reveals nothing about them.
         matches = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         return matches[0] if matches else None
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         now = self.clock()
-        if self.path is None or now - self.looked < LOOK_EVERY_S:
+        if self.path is None or now - self.checked_s < CHECK_EVERY_S:
             return
-        self.looked = now
+        self.checked_s = now
         stamp = self._stamp()
         if stamp == self.stamp:
             return
         self.stamp = stamp
         try:
             self.keys = read_keys(self.path)
-            log.info("read %d API keys anew", len(self.keys))
+            log.info("the API key file has changed: %d keys", len(self.keys))
         except (OSError, ValueError) as error:
-            log.error("the API keys stay as they were: %s", error)
+            log.error("the changed API key file is not used, the old keys stay valid: %s", error)
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """What differs between two versions of the file; None where there is no file."""
+        """Returns what differs between two versions of the file, None if there is no file."""
         try:
             stat = self.path.stat() if self.path else None
         except OSError:
@@ -123,27 +123,29 @@ class KeyRing:
 
 
 async def require_key(request: Request) -> None:
-    """Raises Refused or Forbidden unless the request carries `Authorization: Bearer KEY` with a key for `infer`."""
+    """Raises InvalidKey or InsufficientScope unless the request has `Authorization: Bearer KEY` for `infer`."""
     require(request, "infer")
 
 
 async def require_admin(request: Request) -> None:
-    """The same for `admin`."""
+    """Like `require_key`, for the scope `admin`."""
     require(request, "admin")
 
 
 def require(request: Request, scope: str) -> None:
-    """Leaves the key's id, "" where no key is asked for, in `request.state.key_id`."""
+    """Checks the request's key and stores its id in `request.state.key_id`, "" if the service has no keys."""
     ring: KeyRing = request.app.state.keys
     request.state.key_id = ""
     if ring.path is None:
         return
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not given.strip():
-        raise Refused("Authorization: no key was sent; expected 'Authorization: Bearer KEY'")
-    key = ring.find(given.strip())
+    kind, _, key_text = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not key_text.strip():
+        raise InvalidKey("Authorization: no key was sent; expected 'Authorization: Bearer KEY'")
+    key = ring.find(key_text.strip())
     if key is None:
-        raise Refused("Authorization: the key is not known to this service")
+        raise InvalidKey("Authorization: the key is not known to this service")
     request.state.key_id = key.id
     if scope not in key.scopes:
-        raise Forbidden(f"Authorization: the key may {' and '.join(sorted(key.scopes))}, and this asks for {scope}")
+        raise InsufficientScope(
+            f"Authorization: the key has the scope {' and '.join(sorted(key.scopes))}, this route needs {scope}"
+        )

@@ -1,4 +1,4 @@
-"""The way of the bytes: a request body into one buffer, response tensors out as views."""
+"""Reads a request body into one buffer, and sends response tensors as views, without copies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger("dat_service")
 
 T = TypeVar("T")
 
-SLOWEST_BYTES_PER_S = 1_000_000  # what a body may take beside the time every body has
+SLOWEST_BYTES_PER_S = 1_000_000  # a body or a response may take size/this seconds beyond its timeout
 
 
 class MalformedBody(ValueError):
-    """The body cannot be read as what its headers say (HTTP 400, or 408 when it does not come)."""
+    """The body does not match its headers (HTTP 400), or does not arrive in time (408)."""
 
     def __init__(self, message: str, field: str, value: object, limit: object, status: int = 400) -> None:
         self.field, self.value, self.limit, self.status = field, value, limit, status
@@ -31,48 +31,52 @@ class MalformedBody(ValueError):
 
 
 def announced_length(request: Request, max_bytes: int) -> int | None:
-    """The length that the headers announce, None for a body in chunks.
+    """Returns the body's length according to its headers, None for a chunked body.
 
-    Raises TooLarge where it is over `max_bytes`, before anything is read, and MalformedBody for a length that is no
-    number, and for a compressed body.
+    Raises TooLarge for a length over `max_bytes`, before anything is read, and MalformedBody for a length that is
+    not a number, for a compressed body, and for a request to upgrade the protocol.
     """
     if "upgrade" in request.headers:  # the HTTP parser would take the body for the other protocol's first bytes
-        raise MalformedBody("no other protocol is spoken", "Upgrade", request.headers["upgrade"], "must be absent")
+        raise MalformedBody(
+            "no other protocol is supported", "Upgrade", request.headers["upgrade"], "must be absent"
+        )
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
-        raise MalformedBody("compressed bodies are not taken", "Content-Encoding", encoding, "must be absent")
-    announced = request.headers.get("content-length")
-    if announced is None:
+        raise MalformedBody("compressed bodies are not supported", "Content-Encoding", encoding, "must be absent")
+    length = request.headers.get("content-length")
+    if length is None:
         return None
-    if not (announced.isascii() and announced.isdigit() and len(announced) < 20):
-        raise MalformedBody("not a length", "Content-Length", announced[:40], "must be a number of bytes")
-    if int(announced) > max_bytes:
-        raise TooLarge("body", f"{announced} bytes", f"at most {max_bytes} bytes")
-    return int(announced)
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
+        raise MalformedBody("not a length", "Content-Length", length[:40], "must be a number of bytes")
+    if int(length) > max_bytes:
+        raise TooLarge("body", f"{length} bytes", f"at most {max_bytes} bytes")
+    return int(length)
 
 
 async def read_body(
     request: Request, length: int | None, *, max_bytes: int, timeout_s: float, grow: Callable[[int], None]
 ) -> memoryview:
-    """The whole body in one buffer of the announced `length`; no chunk is ever joined to another.
+    """Reads the body into one buffer of `length` bytes, into which each chunk is copied once.
 
-    Without a length `grow` is told of each chunk's bytes before they are kept. Raises TooLarge, and MalformedBody
-    for a body that is silent for `timeout_s`, or takes longer than that and a second for each megabyte that came.
+    Without a length the buffer grows, and `grow` reserves each chunk's bytes before they are stored. Raises
+    TooLarge; raises MalformedBody if nothing arrives for `timeout_s`, or if the body takes longer than `timeout_s`
+    plus one second per megabyte received.
     """
     try:
         async with asyncio.timeout(timeout_s) as limit:
-            body = await _read(request, length, max_bytes, grow, Patience(limit, timeout_s))
+            body = await _read(request, length, max_bytes, grow, ProgressTimeout(limit, timeout_s))
             request.state.body_bytes = len(body)  # for the metrics
             return body
     except TimeoutError:
         late = f"silent for {timeout_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that"
-        raise MalformedBody("the body came too slowly", "body", late, "send it faster or smaller", 408) from None
+        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
 
 
-class Patience:
-    """Puts a timeout off by `silent_s` whenever something moves, and not beyond what the bytes received may take.
+class ProgressTimeout:
+    """Extends a timeout by `silent_s` with every chunk, up to the time that the received bytes may take in total.
 
-    By what was received, not by what was announced: who trickles holds its bytes for hardly more than `silent_s`.
+    The received bytes count and not the announced ones, so a client that sends single bytes keeps its reservation
+    for hardly longer than `silent_s`.
     """
 
     def __init__(self, limit: asyncio.Timeout, silent_s: float) -> None:
@@ -86,7 +90,7 @@ class Patience:
 
 
 async def _read(
-    request: Request, length: int | None, max_bytes: int, grow: Callable[[int], None], patience: Patience
+    request: Request, length: int | None, max_bytes: int, grow: Callable[[int], None], progress: ProgressTimeout
 ) -> memoryview:
     if length is None:
         grown = bytearray()
@@ -95,24 +99,25 @@ async def _read(
                 raise TooLarge("body", f"more than {len(grown)} bytes", f"at most {max_bytes} bytes")
             grow(len(chunk))
             grown += chunk
-            patience.renew(len(chunk))
+            progress.renew(len(chunk))
         return memoryview(grown)
-    # not a bytearray: that would be filled with zeros, and so take memory for bytes that never come
+    # not a bytearray: filling it with zeros would take memory for bytes that may never arrive
     body = np.empty(length, np.uint8).data
-    at = 0
+    received = 0
     async for chunk in request.stream():
-        if at + len(chunk) > length:
-            raise MalformedBody("too long", "body", f"{at + len(chunk)} bytes", f"Content-Length says {length}")
-        body[at : at + len(chunk)] = chunk
-        at += len(chunk)
-        patience.renew(len(chunk))
-    if at != length:
-        raise MalformedBody("truncated", "body", f"{at} bytes", f"Content-Length says {length}")
+        end = received + len(chunk)
+        if end > length:
+            raise MalformedBody("too long", "body", f"{end} bytes", f"Content-Length says {length}")
+        body[received:end] = chunk
+        received = end
+        progress.renew(len(chunk))
+    if received != length:
+        raise MalformedBody("truncated", "body", f"{received} bytes", f"Content-Length says {length}")
     return body
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, and ClientDisconnect raised, where the client leaves before."""
+    """Returns the result of `work`; if the client disconnects first, cancels it and raises ClientDisconnect."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))
     try:
@@ -123,7 +128,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
-        # a cancelled task must end before what it uses is let go
+        # a cancelled task must have ended before its reservation is closed
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
@@ -132,29 +137,30 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-class Direct:
-    """ASGI middleware that notes whether uvicorn itself carries the request, and by which connection.
+class TransportMiddleware:
+    """ASGI middleware that stores the connection of a request that uvicorn itself handles in the scope.
 
-    Views of tensors may be sent there. Ray Serve's own proxy, to which HAProxy falls back while it sees no replica,
-    pickles what is sent, and views cannot be pickled. (Nothing noted here is pickled: this side of it is the last.)
+    Views of tensors may be sent there. Ray Serve's own proxy, to which HAProxy falls back while it sees no
+    replica, pickles everything that is sent, and views cannot be pickled. The stored connection itself is never
+    pickled: it stays in this process.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        carrier = getattr(receive, "__self__", None)
-        if type(carrier).__module__.startswith("uvicorn."):
-            scope["dat.transport"] = getattr(carrier, "transport", None)
+        cycle = getattr(receive, "__self__", None)  # uvicorn's RequestResponseCycle
+        if type(cycle).__module__.startswith("uvicorn."):
+            scope["dat.transport"] = getattr(cycle, "transport", None)
         await self.app(scope, receive, send)
 
 
 class BuffersResponse(Response):
-    """A response of several buffers, sent one after the other without being joined.
+    """A response of several buffers, which are sent one after the other without being joined.
 
-    `done` is called when all is sent, or the client has gone, or has not read for `timeout_s` and a second a
-    megabyte (then its connection is cut); also where the response is dropped without being sent. It may be called
-    twice.
+    `done` is called when everything was sent, when the client has disconnected, when it has not read everything
+    within `timeout_s` plus one second per megabyte (its connection is then cut), and when the response is dropped
+    without being sent. It may be called twice.
     """
 
     def __init__(
@@ -184,10 +190,10 @@ class BuffersResponse(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 for buffer in buffers:
                     await send({"type": "http.response.body", "body": buffer, "more_body": True})
-                # this one waits until the connection has taken what went before
+                # sending the last, empty message waits until the connection has taken all buffers
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.warning("an answer was not read within %.3g s; the connection is cut", self.within_s)
+            log.warning("a response was not read within %.3g s; the connection is cut", self.within_s)
             if transport is not None:
                 with contextlib.suppress(Exception):
                     transport.abort()

@@ -1,6 +1,6 @@
-"""Limits on headers for `dat serve --local`: uvicorn takes them of any size, and waits for them for ever.
+"""Limits on request headers for `dat serve --local`: uvicorn itself limits neither their size nor their time.
 
-On Ray HAProxy has limits of its own: about 15 KiB, and 15 s as here.
+On Ray, HAProxy has limits of its own: about 15 KiB, and also 15 s.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\
 
 
 class LimitedHeaders(HttpToolsProtocol):
-    """uvicorn's protocol, which closes the connection of who sends more than `MAX_BYTES` of headers, or of whatever
-    else the app is not told of (trailers, chunk extensions), or takes longer than `TIMEOUT_S` for the headers.
+    """uvicorn's protocol with two limits; it closes the connection of a client that exceeds one.
+
+    The headers may take at most `TIMEOUT_S` to arrive. They, and everything else that the parser consumes without
+    an event (trailers, chunk extensions), may have at most `MAX_BYTES`.
     """
 
-    _untold = 0  # bytes since the parser last told of something
-    _timer: asyncio.TimerHandle | None = None  # runs while headers are waited for
+    _silent_bytes = 0  # bytes since the parser's last event
+    _timer: asyncio.TimerHandle | None = None  # runs while headers are expected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,29 +37,29 @@ class LimitedHeaders(HttpToolsProtocol):
         answered = self.cycle is None or self.cycle.response_complete
         if answered and self._timer is None:
             self._start_timer()
-        self._untold += len(data)
+        self._silent_bytes += len(data)
         super().data_received(data)
-        # of this data some may have come before what was told last: one read more or less, 256 KiB at most
-        if self._untold > MAX_BYTES and not self.transport.is_closing():
+        # Some of this data may have come before the last event: the limit is exact to one read, at most 256 KiB.
+        if self._silent_bytes > MAX_BYTES and not self.transport.is_closing():
             if answered:
                 self.transport.write(REFUSAL)
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        self._untold = 0
+        self._silent_bytes = 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._untold = 0
+        self._silent_bytes = 0
         self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._untold = 0
+        self._silent_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._untold = 0
+        self._silent_bytes = 0
         super().on_message_complete()
 
     def _start_timer(self) -> None:

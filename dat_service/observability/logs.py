@@ -1,4 +1,4 @@
-"""Log lines of the service: text for people or one JSON object each, with the request's id in both."""
+"""Log lines of the service: text, or one JSON object per line; both name the id of the request."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any, TextIO
 REQUEST_ID: ContextVar[str] = ContextVar("dat_request_id", default="")
 
 
-def configure(form: str, level: str) -> None:
-    """Sends the loggers `dat_service` and `dat_workers`, and nobody else's, to stderr; `form` is `text` or `json`.
+def configure(log_format: str, level: str) -> None:
+    """Sends the records of the loggers `dat_service` and `dat_workers`, and of no others, to stderr.
 
-    A record's fields are what `extra={"fields": {...}}` gives. May be called again.
+    `log_format` is `text` or `json`. The fields of a record are given by `extra={"fields": {...}}`. May be
+    called again.
     """
-    handler = Stderr()
-    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    handler = StderrHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for logger in map(logging.getLogger, ("dat_service", "dat_workers")):
-        for old in [h for h in logger.handlers if isinstance(h, Stderr)]:
+        for old in [h for h in logger.handlers if isinstance(h, StderrHandler)]:
             logger.removeHandler(old)
         logger.addHandler(handler)
         logger.setLevel(level.upper())
         logger.propagate = False
 
 
-class Stderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at that moment: Ray and pytest put others in its place."""
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the moment of writing, because Ray and pytest replace it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -39,57 +40,58 @@ class Stderr(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, _: TextIO) -> None:
-        raise AttributeError("the stream is sys.stderr")
+        raise AttributeError("the stream is always sys.stderr")
 
 
 def one_line(text: str) -> str:
-    """`text` with whatever could begin a new line or move a terminal's cursor escaped."""
+    """Escapes every character that could begin a new line or move a terminal's cursor."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class TextLines(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z WARNING dat_service [request id] message key=value`, a traceback indented below."""
+class TextFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z WARNING dat_service [request id] message key=value`, then an indented traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        head = f"{moment(record)} {record.levelname} {record.name} [{one_line(REQUEST_ID.get()) or '-'}] "
-        said = one_line(record.getMessage())
+        request_id = one_line(REQUEST_ID.get()) or "-"
+        line = (
+            f"{timestamp(record)} {record.levelname} {record.name} [{request_id}] {one_line(record.getMessage())}"
+        )
         for name, value in fields(record).items():
             text = one_line(str(value))
-            said += f" {name}={json.dumps(text) if ' ' in text or '=' in text or not text else text}"
-        # a line that a stranger put into an exception's message is indented as well, and so passes for no other
-        below = [f"    {one_line(line)}" for line in self._traceback(record).splitlines()]
-        return "\n".join([head + said, *below])
+            line += f" {name}={json.dumps(text) if ' ' in text or '=' in text or not text else text}"
+        # An exception's message may hold a line that a client made up: indented, it cannot pass for a log line.
+        return "\n".join([line, *(f"    {one_line(below)}" for below in self._traceback(record).splitlines())])
 
     def _traceback(self, record: logging.LogRecord) -> str:
         return self.formatException(record.exc_info) if record.exc_info else ""
 
 
-class JsonLines(TextLines):
-    """A JSON object a line: time, level, logger, request_id, message; fields and exception where there are any."""
+class JsonFormatter(TextFormatter):
+    """One JSON object: time, level, logger, request_id, message, and if there are any, fields and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said: dict[str, Any] = {
-            "time": moment(record),
+        entry: dict[str, Any] = {
+            "time": timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "request_id": REQUEST_ID.get(),
             "message": record.getMessage(),
         }
         if extra := fields(record):
-            said["fields"] = extra
+            entry["fields"] = extra
         if traceback := self._traceback(record):
-            said["exception"] = traceback
-        return json.dumps(said, default=str)  # in ASCII, so that nothing in it ends the line
+            entry["exception"] = traceback
+        return json.dumps(entry, default=str)  # ASCII only, so that no character in it can end the line
 
 
-def moment(record: logging.LogRecord) -> str:
-    """UTC, to the millisecond."""
+def timestamp(record: logging.LogRecord) -> str:
+    """Returns the record's time as ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What `extra={"fields": ...}` gave."""
-    given = getattr(record, "fields", None)
-    return given if isinstance(given, dict) else {}
+    """Returns the fields that the caller gave by `extra={"fields": ...}`."""
+    extra = getattr(record, "fields", None)
+    return extra if isinstance(extra, dict) else {}

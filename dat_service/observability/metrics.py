@@ -1,13 +1,13 @@
-"""What the service counts and times, for Prometheus: one Metrics object a process, labelled by codec and replica.
+"""Prometheus metrics of one process, labelled by codec and replica.
 
-Counters begin at 0 with each replica, and a replica that has gone is no longer shown: use rate() and increase().
+Counters begin at 0 with each replica and disappear with it: query them with rate() and increase().
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
@@ -18,16 +18,25 @@ SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, m
 FILL = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 RATIO = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1)
 
+# name: (attribute of the CodecWorker, help text)
 GAUGES = {
     "dat_queued_images": ("queued_images", "Images that wait for the codec."),
-    "dat_held_requests": ("held", "Requests that are in the service, bodies and answers on their way included."),
-    "dat_held_bytes": ("held_bytes", "Bytes that these may take."),
-    "dat_healthy": ("healthy", "1 while the codec answers, 0 where it failed or hangs."),
+    "dat_held_requests": ("held", "Requests in the service, from their admission to the end of their responses."),
+    "dat_held_bytes": ("held_bytes", "Bytes reserved for these requests and their responses."),
+    "dat_healthy": ("healthy", "1 while the codec can compute, 0 after it failed or hung."),
 }
 
 
+class MetricsSource(Protocol):
+    """The metrics of all replicas of an application."""
+
+    async def families(self) -> list[Metric]: ...
+
+    def stop(self) -> None: ...
+
+
 class Metrics:
-    """Everything that is counted in one process.
+    """The metrics of this process.
 
     >>> metrics = Metrics("tiny-f8", "local")
     >>> metrics.batch(rows=12, capacity=16, seconds=0.25)
@@ -38,93 +47,103 @@ class Metrics:
         self.labels = {"codec": codec, "replica": replica}
         self.registry = CollectorRegistry(auto_describe=False)
         self._worker: Any = None
-        self._images = self._counter("dat_images_total", "Images answered for, by what was asked.", "kind")
+        self._images = self._counter("dat_images_total", "Images that were computed, by kind of request.", "kind")
         self._bytes = self._counter(
-            "dat_bytes_total", "Bytes of request bodies taken in and of answers sent out.", "direction"
+            "dat_bytes_total", "Bytes of request bodies received (in) and of responses sent (out).", "direction"
         )
-        self._requests = self._counter("dat_requests_total", "HTTP requests, by the status they got.", "status")
-        self._refusals = self._counter("dat_refusals_total", "HTTP requests refused, by the reason.", "reason")
-        self._retries = self._counter("dat_retries_total", "Requests that a client of ours sent again.")
+        self._requests = self._counter("dat_requests_total", "HTTP requests, by response status.", "status")
+        self._refusals = self._counter(
+            "dat_refusals_total", "HTTP requests that were refused, by reason.", "reason"
+        )
+        self._retries = self._counter("dat_retries_total", "Requests that dat_client sent again.").labels(
+            **self.labels
+        )
         self._request_s = self._histogram(
-            "dat_request_seconds", "From a POST's headers to its answer's last byte, where all went well.", SECONDS
+            "dat_request_seconds",
+            "Seconds from a POST's headers to its response's last byte, of successful requests.",
+            SECONDS,
         )
-        self._queue_s = self._histogram("dat_queue_seconds", "Waiting for the codec, a request.", SECONDS)
-        self._codec_s = self._histogram("dat_codec_seconds", "The codec's work, a batch.", SECONDS)
-        self._busy_s = self._counter("dat_codec_busy_seconds_total", "Seconds in which the codec worked.")
-        self._fill = self._histogram("dat_batch_fill", "Share of a batch's places that were taken.", FILL)
+        self._queue_s = self._histogram(
+            "dat_queue_seconds", "Seconds that a request waited for the codec.", SECONDS
+        )
+        self._codec_s = self._histogram("dat_codec_seconds", "Seconds that the codec took for a batch.", SECONDS)
+        self._busy_s = self._counter(
+            "dat_codec_busy_seconds_total", "Seconds during which the codec was computing."
+        ).labels(**self.labels)
+        self._fill = self._histogram("dat_batch_fill", "Images in a batch over its capacity.", FILL)
         self._changed = self._histogram(
-            "dat_tokens_changed_ratio", "Share of tokens that the adversarial step changed, a request.", RATIO
+            "dat_tokens_changed_ratio", "Share of a request's tokens that the adversarial step changed.", RATIO
         )
         self.registry.register(self)
-        # shown as 0 from the start: rate() misses what happens between nothing and the first sample
+        # Show these as 0 from the start: rate() misses what happens before a series has its first sample.
         for kind in ("plain", "adversarial", "decode"):
             self._images.labels(**self.labels, kind=kind)
         for direction in ("in", "out"):
             self._bytes.labels(**self.labels, direction=direction)
-        self.retried = self._retries.labels(**self.labels).inc
-        for metric in (self._busy_s, self._request_s, self._queue_s, self._codec_s, self._fill, self._changed):
-            metric.labels(**self.labels)
 
-    def _counter(self, name: str, about: str, *more: str) -> Counter:
-        return Counter(name, about, (*LABELS, *more), registry=self.registry)
+    def _counter(self, name: str, help_text: str, *more: str) -> Counter:
+        return Counter(name, help_text, (*LABELS, *more), registry=self.registry)
 
-    def _histogram(self, name: str, about: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, about, LABELS, registry=self.registry, buckets=tuple(buckets))
+    def _histogram(self, name: str, help_text: str, buckets: Iterable[float]) -> Histogram:
+        metric = Histogram(name, help_text, LABELS, registry=self.registry, buckets=tuple(buckets))
+        return metric.labels(**self.labels)
 
     def watch(self, worker: Any) -> None:
-        """The CodecWorker that the gauges are read from when somebody looks."""
+        """Names the CodecWorker that the gauges are read from at each scrape."""
         self._worker = worker
 
     def gauges(self) -> dict[str, float]:
-        """By attribute of the worker; nothing where there is none."""
+        """Returns the gauges by the worker's attribute; empty without a worker."""
         attributes = [attribute for attribute, _ in GAUGES.values()] if self._worker is not None else []
         return {a: float(getattr(self._worker, a)) for a in attributes}
 
     def batch(self, rows: int, capacity: int, seconds: float) -> None:
-        """The codec has worked `seconds` on a batch of `rows` images where `capacity` would have fitted."""
-        self._codec_s.labels(**self.labels).observe(seconds)
-        self._busy_s.labels(**self.labels).inc(seconds)
-        self._fill.labels(**self.labels).observe(rows / capacity)
+        """Records that the codec computed a batch of `rows` images, out of at most `capacity`, in `seconds`."""
+        self._codec_s.observe(seconds)
+        self._busy_s.inc(seconds)
+        self._fill.observe(rows / capacity)
 
     def answered(self, kind: str, images: int, queue_s: float, tokens_changed: float | None) -> None:
-        """A request for `images` images was answered; `kind` is plain, adversarial or decode."""
+        """Records that a request was computed; `kind` is plain, adversarial or decode."""
         self._images.labels(**self.labels, kind=kind).inc(images)
-        self._queue_s.labels(**self.labels).observe(queue_s)
+        self._queue_s.observe(queue_s)
         if tokens_changed is not None:
-            self._changed.labels(**self.labels).observe(tokens_changed)
+            self._changed.observe(tokens_changed)
 
     def request(self, status: int, bytes_in: int, bytes_out: int, seconds: float | None) -> None:
-        """An HTTP request has ended; `seconds` are those of a POST that went well."""
+        """Records that an HTTP request has ended; `seconds` is None unless it was a successful POST."""
         self._requests.labels(**self.labels, status=str(status)).inc()
-        if bytes_in:
-            self._bytes.labels(**self.labels, direction="in").inc(bytes_in)
-        if bytes_out:
-            self._bytes.labels(**self.labels, direction="out").inc(bytes_out)
+        for direction, nbytes in (("in", bytes_in), ("out", bytes_out)):
+            self._bytes.labels(**self.labels, direction=direction).inc(nbytes)
         if seconds is not None:
-            self._request_s.labels(**self.labels).observe(seconds)
+            self._request_s.observe(seconds)
+
+    def retried(self) -> None:
+        """Records that a request was not its client's first attempt."""
+        self._retries.inc()
 
     def refused(self, reason: str) -> None:
-        """An HTTP request was refused."""
+        """Records that an HTTP request was refused."""
         self._refusals.labels(**self.labels, reason=reason).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges, and what codec this is; read at this moment."""
+        """Yields the gauges and the codec's description, read at this moment (prometheus_client's Collector)."""
         values = tuple(self.labels.values())
-        known = self.gauges()
-        for name, (attribute, about) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, about, labels=LABELS)
-            if attribute in known:
-                gauge.add_metric(values, known[attribute])
+        current = self.gauges()
+        for name, (attribute, help_text) in GAUGES.items():
+            gauge = GaugeMetricFamily(name, help_text, labels=LABELS)
+            if attribute in current:
+                gauge.add_metric(values, current[attribute])
             yield gauge
-        info = InfoMetricFamily("dat_codec", "What the replica serves, and on what.", labels=LABELS)
+        info = InfoMetricFamily("dat_codec", "The codec that the replica serves, and its engine.", labels=LABELS)
         discretizer = getattr(self._worker, "discretizer", None)
         if discretizer is not None:
-            said = {"fingerprint": discretizer.fingerprint, **discretizer.describe()}
-            info.add_metric(values, {name: said[name] for name in ("fingerprint", "engine", "device", "dtype")})
+            facts = {"fingerprint": discretizer.fingerprint, **discretizer.describe()}
+            info.add_metric(values, {name: facts[name] for name in ("fingerprint", "engine", "device", "dtype")})
         yield info
 
     def families(self) -> list[Metric]:
-        """All metrics as they stand, without the moments at which they were made: those are series of their own."""
+        """Returns all metrics, without the creation times that prometheus_client adds as series of their own."""
         families = list(self.registry.collect())
         for family in families:
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
@@ -132,7 +151,7 @@ class Metrics:
 
 
 def merged(parts: Iterable[Iterable[Metric]]) -> list[Metric]:
-    """The families of several replicas as one of each name, with the samples of all."""
+    """Merges the families of several replicas: one family per name, with the samples of all."""
     by_name: dict[str, Metric] = {}
     for part in parts:
         for family in part:
@@ -143,7 +162,7 @@ def merged(parts: Iterable[Iterable[Metric]]) -> list[Metric]:
 
 
 def render(families: list[Metric], accept: str) -> tuple[bytes, str]:
-    """Prometheus' text format, or OpenMetrics where the Accept header asks for it; and the media type."""
+    """Returns the metrics as text and their media type: OpenMetrics if `accept` asks for it, else Prometheus."""
 
     class Collected:
         def collect(self) -> list[Metric]:
@@ -151,6 +170,6 @@ def render(families: list[Metric], accept: str) -> tuple[bytes, str]:
 
     try:
         encode, media_type = choose_encoder(accept)
-    except (TypeError, ValueError):  # a version in it that is none
+    except (TypeError, ValueError):  # the Accept header names a version that is not a number
         encode, media_type = choose_encoder("")
     return encode(Collected()), media_type

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from dat_service.ray.ports import BLOCK, free_port
+from dat_service.ports import BLOCK, free_port
 
 # The same for every service, on a Ray of its own or on another's; `dat serve --serve-config` names them too.
 SERVE = {

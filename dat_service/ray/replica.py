@@ -33,9 +33,10 @@ class CodecReplica:
         from ray import serve
 
         from dat_service.http.app import create_app
-        from dat_service.ray.metrics_board import Gather
+        from dat_service.ray.metrics_board import SharedMetrics
 
-        return create_app(self.worker, gather=Gather(self.worker.metrics, serve.get_replica_context().app_name))
+        application = serve.get_replica_context().app_name
+        return create_app(self.worker, all_metrics=SharedMetrics(self.worker.metrics, application))
 
     async def check_health(self) -> None:
         """Raises where the codec has hung or died: Serve then replaces the replica."""

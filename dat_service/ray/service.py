@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dat_service.ray import haproxy, ports
+from dat_service import ports
+from dat_service.ray import haproxy
 from dat_service.ray.processes import descendants, end, mentioning
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings

@@ -10,7 +10,7 @@ from typing import Any
 import promql_parser as promql
 import pytest
 
-from dat_service.http.middleware import REASONS
+from dat_service.http.errors import REASONS
 from dat_service.observability.metrics import GAUGES, Metrics
 from tests.deploy.files import DEPLOY, document, problems
 

@@ -33,8 +33,8 @@ def worker() -> Iterator[CodecWorker]:
 
 async def ask(worker: CodecWorker, request: dict[str, Any]) -> None:
     body = json.dumps(request, separators=(",", ":")).encode()
-    with worker.admit("", len(body)) as place:
-        await infer(worker, await decode(worker, memoryview(body), None, place), Caller(), place)
+    with worker.admit("", len(body)) as reservation:
+        await infer(worker, await decode(worker, memoryview(body), None, reservation), Caller(), reservation)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_no_request_waits_with_all_that_was_parsed_of_it(worker: CodecWorker, mo
 @pytest.mark.parametrize("name", ["alpha", "made-up"])
 def test_nor_one_that_was_parsed_at_once(worker: CodecWorker, name: str) -> None:
     body = json.dumps({"inputs": [SMALL], "parameters": {name: [{}]}}).encode()
-    with worker.admit("", len(body)) as place, pytest.raises(InvalidInput, match=name):
-        asyncio.run(decode(worker, memoryview(body), None, place))
+    with worker.admit("", len(body)) as reservation, pytest.raises(InvalidInput, match=name):
+        asyncio.run(decode(worker, memoryview(body), None, reservation))
 
 
 def test_tensors_that_are_copies_are_counted(worker: CodecWorker) -> None:
@@ -87,6 +87,6 @@ def test_tensors_that_are_copies_are_counted(worker: CodecWorker) -> None:
     for what, entry in entries.items():
         head = json.dumps({"inputs": [{"name": "images"} | entry]}).encode()
         body = np.frombuffer(head + tails[what], np.uint8).data
-        with worker.admit("", len(body)) as place:
-            asyncio.run(decode(worker, body, str(len(head)), place))
+        with worker.admit("", len(body)) as reservation:
+            asyncio.run(decode(worker, body, str(len(head)), reservation))
             assert worker.held_bytes - len(body) == copied[what], what

@@ -20,7 +20,7 @@ import pytest
 from starlette.requests import Request
 
 from dat_client import Client
-from dat_service.http.oip import caller_of
+from dat_service.http.exchange import caller_of
 from dat_service.worker import CodecWorker
 from tests.conftest import crop
 from tests.raw_requests import Reply, infer_images, send, tensor
@@ -174,15 +174,15 @@ def status_from(url: str, source: str = "127.0.0.1", key: str = "") -> int:
         connection.close()
 
 
-@pytest.mark.parametrize(("gather", "holder"), [(None, "peer/10.0.0.1"), (object(), "peer/10.0.0.7")])
-def test_the_address_is_haproxys_word_on_ray_alone(gather: object, holder: str) -> None:
+@pytest.mark.parametrize(("behind_proxy", "holder"), [(False, "peer/10.0.0.1"), (True, "peer/10.0.0.7")])
+def test_the_address_is_haproxys_word_on_ray_alone(behind_proxy: bool, holder: str) -> None:
     """Without HAProxy before it X-Forwarded-For is the stranger's own word."""
     asked = Request(
         {
             "type": "http",
             "client": ("10.0.0.1", 1),
             "headers": [(b"x-forwarded-for", b"10.0.0.7"), (b"x-dat-client", b"me")],
-            "app": SimpleNamespace(state=SimpleNamespace(gather=gather)),
+            "app": SimpleNamespace(state=SimpleNamespace(behind_proxy=behind_proxy)),
         }
     )
     caller = caller_of(asked, 0.0)

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from dat_client import Client, DatError, UnknownCodec
+from dat_service.ports import take_block
 from dat_service.ray import haproxy
-from dat_service.ray.ports import take_block
 from tests.conftest import DAT, dat_serve, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

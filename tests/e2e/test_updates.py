@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dat_service.cli.serve import no_updates, updates
-from dat_service.ray.ports import BLOCK, is_free, take_block
+from dat_service.ports import BLOCK, is_free, take_block
 from dat_service.ray.service import RayService, ServeFailed
 from dat_service.settings import Settings
 from dat_workers.system.signals import interrupted_later

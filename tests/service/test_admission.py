@@ -1,31 +1,31 @@
-"""Places and bytes in fair shares."""
+"""Slots and bytes in fair shares."""
 
 from __future__ import annotations
 
 import pytest
 
-from dat_service.admission import Shares
+from dat_service.admission import FairShares
 from dat_service.settings import Settings, SettingsError, make_settings
 from dat_service.worker import CodecWorker
 from dat_workers.errors import Full, TooLarge, Unhealthy
 
 
 def test_somebody_new_finds_room_beside_floods() -> None:
-    places = Shares(16)
+    slots = FairShares(16)
     held = dict.fromkeys("abc", 0)
     for flow in held:
-        while places.take(flow, 1):
+        while slots.take(flow, 1):
             held[flow] += 1
     assert held["a"] == 8
     assert all(count >= 1 for count in held.values())
-    assert places.take("new", 1)
+    assert slots.take("new", 1)
     for _ in range(held["a"]):
-        places.give("a", 1)
-    assert places.take("b", 1)
+        slots.give("a", 1)
+    assert slots.take("b", 1)
 
 
 def test_nothing_is_held_in_the_end() -> None:
-    shares = Shares(100)
+    shares = FairShares(100)
     assert shares.take("a", 30)
     assert shares.take("b", 70)
     assert not shares.take("c", 1)
@@ -35,30 +35,30 @@ def test_nothing_is_held_in_the_end() -> None:
     assert shares.take("c", 100)
 
 
-def test_places_and_bytes_of_a_worker() -> None:
+def test_slots_and_bytes_of_a_worker() -> None:
     mib = 1 << 20
     worker = CodecWorker(Settings(codec="identity", max_body_bytes=mib, max_held_bytes=4 * mib, max_requests=3))
     with pytest.raises(Unhealthy, match="not loaded"):
         worker.admit("a", 0)
     worker.load()
     try:
-        with worker.admit("a", mib) as place:
-            place.grow(mib)
+        with worker.admit("a", mib) as reservation:
+            reservation.grow(mib)
             assert (worker.held, worker.held_bytes) == (1, 2 * mib)
-            place.grow(2 * mib)  # its own bytes do not stand in its way
+            reservation.grow(2 * mib)  # its own bytes do not stand in its way
             assert worker.held_bytes == 4 * mib
             with pytest.raises(Full, match="bytes are held"):
                 worker.admit("a", 1)
             with pytest.raises(TooLarge, match="at most 4194304 bytes"):
-                place.grow(1)
-        with worker.admit("a", 2 * mib) as place:
+                reservation.grow(1)
+        with worker.admit("a", 2 * mib) as reservation:
             with worker.admit("b", mib):
                 assert worker.held == 2
             with pytest.raises(Full):
                 worker.admit("b", 2 * mib + 1)
-            place.close()
-            with pytest.raises(RuntimeError, match="left its place"):
-                place.grow(1)
+            reservation.close()
+            with pytest.raises(RuntimeError, match="reservation is closed"):
+                reservation.grow(1)
         assert (worker.held, worker.held_bytes) == (0, 0)
     finally:
         worker.stop()

@@ -58,13 +58,13 @@ def test_lines_of_the_file(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "holds no key"),
-        ("# nothing\n", "holds no key"),
-        ("k1\nk2-secret root\n", "line 2: 'root' is no scope"),
-        ("k1 infer, admin\n", "'' is no scope"),
+        ("", "contains no key"),
+        ("# nothing\n", "contains no key"),
+        ("k1\nk2-secret root\n", "line 2: 'root' is not a scope"),
+        ("k1 infer, admin\n", "'' is not a scope"),
         ("k1 infer na me\n", "one word"),
         ("k1 infer n=1\n", "one word"),
-        ("k2-secret\nk2-secret admin\n", "line 2: the key of an earlier line"),
+        ("k2-secret\nk2-secret admin\n", "line 2: the key is the same as on an earlier line"),
     ],
 )
 def test_files_that_are_not_usable(file: Path, text: str, why: str) -> None:
@@ -94,7 +94,7 @@ def test_rotation_needs_no_restart(file: Path, said: list[str]) -> None:
     file.write_text("old\nnew infer night\n")
     assert ring.find("new") is None  # it is looked at once a second
     assert known("old", "new")
-    assert said == ["read 2 API keys anew"]
+    assert said == ["the API key file has changed: 2 keys"]
     for broken in ("", "new root\n"):
         file.write_text(broken)
         assert known("old", "new")
@@ -102,7 +102,9 @@ def test_rotation_needs_no_restart(file: Path, said: list[str]) -> None:
     file.unlink()
     assert known("old", "new")
     assert known("old")
-    assert [line[:29] for line in said[1:]] == ["the API keys stay as they were"[:29]] * 3
+    assert [line.partition(": ")[0] for line in said[1:]] == [
+        "the changed API key file is not used, the old keys stay valid"
+    ] * 3
     replaced = file.with_suffix(".tmp")  # as Kubernetes does it, and everybody should
     replaced.write_text("new\n")
     os.replace(replaced, file)
@@ -125,7 +127,7 @@ def test_scopes(serve_app: Callable[..., str], tmp_path_factory: pytest.TempPath
         assert [status(path, key) for key in ("user", "looker", "both", "other")] == [403, 200, 200, 401], path
         assert send(url, "GET", path).status == 401
     refused = send(url, "GET", "/metrics", None, bearer("user"))
-    assert "asks for admin" in refused.error["error"]
+    assert "this route needs admin" in refused.error["error"]
     assert "www-authenticate" not in refused.headers
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dat_service.http.middleware import Observe, Seen
+from dat_service.http.middleware import ObservabilityMiddleware
 from dat_service.observability.metrics import Metrics
+from dat_service.observability.records import RequestRecord
 from tests.raw_requests import Reply, infer_images, send, tensor
 
 IMAGE = np.zeros((2, 3, 8, 8), np.uint8)
@@ -179,7 +180,7 @@ def test_buffers_and_receive_are_handed_on_as_they_are() -> None:
             sent.append(message)
 
         sent: list[Message] = []
-        await Observe(app, Metrics("c", "r"))(
+        await ObservabilityMiddleware(app, Metrics("c", "r"))(
             {"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send
         )
         assert seen == [receive]
@@ -195,7 +196,7 @@ def test_on_ray_serve_the_id_is_added_once() -> None:
         await send({"type": "http.response.body"})
 
     sent: list[Message] = []
-    asyncio.run(call(Observe(app, Metrics("c", "r"), echo=False), sent))
+    asyncio.run(call(ObservabilityMiddleware(app, Metrics("c", "r"), echo=False), sent))
     assert sent[0]["headers"] == []
 
 
@@ -207,8 +208,8 @@ def test_answer_that_does_not_end_is_counted_as_such(how: str) -> None:
         if how == "raises":
             raise ConnectionError
 
-    metrics, seen = Metrics("c", "r"), list[Seen]()
-    observe = Observe(app, metrics, trace=seen.append)
+    metrics, seen = Metrics("c", "r"), list[RequestRecord]()
+    observe = ObservabilityMiddleware(app, metrics, trace=seen.append)
     if how == "raises":
         with pytest.raises(ConnectionError):
             asyncio.run(call(observe, []))
@@ -222,13 +223,13 @@ def test_audit_lines_say_who_and_why_and_do_not_fill_the_disk(capsys: pytest.Cap
     from dat_service.observability import logs
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"] |= {"refusal": "the key may infer", "key_id": "ci.nightly"}
+        scope["state"] |= {"refusal": "the key may infer", "reason": "scope", "key_id": "ci.nightly"}
         await send({"type": "http.response.start", "status": 403, "headers": []})
         await send({"type": "http.response.body"})
 
     logs.configure("json", "info")
     clock = Clock()
-    observe = Observe(app, Metrics("c", "r"), clock=clock)
+    observe = ObservabilityMiddleware(app, Metrics("c", "r"), clock=clock)
     headers = [(b"x-request-id", b"abc"), (b"authorization", b"Bearer s3cr3t"), (b"x-forwarded-for", b"1.2.3.4")]
 
     async def flood(times: int) -> None:

@@ -68,6 +68,6 @@ def test_nobody_elses_lines_are_touched(capsys: pytest.CaptureFixture[str]) -> N
     logs.configure("json", "info")
     logs.configure("json", "info")
     root, serve = logging.getLogger(), logging.getLogger("ray.serve")
-    assert not [h for h in (*root.handlers, *serve.handlers) if isinstance(h, logs.Stderr)]
+    assert not [h for h in (*root.handlers, *serve.handlers) if isinstance(h, logs.StderrHandler)]
     log.info("once")
     assert capsys.readouterr().err.count("once") == 1

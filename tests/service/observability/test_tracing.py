@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dat_service.observability import tracing
+from dat_service.observability.records import RequestRecord
 from tests.conftest import app_in_thread
-from tests.raw_requests import infer_images, send
+from tests.raw_requests import encoded, infer_images, send
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -53,10 +54,15 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_spans_of_requests(collected: list[Any]) -> None:
     with app_in_thread(codec="identity") as url:
         assert infer_images(url, np.zeros((1, 3, 8, 8), np.uint8), "UINT8").status == 200
+        assert send(url, "POST", "/v1/reconstruct", encoded(np.zeros((3, 8, 8), np.uint8), "PNG")).status == 200
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine"}
         assert send(url, "GET", "/v2/models/other", None, headers).status == 404
     # the app has ended, and so all is sent
     asked = next(s for s in collected if s.name == "POST /v2/models/{codec}/infer")
+    picture = next(s for s in collected if s.name == "POST /v1/reconstruct")
+    for request in (asked, picture):
+        stages = [s.name for s in collected if s.parent_span_id == request.span_id]
+        assert stages == ["body", "queue", "codec"]
     refused = next(s for s in collected if s.name == "GET /v2/models/{codec}")
     assert refused.trace_id.hex() == TRACE
     assert refused.parent_span_id.hex() == PARENT
@@ -68,13 +74,9 @@ def test_spans_of_requests(collected: list[Any]) -> None:
 
 
 def test_stages_follow_one_another(collected: list[Any]) -> None:
-    from dat_service.http.middleware import Seen
-
     spans = tracing.Spans("identity", "local")
     spans.record(
-        Seen(
-            "POST", "/p", "/p", 503, "id", 10**18, 0.02, "body;dur=5, queue;dur=1.5, codec;dur=10, total;dur=19", {}
-        )
+        RequestRecord("POST", "/p", "/p", 503, "id", 10**18, 0.02, {"body": 0.005, "queue": 0.0015, "codec": 0.01})
     )
     spans.stop()
     by_name = {s.name: s for s in collected}
@@ -103,6 +105,6 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, missing: st
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(
-        tracing.TracingUnavailable, match=r"_TRACES_ENDPOINT is set.*pip install 'dat-service\[otel\]'"
+        tracing.TracingUnavailable, match=r"_TRACES_ENDPOINT is set, but .*pip install 'dat-service\[otel\]'"
     ):
         tracing.wanted()

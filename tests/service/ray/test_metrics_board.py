@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dat_service.ray.metrics_board import Gather
+from dat_service.ray.metrics_board import SharedMetrics
 from tests.service.observability.test_metrics import busy, parsed
 
 
@@ -16,7 +16,7 @@ def test_board_forgets_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
     now = 100.0
     monkeypatch.setattr(metrics_board, "time", SimpleNamespace(monotonic=lambda: now))
-    board = metrics_board.Board()
+    board = metrics_board.MetricsBoard()
     board.put("r1", busy("r1", 1).families())
     now += 20
     board.put("r2", busy("r2", 1).families())
@@ -34,8 +34,8 @@ def test_scrape_goes_on_without_the_actor(monkeypatch: pytest.MonkeyPatch) -> No
 
     from dat_service.ray import metrics_board as module
 
-    monkeypatch.setattr(module, "LONGEST_S", 0.05)
-    monkeypatch.setattr(Gather, "_push", lambda self: None)
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(SharedMetrics, "_push", lambda self: None)
     asked: list[Future[object]] = []
 
     class Method:
@@ -43,8 +43,8 @@ def test_scrape_goes_on_without_the_actor(monkeypatch: pytest.MonkeyPatch) -> No
             asked.append(Future())
             return SimpleNamespace(future=lambda: asked[-1])
 
-    gather = Gather(busy("r1", 3), "app")
-    gather._board = SimpleNamespace(put=Method(), others=Method())
-    _, samples = parsed(asyncio.run(gather.families()))
+    shared = SharedMetrics(busy("r1", 3), "app")
+    shared._board = SimpleNamespace(put=Method(), others=Method())
+    _, samples = parsed(asyncio.run(shared.families()))
     assert samples["dat_images_total/plain", "r1"] == 3
     assert len(asked) == 2

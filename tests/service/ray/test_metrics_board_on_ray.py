@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dat_service.ray.metrics_board import NAMESPACE, Gather
+from dat_service.ray.metrics_board import NAMESPACE, SharedMetrics
 from tests.conftest import ROOT
 from tests.service.observability.test_metrics import Samples, busy, parsed
 
@@ -24,12 +24,12 @@ def test_any_replica_answers_for_all() -> None:
     assert "made again" in done.stdout
 
 
-def when(gather: Gather, expected: set[str]) -> Samples:
+def when(shared: SharedMetrics, expected: set[str]) -> Samples:
     """A scrape's samples, once it shows these replicas and no others."""
 
     async def ask() -> Samples:
         for _ in range(600):
-            _, samples = parsed(await gather.families())
+            _, samples = parsed(await shared.families())
             if {replica for _, replica in samples} == expected:
                 return samples
             await asyncio.sleep(0.1)
@@ -43,26 +43,26 @@ def main() -> None:
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
     one, two = busy("r1", 3), busy("r2", 4)
-    gathers = [Gather(one, "app"), Gather(two, "app")]
-    other = Gather(busy("r3", 1), "other app")
+    replicas = [SharedMetrics(one, "app"), SharedMetrics(two, "app")]
+    other = SharedMetrics(busy("r3", 1), "other app")
     try:
-        for gather in gathers:
-            samples = when(gather, {"r1", "r2"})
+        for shared in replicas:
+            samples = when(shared, {"r1", "r2"})
             assert samples["dat_images_total/plain", "r1"] == 3
             assert samples["dat_images_total/plain", "r2"] == 4
         one.answered("plain", 10, 0.0, None)
-        assert when(gathers[0], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # its own, as they stand
-        assert when(gathers[1], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # and from then on
+        assert when(replicas[0], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # its own, as they stand
+        assert when(replicas[1], {"r1", "r2"})["dat_images_total/plain", "r1"] == 13  # and from then on
         when(other, {"r3"})
-        board = ray.get_actor(gathers[0].name, namespace=NAMESPACE)
+        board = ray.get_actor(replicas[0].name, namespace=NAMESPACE)
         ray.kill(board)
-        for gather in gathers:
-            when(gather, {"r1", "r2"})
-        assert ray.get_actor(gathers[0].name, namespace=NAMESPACE)._actor_id != board._actor_id
+        for shared in replicas:
+            when(shared, {"r1", "r2"})
+        assert ray.get_actor(replicas[0].name, namespace=NAMESPACE)._actor_id != board._actor_id
         print("made again")
     finally:
-        for gather in (*gathers, other):
-            gather.stop()
+        for shared in (*replicas, other):
+            shared.stop()
         ray.shutdown()
 
 
