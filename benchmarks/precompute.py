@@ -35,7 +35,7 @@ from benchmarks.machine import cpu_name
 from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
-from dat_workers.precompute import State, Summary, precompute
+from dat_workers.precompute import JobProgress, Summary, precompute
 from dat_workers.system.timing import Timing, alternate, ratio
 
 SIDE = 224
@@ -61,7 +61,9 @@ def main() -> None:
         arguments.markdown.write_text("\n".join(lines))
 
 
-def job(sources: list[Path], dst: Path, codec: str, report: Callable[[State], None] = lambda _: None) -> Summary:
+def job(
+    sources: list[Path], dst: Path, codec: str, report: Callable[[JobProgress], None] = lambda _: None
+) -> Summary:
     """One job into a folder of its own."""
     shutil.rmtree(dst, ignore_errors=True)
     side = SIDE if codec == "tiny-f8" else None
@@ -157,7 +159,7 @@ def shards(sources: list[Path], folder: Path, rounds: int) -> str:
     process = psutil.Process()
     seen: list[tuple[int, float, float]] = []
 
-    def watch(state: State) -> None:
+    def watch(state: JobProgress) -> None:
         seen.append((state.shards_done, state.seconds, process.memory_info().rss / 1e6))
 
     job([small], folder / "many", "identity", watch)

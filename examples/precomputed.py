@@ -55,7 +55,7 @@ def build(options: Namespace) -> Training:
 
 
 def loss(model: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
-    """What is attacked and then minimised."""
+    """The loss that the attack increases and the training minimises."""
     return F.cross_entropy(model(pictures), labels)
 
 

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 FORBIDDEN = {
     "client/dat_client": {"dat_workers", "dat_service", "fastapi", "ray"},
-    "workers/dat_workers": {"dat_client", "dat_service", "fastapi", "starlette"},
+    "workers/dat_workers": {"dat_service", "fastapi", "starlette"},
 }
 
 
@@ -35,9 +35,28 @@ def test_nothing_points_up(folder: str) -> None:
     assert not found
 
 
+def test_workers_use_only_the_vocabulary_and_the_formats_of_the_client() -> None:
+    allowed = ("dat_client.wire.", "dat_client.dataset_format.", "dat_client.errors")
+    found = [
+        f"{path.name}: {node.module}"
+        for path in sorted((ROOT / "workers/dat_workers").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dat_client")
+    ]
+    assert any("dataset_format" in use for use in found)
+    assert not [use for use in found if not use.split(": ")[1].startswith(allowed)]
+
+
+FORMATS = ", ".join(f"dat_client.dataset_format.{name}" for name in ("manifest", "naming", "tar_samples", "views"))
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
-    [("import dat_client", {"torch", "ray"}), ("import dat_service.cli.main", {"torch", "ray", "fastapi"})],
+    [
+        ("import dat_client", {"torch", "ray"}),
+        (f"import {FORMATS}", {"torch", "webdataset", "fsspec", "ray"}),
+        ("import dat_service.cli.main", {"torch", "ray", "fastapi"}),
+    ],
 )
 def test_light_imports_stay_light(statement: str, absent: set[str]) -> None:
     code = f"import sys; {statement}; print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""What `dat precompute` wrote, for a PyTorch DataLoader: Q(x) or its tokens, x, labels; no service is asked.
+"""Feeds what `dat precompute` wrote to a PyTorch DataLoader: Q(x) or its tokens, x, and labels, without a service.
 
     from dat_client.webdataset import load
 
@@ -6,9 +6,9 @@
     for x, x_hat, labels in DataLoader(data, batch_size=128, num_workers=8):
         ...
 
-The shards are plain WebDataset and `webdataset.WebDataset` reads them as well. `load` adds what it cannot know:
-which shards are finished, which of several views to take, and how x was cut from the source. Reading, grouping
-and shuffling are webdataset's own.
+The shards are plain WebDataset, and `webdataset.WebDataset` reads them as well. `load` adds what webdataset cannot
+know: which shards are finished, which of several views to take, and how x was cut from the source. Shuffling and
+the pipeline's methods are webdataset's own.
 """
 
 from __future__ import annotations
@@ -37,24 +37,17 @@ except ImportError as error:
         "dat_client.webdataset needs webdataset, fsspec, Pillow and PyTorch: pip install 'dat-client[webdataset]'"
     ) from error
 
+from dat_client.dataset_format.manifest import FORMAT, MANIFEST_FOLDER, RECIPE_FILE, ManifestEntry, shard_of_entry
+from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, number_of_views, view_prefix
+from dat_client.dataset_format.tar_samples import Sample
+from dat_client.dataset_format.views import prepared, view_of
 from dat_client.errors import InvalidDataset, shown
-from dat_client.shards import (
-    address,
-    field_of,
-    fields_of,
-    of_pictures,
-    originals,
-    origins,
-    picture_of,
-    read_shard,
-    where,
-)
+from dat_client.originals import address, locate_sources, made_from_pictures, picture_finder, read_shard
 
 __all__ = ["load", "prepared", "read_manifest", "read_settings", "view_of"]
 
-FORMAT = 1  # of precompute.json
-COUNTED = 1024  # worker processes whose epochs are told apart
-LISTED = 16  # manifest entries that are fetched at once
+EPOCH_COUNTERS = 1024  # worker processes beyond this number share counters
+MANIFEST_THREADS = 16  # manifest entries that are fetched at the same time
 
 
 def load(
@@ -68,135 +61,128 @@ def load(
     shuffle: int = 0,
     seed: int = 0,
 ) -> Any:
-    """The samples of DST as a webdataset pipeline, an IterableDataset with `.map`, `.repeat`, `.with_epoch`, ...
+    """Returns the samples of DST as a webdataset pipeline: an IterableDataset with `.map`, `.repeat` and more.
 
         load(dst)                     # (x̂, label)
         load(dst, image=True)         # (x, x̂, label), x as `--outputs image` stored it
-        load(dst, source=src)         # (x, x̂, label), x cut from the source's shards as it was for Q
+        load(dst, source=src)         # (x, x̂, label), x cut from the source as it was cut for Q
         load(dst, tokens=True)        # (indices, label), for `client.decode` in the training process
 
-    x and x̂ are uint8 [3,H,W], indices int32 [h,w], tensors all; the label is an int. An epoch has every sample
-    once: shards are dealt to ranks (torchrun, torch.distributed) and DataLoader's workers, always the same to
-    each. So ranks may end some batches apart; `.repeat()` or `.with_epoch(n)` gives all of them the same number.
+    x and x̂ are tensors uint8 [3,H,W] and indices are int32 [h,w]; the label is an int. An epoch yields every
+    sample once. Shards are divided among ranks (torchrun, torch.distributed) and DataLoader workers, in the same
+    way in each epoch, so ranks may end some batches apart; `.repeat()` or `.with_epoch(n)` gives all of them the
+    same number of batches.
 
     Args:
-        dst: what `dat precompute` wrote: a folder or an fsspec address. Shards without a manifest entry are not
-            read.
-        source: what it was made from, here or moved: a folder of shards or of pictures, an fsspec address, a brace
-            pattern or a glob. Samples are paired by shard name and key; what precompute skipped is passed over.
-        image: give x from DST itself.
-        tokens: give indices in place of x̂.
-        label: the field with the label, an integer as text.
-        view: of several views of a sample `random` takes one, another in each epoch; `all` makes each a
-            sample of its own; an int is the view of that number.
-        shuffle: how many samples are mixed in memory, encoded; shards then come in random order too. 0: as stored.
-        seed: of order and views. An epoch is a pass over this object, and each has an order of its own.
+        dst: the folder or fsspec address that `dat precompute` wrote. Shards without a manifest entry are not read.
+        source: the data it was made from, in their place or moved: a folder of shards or of pictures, an fsspec
+            address, a brace pattern or a glob. Samples are paired by shard name and key; samples that precompute
+            skipped are passed over.
+        image: take x from DST itself.
+        tokens: yield indices instead of x̂.
+        label: the field that holds the label, an integer as text.
+        view: which of a sample's views to yield: `random` picks another one in each epoch, `all` yields each as a
+            sample of its own, and an int picks the view of that number.
+        shuffle: how many encoded samples to hold in memory for shuffling; shards are then shuffled too. 0 keeps the
+            stored order.
+        seed: decides order and views. Each pass over this object is an epoch with an order of its own.
 
-    Raises InvalidDataset for a DST that does not hold what is asked for (while iterating too, with shard and
-    key), OSError.
+    Raises InvalidDataset for a DST that lacks what the arguments ask for (also during iteration, naming shard and
+    key), and OSError.
     """
     if view not in ("random", "all") and not (type(view) is int and view >= 0):
         raise InvalidDataset(f"view: must be 'random', 'all' or the number of a view, got {shown(view)}")
     if image and source is not None:
         raise InvalidDataset("image and source: both say where x comes from, give one of them")
     settings = read_settings(dst)
-    asked = ["indices" if tokens else "reconstruction"] + (["image"] if image else [])
-    for output in asked:
+    for output in ["indices" if tokens else "reconstruction"] + (["image"] if image else []):
         if output not in settings["outputs"]:
-            held = ", ".join(settings["outputs"])
-            raise InvalidDataset(f"{os.fspath(dst)}: holds {held}, no {output} (dat precompute --outputs)")
+            stored = ", ".join(settings["outputs"])
+            raise InvalidDataset(f"{os.fspath(dst)}: holds {stored}, no {output} (dat precompute --outputs)")
     manifest = read_manifest(dst)
     if not manifest:
         raise InvalidDataset(f"{os.fspath(dst)}: no shard is finished: its manifest is empty")
-    made_by = {entry["settings"] for entry in manifest.values()}
-    if len(made_by) > 1:
-        message = f"{os.fspath(dst)}: shards of {len(made_by)} different settings: let dat precompute finish"
+    recipes = {entry["settings"] for entry in manifest.values()}
+    if len(recipes) > 1:
+        message = f"{os.fspath(dst)}: shards of {len(recipes)} different settings: let dat precompute finish"
         raise InvalidDataset(message)
-    sources = None if source is None else origins(source, manifest, of_pictures(settings))
+    sources = None if source is None else locate_sources(source, manifest, made_from_pictures(settings))
     counts = {shard: int(entry["samples"]) for shard, entry in manifest.items()}
-    field = "indices.npy" if tokens else str(settings["picture"])
+    field = INDICES_FIELD if tokens else str(settings["picture"])
     samples = _Samples(address(dst), settings, counts, sources, image, field, label, view, max(0, shuffle), seed)
     return wds.FluidWrapper(samples)
 
 
 def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
-    """DST/precompute.json: codec, outputs, geometry, views. Raises InvalidDataset where there is none."""
-    fs, path = url_to_fs(f"{address(dst)}/precompute.json")
+    """Returns the recipe in DST/precompute.json: codec, outputs, geometry and views.
+
+    Raises InvalidDataset where the file is missing, damaged or of another format, and OSError.
+    """
+    fs, path = url_to_fs(f"{address(dst)}/{RECIPE_FILE}")
     try:
-        settings: dict[str, Any] = json.loads(fs.cat_file(path))
+        settings = json.loads(fs.cat_file(path))
     except FileNotFoundError as error:
-        message = f"{os.fspath(dst)}: no precompute.json in it, so it is not what dat precompute wrote"
+        message = f"{os.fspath(dst)}: no {RECIPE_FILE} in it, so it is not what dat precompute wrote"
         raise InvalidDataset(message) from error
-    if settings.get("format") != FORMAT:
-        found = shown(settings.get("format"))
-        raise InvalidDataset(f"{os.fspath(dst)}: format {found}, this dat-client reads {FORMAT}: update it")
-    return settings
+    except ValueError as error:
+        message = (
+            f"{os.fspath(dst)}: its {RECIPE_FILE} is not JSON ({error}), so it is not what dat precompute wrote"
+        )
+        raise InvalidDataset(message) from error
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        message = f"{os.fspath(dst)}: format {shown(found)}, this dat-client reads {FORMAT}: update it"
+        raise InvalidDataset(message)
+    return dict(settings)
 
 
 def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """The finished shards of DST, sorted by name: samples, bytes, sha256, what was skipped and why."""
-    fs, folder = url_to_fs(f"{address(dst)}/manifest")
+    """Returns the manifest entries of DST's finished shards, sorted by name: samples, bytes, sha256, skipped, ...
+
+    Raises InvalidDataset for an entry that cannot be read, and OSError.
+    """
+    fs, folder = url_to_fs(f"{address(dst)}/{MANIFEST_FOLDER}")
     try:
-        found = sorted(path for path in fs.find(folder) if path.endswith(".json"))
+        paths = sorted(path for path in fs.find(folder) if shard_of_entry(path))
     except FileNotFoundError:
-        found = []
-    with ThreadPoolExecutor(LISTED) as threads:  # thousands of small files, far away perhaps
-        entries = [json.loads(content) for content in threads.map(fs.cat_file, found)]
-    return {entry["shard"]: entry for entry in entries}
+        paths = []
+    with ThreadPoolExecutor(MANIFEST_THREADS) as threads:  # thousands of small files, perhaps in a remote store
+        contents = list(threads.map(fs.cat_file, paths))
+    manifest = {}
+    for path, content in zip(paths, contents, strict=True):
+        try:
+            manifest[ManifestEntry.from_json(content).shard] = json.loads(content)
+        except ValueError as error:
+            message = f"{path} cannot be read: {error}; run dat precompute again, which makes this shard again"
+            raise InvalidDataset(message) from error
+    return manifest
 
 
-def prepared(picture: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
-    """The RGB picture as --resize and --crop made it before Q: torchvision's Resize and CenterCrop.
+class _EncodedView(NamedTuple):
+    """A view of a sample, still encoded, as it waits in the shuffle buffer; `place` names it in messages."""
 
-    >>> prepared(Image.new("RGB", (100, 60)), {"resize": 30, "crop": None}).size
-    (50, 30)
-    """
-    size, crop = settings["resize"], settings["crop"]
-    if size:
-        short, long = sorted(picture.size)
-        scaled = (size, int(size * long / short))
-        picture = picture.resize(scaled if picture.width <= picture.height else scaled[::-1], _BILINEAR)
-    if crop:
-        left, top = (round((extent - crop) / 2) for extent in picture.size)
-        picture = picture.crop((left, top, left + crop, top + crop))
-    return picture
-
-
-def view_of(picture: Image.Image, view: Mapping[str, Any]) -> Image.Image:
-    """One view of --augment: of the RGB picture the `box` (left, top, width, height), scaled to `size`, flipped.
-
-    >>> view_of(Image.new("RGB", (100, 60)), {"box": [10, 0, 40, 60], "size": [32, 24], "flip": True}).size
-    (24, 32)
-    """
-    left, top, width, height = view["box"]
-    rows, columns = view["size"]
-    picture = picture.resize((columns, rows), _BILINEAR, box=(left, top, left + width, top + height))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view["flip"] else picture
-
-
-_BILINEAR = Image.Resampling.BILINEAR
-
-
-class _Item(NamedTuple):
-    """A view of a sample, still encoded: this is what waits in the shuffle buffer."""
-
-    where: str
+    place: str
     q: bytes
     x: bytes | None
-    view: Mapping[str, Any] | None
+    crop: Mapping[str, Any] | None
     label: int
 
 
-def _no_epochs() -> torch.Tensor:
-    """Without persistent_workers a process lives for one epoch and could not count them: shared memory can."""
-    counts = torch.zeros(COUNTED, dtype=torch.int64)
-    counts.share_memory_()  # type: ignore[no-untyped-call]
-    return counts
+def _new_epoch_counters() -> torch.Tensor:
+    """Returns counters in shared memory: without persistent_workers a worker process lives for only one epoch."""
+    counters = torch.zeros(EPOCH_COUNTERS, dtype=torch.int64)
+    counters.share_memory_()  # type: ignore[no-untyped-call]
+    return counters
 
 
 @dataclass(eq=False)
 class _Samples(IterableDataset[tuple[Any, ...]]):
-    """One pass gives the samples of this rank and worker. `counts`: the shards and how many samples they have."""
+    """Yields the samples of this rank and worker, in one pass per epoch.
+
+    counts: number of samples of each shard. sources: where each shard's originals are, None where x is not read
+    from them. field: the field that becomes x̂ or indices. ranks: rank and number of ranks of the process that made
+    this object.
+    """
 
     dst: str
     settings: Mapping[str, Any]
@@ -208,15 +194,15 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
     view: str | int
     shuffle: int
     seed: int
-    epochs: torch.Tensor = dataclasses.field(default_factory=_no_epochs)
+    epochs: torch.Tensor = dataclasses.field(default_factory=_new_epoch_counters)
     ranks: tuple[int, int] = (0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker process that is spawned does not know its trainer's process group, so it is told."""
+        """Carries the rank along: a spawned worker process does not know its trainer's process group."""
         return {**self.__dict__, "ranks": self._place()[:2]}
 
     def _place(self) -> tuple[int, int, int, int]:
-        """Rank, ranks, worker, workers."""
+        """Returns rank, number of ranks, worker and number of workers."""
         rank, world, worker, workers = utils.pytorch_worker_info()
         if world == 1:
             rank, world = self.ranks
@@ -225,88 +211,86 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         rank, world, worker, workers = self._place()
         if world * workers > len(self.counts):
-            of = f"{world} ranks x {workers} workers"
+            readers = f"{world} ranks x {workers} workers"
             raise InvalidDataset(
-                f"{self.dst}: {len(self.counts)} shards for {of}, some would get none: fewer workers"
+                f"{self.dst}: {len(self.counts)} shards for {readers}, some would get none: fewer workers"
             )
-        epoch = int(self.epochs[worker % COUNTED])
-        self.epochs[worker % COUNTED] += 1
-        # Dealt before they are shuffled: so each comes once, whatever the others have counted or drawn.
+        epoch = int(self.epochs[worker % EPOCH_COUNTERS])
+        self.epochs[worker % EPOCH_COUNTERS] += 1
+        # Shards are divided before they are shuffled: each is read once, whatever epoch other processes are in.
         shards = list(self.counts)[rank::world][worker::workers]
         rng = random.Random(f"{self.seed} {epoch} {rank} {worker}")
         if self.shuffle:
             rng.shuffle(shards)
-        items = (item for shard in shards for sample in self._samples(shard) for item in self._views(sample, epoch))
-        return map(self._decoded, wds.shuffle(self.shuffle, rng=rng)(items) if self.shuffle else items)
+        views = (view for shard in shards for view in self._views(shard, epoch))
+        return map(self._decoded, wds.shuffle(self.shuffle, rng=rng)(views) if self.shuffle else views)
 
-    def _samples(self, shard: str) -> Iterator[dict[str, Any]]:
-        """The samples of a shard, each with its x where that comes from the source."""
+    def _views(self, shard: str, epoch: int) -> Iterator[_EncodedView]:
+        """Yields the requested views of a shard's samples, with x where that comes from the source."""
         url = f"{self.dst}/{shard}"
         origin = self.sources[shard] if self.sources is not None else None
-        original_of = originals(origin, of_pictures(self.settings)) if origin else None
+        find_picture = picture_finder(origin, made_from_pictures(self.settings)) if origin else None
         count = 0
         for sample in read_shard(url):
             count += 1
-            if original_of is not None:
-                sample["__source__"] = original_of(sample["__key__"])
-                if sample["__source__"] is None:
-                    message = f"sample {sample['__key__']} is not in {origin}, or not in the order of {url}"
-                    raise InvalidDataset(f"source: {message}")
-            yield sample
+            if sample.problem:
+                raise InvalidDataset(f"{url}, sample {sample.key}: {sample.problem}")
+            picture = find_picture(sample.key) if find_picture else None
+            if find_picture and picture is None:
+                message = f"sample {sample.key} is not in {origin}, or not in the order of {url}"
+                raise InvalidDataset(f"source: {message}")
+            yield from self._views_of(sample, f"{url}, sample {sample.key}", picture, epoch)
         if count != self.counts[shard]:
             raise InvalidDataset(f"{url}: {count} samples, {self.counts[shard]} by the manifest: make it again")
 
-    def _views(self, sample: dict[str, Any], epoch: int) -> Iterator[_Item]:
-        """The views of a sample that are asked for."""
-        place = where(sample)
-        if self.field in sample:
-            prefixes = [""]
-        else:
-            numbered = (re.fullmatch(rf"(\d+)\.{re.escape(self.field)}", field) for field in sample)
-            prefixes = [f"{number}." for number in sorted(int(found[1]) for found in numbered if found)]
+    def _views_of(self, sample: Sample, place: str, picture: bytes | None, epoch: int) -> Iterator[_EncodedView]:
+        """Yields the requested views of one sample; `picture` is its original, where x comes from the source."""
+
+        def field(name: str) -> bytes:
+            if name not in sample.fields:
+                present = ", ".join(sorted(sample.fields)) or "a key"
+                raise InvalidDataset(f"{place}: no {name}, only {present}")
+            return sample.fields[name]
+
+        views = number_of_views(self.settings["augment"], self.settings["variants"])
         if self.view == "all":
-            chosen = list(range(len(prefixes)))
+            chosen = list(range(views))
         elif isinstance(self.view, int):
             chosen = [self.view]
-        else:  # by the key, so that it does not depend on who reads the shard
-            chosen = [random.Random(f"{self.seed} {epoch} {sample['__key__']}").randrange(len(prefixes) or 1)]
-        if not prefixes:
-            raise InvalidDataset(f"{place}: no {self.field}, only {fields_of(sample)}")
-        if max(chosen) >= len(prefixes):
-            raise InvalidDataset(f"{place}: view {self.view} of {len(prefixes)}, they count from 0")
-        label = field_of(sample, self.label)
+        else:  # drawn by the sample's key, so that it does not depend on which process reads the shard
+            chosen = [random.Random(f"{self.seed} {epoch} {sample.key}").randrange(views)]
+        if max(chosen) >= views:
+            raise InvalidDataset(f"{place}: view {self.view} of {views}, they count from 0")
+        label = field(self.label)
         if not re.fullmatch(rb"\s*-?\d+\s*", label):
             raise InvalidDataset(f"{place}: {self.label} is {shown(label)}, must be an integer")
-        boxed = self.sources is not None and self.settings["augment"]
-        views = json.loads(field_of(sample, "views.json")) if boxed else None
+        crops = json.loads(field(VIEWS_FIELD)) if picture is not None and self.settings["augment"] else None
         for number in chosen:
-            prefix, x = prefixes[number], None
+            prefix = view_prefix(number, views)
             if self.image:
                 stored = f"{prefix}image."
-                x = field_of(sample, *([name for name in sample if name.startswith(stored)] or [f"{stored}*"]))
-            elif self.sources is not None:
-                x = picture_of(sample["__source__"])
-            yield _Item(place, sample[prefix + self.field], x, views and views[number], int(label))
+                picture = field(next((name for name in sample.fields if name.startswith(stored)), f"{stored}*"))
+            yield _EncodedView(place, field(prefix + self.field), picture, crops and crops[number], int(label))
 
-    def _decoded(self, item: _Item) -> tuple[Any, ...]:
+    def _decoded(self, view: _EncodedView) -> tuple[Any, ...]:
         try:
-            if self.field == "indices.npy":
-                indices = np.load(io.BytesIO(item.q), allow_pickle=False)
+            if self.field == INDICES_FIELD:
+                indices = np.load(io.BytesIO(view.q), allow_pickle=False)
                 q = torch.from_numpy(indices.astype(np.int32))
             else:
-                q = _tensor(_opened(item.q))
-            if item.x is None:
-                return q, item.label
-            picture = _opened(item.x)
+                q = _tensor(_opened(view.q))
+            if view.x is None:
+                return q, view.label
+            picture = _opened(view.x)
             if not self.image:
-                picture = view_of(picture, item.view) if item.view else prepared(picture, self.settings)
+                picture = view_of(picture, view.crop) if view.crop else prepared(picture, self.settings)
             x = _tensor(picture)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-            raise InvalidDataset(f"{item.where}: {type(error).__name__}: {error}") from error
-        if self.field != "indices.npy" and x.shape != q.shape:
+        except Exception as error:  # Pillow's decoders raise almost any exception on damaged files
+            raise InvalidDataset(f"{view.place}: {type(error).__name__}: {error}") from error
+        if self.field != INDICES_FIELD and x.shape != q.shape:
             sizes = f"{x.shape[2]}x{x.shape[1]}, Q(x) {q.shape[2]}x{q.shape[1]}"
-            raise InvalidDataset(f"{item.where}: x has {sizes} pixels: made from another source")
-        return x, q, item.label
+            raise InvalidDataset(f"{view.place}: x has {sizes} pixels: made from another source")
+        return x, q, view.label
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -314,5 +298,5 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _tensor(picture: Image.Image) -> torch.Tensor:
-    """uint8 [3,H,W]."""
+    """Returns an RGB picture as uint8 [3,H,W]."""
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())

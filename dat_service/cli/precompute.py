@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dat_workers.precompute import State, Summary
+    from dat_workers.precompute import JobProgress, Summary
 
 LINE_EVERY_S = 60.0
 RATE_OVER_S = 30.0
@@ -138,9 +138,9 @@ class Rate:
     """Images and bytes a second over the last half minute, and the time that is left."""
 
     def __init__(self) -> None:
-        self._seen: list[State] = []
+        self._seen: list[JobProgress] = []
 
-    def line(self, state: State) -> str:
+    def line(self, state: JobProgress) -> str:
         if self._seen and state.seconds < self._seen[-1].seconds:
             self._seen.clear()  # it has looked at what was there, and begins to work
         self._seen.append(state)
@@ -162,13 +162,13 @@ class Rate:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[State], None]]:
+def progress() -> Iterator[Callable[[JobProgress], None]]:
     """A bar where there is a terminal, else a line a minute; both on stderr."""
     rate = Rate()
     if not sys.stderr.isatty():
         said = time.monotonic()
 
-        def tell(state: State) -> None:
+        def tell(state: JobProgress) -> None:
             nonlocal said
             line = rate.line(state)
             if time.monotonic() - said >= LINE_EVERY_S:

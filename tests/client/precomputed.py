@@ -59,7 +59,7 @@ def write_dst(dst: Path, shards: Mapping[str, Iterable[Mapping[str, Any]]], **se
         content = (dst / name).read_bytes()
         entry = {
             "shard": name, "samples": count, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-            "settings": "0123", "skipped": [], "source": {},
+            "settings": "0123", "skipped": [], "source": {"name": f"/src/{name}", "bytes": 1, "sha256": ""},
         }  # fmt: skip
         path = dst / "manifest" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -382,6 +382,12 @@ def test_what_is_no_dst_is_said(own: tuple[Path, Path]) -> None:
     with pytest.raises(InvalidDataset, match="format 2, this dat-client reads 1"):
         load(dst)
     edited(dst, "precompute.json", format=1)
+    (dst / "precompute.json").rename(dst / "aside")
+    for damaged in ("", "{", "[]"):
+        (dst / "precompute.json").write_text(damaged)
+        with pytest.raises(InvalidDataset, match=r"dst: its precompute.json is not JSON|dst: format None"):
+            load(dst)
+    (dst / "aside").rename(dst / "precompute.json")
     edited(dst, f"manifest/{NAMES[1]}.json", settings="4567")
     with pytest.raises(InvalidDataset, match="shards of 2 different settings"):
         load(dst)
@@ -402,11 +408,40 @@ def test_shards_that_changed_are_said(own: tuple[Path, Path]) -> None:
         list(load(dst))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"shard": "train-000001.tar"}'])
+def test_a_damaged_manifest_entry_is_named(own: tuple[Path, Path], content: str) -> None:
+    (own[1] / "manifest" / f"{NAMES[1]}.json").write_text(content)
+    with pytest.raises(InvalidDataset, match=r"manifest/train-000001.tar.json cannot be read: .* precompute again"):
+        read_manifest(own[1])
+
+
+def test_a_kept_field_is_not_taken_for_a_reconstruction(tmp_path: Path) -> None:
+    """`--keep png --format png --augment 3` stores the original beside the views."""
+
+    def beside(number: int, x: Image.Image) -> dict[str, Any]:
+        return {**three_views(number, x), "png": encoded(x), "indices.npy": npy(np.zeros((2, 2), np.uint16))}
+
+    _, dst = write_pair(tmp_path, NAMES[:1], 1, beside, augment=3)
+    assert len(list(load(dst, view="all"))) == 3
+    for (x_hat, _), view in zip(load(dst, view="all"), VIEWS, strict=True):
+        assert torch.equal(x_hat, tensor(q_of(pillows_own(picture(0), view))))
+
+
+def test_a_picture_smaller_than_the_crop_is_another_source(tmp_path: Path) -> None:
+    def cut(_: int, x: Image.Image) -> dict[str, Any]:
+        return {"png": encoded(q_of(x.crop((4, 0, 36, 32))))}
+
+    _, dst = write_pair(tmp_path, NAMES[:1], 1, cut, crop=32)
+    smaller, _ = write_pair(tmp_path / "smaller", NAMES[:1], 1, one_view, size=(40, 31))
+    with pytest.raises(InvalidDataset, match=r"sample 0000: .*40x31 pixels .* 32 or more, the crop"):
+        list(load(dst, source=smaller))
+
+
 def test_two_files_of_one_name(own: tuple[Path, Path]) -> None:
     shard = own[1] / NAMES[0]
     samples = [{"__key__": "0000", "png": b"", "cls": b"0"}] * 2
     write_shard(shard, samples)
-    with pytest.raises(InvalidDataset, match=r"train-000000.tar: 0000.cls: duplicate file name"):
+    with pytest.raises(InvalidDataset, match=r"train-000000.tar, sample 0000: the field png is there twice"):
         list(load(own[1]))
 
 
@@ -431,6 +466,8 @@ def test_another_source_is_noticed(own: tuple[Path, Path], tmp_path: Path) -> No
         list(load(dst, source=tmp_path / "nowhere"))
     with pytest.raises(InvalidDataset, match=r"source: 0 of .* are named train-000001.tar"):
         load(dst, source=src / NAMES[0])
+    with pytest.raises(InvalidDataset, match=r"source: .*train-{0..1.tar has braces that are not in pairs"):
+        load(dst, source=f"{src}/train-{{0..1.tar")
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:

@@ -17,14 +17,16 @@ import pytest
 import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from dat_client.dataset_format.views import view_of
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import pixels
-from dat_workers.precompute import OtherRecipe, SampleFailed, State, precompute
-from dat_workers.precompute import worker as worker_module
-from dat_workers.precompute.folder import Folder, ShardWriter
+from dat_workers.precompute import JobProgress, OtherRecipe, SampleFailed, pipeline, precompute
+from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.views import crops_of, with_others
+from dat_workers.precompute.shards import ShardWriter
+from dat_workers.precompute.views import random_crop, replace_sample_tokens
 from tests.workers.precompute.shards import (
     as_array,
     contents,
@@ -47,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 def run(source: Path | str, dst: Path | str, codec: str = "identity", threads: int = 1, **options: Any) -> Any:
-    return precompute(str(source), str(dst), codec=codec, threads=threads, **options)
+    return precompute(str(source), str(dst), codec=codec, engine_config=EngineConfig(threads=threads), **options)
 
 
 def manifest(dst: Path, name: str) -> dict[str, Any]:
@@ -162,11 +164,11 @@ def test_crops_are_those_that_are_written_down(tmp_path: Path) -> None:
     for number in range(2):
         key, x = f"{number:04d}", picture(number, 80)
         views = json.loads(files[f"{key}.views.json"])
-        crops = crops_of(recipe, key, *x.size)
-        for i, crop in enumerate(crops):
-            said = {"box": list(crop.box), "size": [32, 32], "flip": crop.flip}
-            assert said.items() <= views[i].items()
-            assert np.array_equal(as_array(files[f"{key}.{i}.png"]), pixels(crop.of(x)))
+        for i in range(3):
+            crop = random_crop(recipe, key, i, *x.size)
+            assert crop["size"] == [32, 32]
+            assert crop.items() <= views[i].items()
+            assert np.array_equal(as_array(files[f"{key}.{i}.png"]), pixels(view_of(x, crop)))
             assert files[f"{key}.{i}.image.png"] == files[f"{key}.{i}.png"]
 
 
@@ -182,7 +184,7 @@ def test_variants_swap_tokens_by_the_samples_key(tmp_path: Path) -> None:
         plain = q.discretize(x[None], outputs=["indices"])["indices"][0]
         for variant in range(2):
             indices = np.load(io.BytesIO(files[f"{key}.{variant}.indices.npy"]))
-            assert np.array_equal(indices, with_others(plain, recipe, key, 0, variant, 16384))
+            assert np.array_equal(indices, replace_sample_tokens(plain, recipe, key, 0, variant, 16384))
             picture_of = q.decode(indices[None])[0, :, : x.shape[1], : x.shape[2]]
             assert np.array_equal(as_array(files[f"{key}.{variant}.png"]), picture_of)
         assert [view["variant"] for view in json.loads(files[f"{key}.views.json"])] == [0, 1]
@@ -360,14 +362,14 @@ def test_what_the_codec_cannot_do_is_said_before_anything_is_written(tmp_path: P
 
 
 def test_too_large_for_the_codec_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "MAX_VIEW_PIXELS", 1000)
+    monkeypatch.setattr(pipeline, "MAX_VIEW_PIXELS", 1000)
     source = write_shards(tmp_path / "src", 1)
     with pytest.raises(SampleFailed, match=r"40x40 = 1600 pixels .* --resize or --crop"):
         run(source, tmp_path / "dst")
 
 
 def test_the_state_goes_from_nothing_to_all(tmp_path: Path) -> None:
-    states: list[State] = []
+    states: list[JobProgress] = []
     run(write_shards(tmp_path / "src", 4), tmp_path / "dst", report=states.append)
     assert states[-1].share == 1.0
     assert (states[-1].images, states[-1].shards_done, states[-1].shards) == (20, 4, 4)
@@ -380,4 +382,4 @@ def test_a_folder_remembers_nothing_of_jobs_that_ended(tmp_path: Path) -> None:
     assert {path.name for path in dst.iterdir()} == {
         "precompute.json", "manifest", "contact-sheet.html", "train-000000.tar",
     }  # fmt: skip
-    assert [entry.samples for entry in Folder(str(dst)).entries()] == [5]
+    assert [entry.samples for entry in OutputFolder(str(dst)).entries()] == [5]

@@ -13,10 +13,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from dat_client import Client, InvalidDataset
-from dat_client.shards import _pictures_of
+from dat_client.originals import _pictures_of
 from dat_client.webdataset import load
+from dat_workers.engines.config import EngineConfig
 from dat_workers.precompute import precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar
+
+ONE_THREAD = EngineConfig(threads=1)
 
 
 def items(dst: Path, **options: Any) -> list[Any]:
@@ -106,7 +109,7 @@ def test_crops_are_cut_from_the_source_again(tmp_path: Path) -> None:
 def test_variants_are_views(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 1, 2), tmp_path / "dst"
     options: dict[str, Any] = {"replace_fraction": 0.5, "variants": 2, "crop": 40, "picture": "png"}
-    precompute(str(source), str(dst), codec="tiny-f8", threads=1, **options)
+    precompute(str(source), str(dst), codec="tiny-f8", engine_config=ONE_THREAD, **options)
     found = items(dst, source=str(source), view="all")
     assert len(found) == 4
     assert np.array_equal(found[0][0].numpy(), found[1][0].numpy())
@@ -115,7 +118,7 @@ def test_variants_are_views(tmp_path: Path) -> None:
 
 def test_tokens_decoded_by_the_service_are_its_own_pictures(tmp_path: Path, serve_app: Callable[..., str]) -> None:
     source, dst = write_shards(tmp_path / "src", 1, 4), tmp_path / "dst"
-    precompute(str(source), str(dst), codec="tiny-f8", threads=1, crop=40, outputs=["indices"])
+    precompute(str(source), str(dst), codec="tiny-f8", engine_config=ONE_THREAD, crop=40, outputs=["indices"])
     (images, tokens, _), *_ = DataLoader(load(str(dst), tokens=True, source=str(source)), batch_size=4)
     with Client(serve_app(codec="tiny-f8", threads=1), "tiny-f8") as client:
         q = client.discretize(images, outputs=["reconstruction", "indices"])
@@ -132,10 +135,11 @@ def test_a_folder_that_is_not_whole_is_read_as_far_as_it_is(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("codec", ["identity", "tiny-f8"])
 def test_skipped_samples_keep_pairs_together(tmp_path: Path, codec: str) -> None:
-    files = [*sample_files(0), ("bad.png", b"no picture"), ("bad.cls", b"9"), *sample_files(1)]
+    files = [*sample_files(0), ("bad.png", b"no picture"), ("bad.cls", b"9"), ("__info__/2.png", b"metadata")]
+    files += [*sample_files(3)[:1] * 2, *sample_files(1), *sample_files(0), *sample_files(2)]
     source = write_tar(tmp_path / "src" / "a.tar", files)
-    precompute(str(source), str(tmp_path / "dst"), codec=codec, threads=1, skip=True, picture="png")
+    precompute(str(source), str(tmp_path / "dst"), codec=codec, engine_config=ONE_THREAD, skip=True, picture="png")
     found = items(tmp_path / "dst", source=str(source.parent))
-    assert [label for _, _, label in found] == [0, 1]
+    assert [label for _, _, label in found] == [0, 1, 2]
     for number, (x, _, _) in enumerate(found):
         assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))

@@ -9,7 +9,7 @@ from dat_workers.precompute.recipe import Recipe
 
 
 def test_a_recipe_comes_back_from_its_file() -> None:
-    recipe = Recipe("c", "f" * 64, "cpu", "fp32", ("indices", "image"), keep=("cls",), classes=("ä", "b"), seed=7)
+    recipe = Recipe("c", "f" * 64, outputs=("indices", "image"), keep=("cls",), classes=("ä", "b"), seed=7)
     again = Recipe.from_json(recipe.to_json())
     assert again == recipe
     assert again.id == recipe.id

@@ -1,4 +1,4 @@
-"""64 samples beside their Q(x), for a person to look at before a model is trained on them."""
+"""An HTML page of 64 samples beside their Q(x), for a person to look at before a model is trained on them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
+from dat_client.dataset_format.naming import INDICES_FIELD, picture_field
+from dat_client.dataset_format.tar_samples import DamagedShard, Sample
 from dat_workers.batching.device_copies import Array
 from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
-from dat_workers.precompute.folder import Folder
+from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
+from dat_workers.precompute.shards import ShardReader
 from dat_workers.precompute.sources import Shard, Source
 from dat_workers.precompute.views import views_of
 
 SAMPLES = 64
-SIDE = 224  # pixels at which they are shown
-AMPLIFIED = 4  # times the difference
+SIDE = 224  # pixels of each picture on the page
+AMPLIFICATION = 4  # of the difference
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -39,28 +41,28 @@ ones of {shards} shards. Mean PSNR {psnr:.2f} dB.</p>
 """
 
 
-def contact_sheet(source: Source, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array]) -> bytes:
-    """An HTML page without other files: x, Q(x) and their difference of up to 64 samples, spread over the shards.
+def contact_sheet(source: Source, folder: OutputFolder, recipe: Recipe, decode: Callable[[Array], Array]) -> bytes:
+    """Returns a self-contained HTML page with x, Q(x) and their difference of up to 64 samples of all shards.
 
-    The same for the same shards. `decode` makes pictures uint8 [N,3,H,W] of tokens [N,h,w], where there are only
-    tokens.
+    The page is the same for the same shards. `decode` turns tokens [N,h,w] into pictures uint8 [N,3,H,W], for
+    shards that hold only tokens.
     """
     number = min(len(source.shards), SAMPLES)
     chosen = [source.shards[i * len(source.shards) // number] for i in range(number)]
-    share = -(-SAMPLES // number)
+    per_shard = -(-SAMPLES // number)
     figures: list[str] = []
     ratios: list[float] = []
     for shard in chosen:
-        for key, x, q in pairs(shard, folder, recipe, decode, min(share, SAMPLES - len(figures))):
+        for key, x, q in pairs(shard, folder, recipe, decode, min(per_shard, SAMPLES - len(figures))):
             ratio = psnr(x, q)
             ratios.append(ratio)
             caption = html.escape(f"{key}: {ratio:.1f} dB".encode("utf-8", "replace").decode())
-            triple = np.concatenate([shown(x), shown(q), shown(difference(x, q))], axis=2)
+            triple = np.concatenate([fit(x), fit(q), fit(difference(x, q))], axis=2)
             data = base64.b64encode(encode_jpeg(triple, quality=90)).decode()
             image = f'<img alt="" src="data:image/jpeg;base64,{data}">'
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     page = PAGE.format(
-        title=html.escape(f"{recipe.codec} {recipe.fingerprint[:12]}"), width=3 * SIDE, amplified=AMPLIFIED,
+        title=html.escape(f"{recipe.codec} {recipe.fingerprint[:12]}"), width=3 * SIDE, amplified=AMPLIFICATION,
         number=len(figures), shards=number, psnr=float(np.mean(ratios)) if ratios else 0.0,
         figures="\n".join(figures),
     )  # fmt: skip
@@ -68,56 +70,56 @@ def contact_sheet(source: Source, folder: Folder, recipe: Recipe, decode: Callab
 
 
 def pairs(
-    shard: Shard, folder: Folder, recipe: Recipe, decode: Callable[[Array], Array], number: int
+    shard: Shard, folder: OutputFolder, recipe: Recipe, decode: Callable[[Array], Array], number: int
 ) -> list[tuple[str, Array, Array]]:
-    """(key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
+    """Returns (key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
     found: list[tuple[str, Array, Array]] = []
     output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
     try:
-        wanted = {sample.key: sample for sample in islice(Reader(output), number)}
-        for sample in Reader(shard, recipe.classes):
-            if not wanted:
+        outputs = {sample.key: sample for sample in islice(ShardReader(output), number)}
+        for sample in ShardReader(shard, recipe.classes):
+            if not outputs:
                 break
-            if not sample.problem and sample.key in wanted:
+            if not sample.problem and sample.key in outputs:
                 x = first_view(sample, recipe)
-                found.append((sample.key, x, reconstruction(wanted.pop(sample.key), recipe, x, decode)))
-    except Damaged:  # what was read of it is there
+                found.append((sample.key, x, reconstruction(outputs.pop(sample.key), recipe, x, decode)))
+    except DamagedShard:  # the pairs before the damage are shown
         pass
     return found
 
 
 def first_view(sample: Sample, recipe: Recipe) -> Array:
-    """x of view 0, uint8 [3,H,W]."""
-    picture = open_picture(sample.fields[picture_field(sample)], field=sample.key)
+    """Returns x of view 0 of a source sample, uint8 [3,H,W]."""
+    picture = open_picture(sample.fields[picture_field(sample.fields)], field=sample.key)
     return pixels(next(views_of(recipe, sample.key, picture))[0])
 
 
-def reconstruction(made: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:
-    """Q(x) of view 0, uint8 [3,H,W], from an output sample."""
+def reconstruction(output: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:
+    """Returns Q(x) of view 0 of an output sample, uint8 [3,H,W]."""
     prefix = recipe.prefix(0)
     if "reconstruction" in recipe.outputs:
         name = f"{prefix}{recipe.picture}"
-        return decode_picture(made.fields[name], field=name)
-    indices = np.load(io.BytesIO(made.fields[f"{prefix}indices.npy"]))
+        return decode_picture(output.fields[name], field=name)
+    indices = np.load(io.BytesIO(output.fields[prefix + INDICES_FIELD]))
     height, width = x.shape[1:]
     picture: Array = decode(indices[None])[0, :, :height, :width]
     return picture
 
 
 def psnr(x: Array, q: Array) -> float:
-    """Peak signal-to-noise ratio in dB; 99 where they are equal."""
+    """Returns the peak signal-to-noise ratio in dB; 99 where the pictures are equal."""
     error = float(np.mean((x.astype(np.float64) - q) ** 2))
     return 10 * float(np.log10(255**2 / error)) if error else 99.0
 
 
 def difference(x: Array, q: Array) -> Array:
-    """Around grey, amplified."""
-    moved = 128 + AMPLIFIED * (q.astype(np.int32) - x)
-    return moved.clip(0, 255).astype(np.uint8)
+    """Returns q - x, amplified, around grey."""
+    amplified = 128 + AMPLIFICATION * (q.astype(np.int32) - x)
+    return amplified.clip(0, 255).astype(np.uint8)
 
 
-def shown(picture: Array) -> Array:
-    """uint8 [3,SIDE,SIDE]: scaled to fit, on white."""
+def fit(picture: Array) -> Array:
+    """Scales a picture to fit uint8 [3,SIDE,SIDE], on white."""
     image = as_image(picture)
     scale = SIDE / max(image.size)
     if scale < 1 or max(image.size) < SIDE // 2:

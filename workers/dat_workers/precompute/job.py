@@ -1,4 +1,4 @@
-"""`precompute`: a whole dataset through Q once, shards in, shards out."""
+"""`precompute` sends a whole dataset through Q once; a job decides which shards are missing and has them made."""
 
 from __future__ import annotations
 
@@ -10,27 +10,38 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
+from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.precompute.contact_sheet import contact_sheet
-from dat_workers.precompute.folder import Entry, Folder
-from dat_workers.precompute.pool import LocalPool, Pool, WorkerLost
+from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import LOOKED_AT_ONCE, PICTURES_A_SHARD, Shard, Source, find, reached
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, Orders
+from dat_workers.precompute.sources import (
+    LOOKUP_THREADS,
+    PICTURES_A_SHARD,
+    Shard,
+    Source,
+    find,
+    naming_address,
+)
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions
+from dat_workers.precompute.worker_pool import LocalWorkers, WorkerLost, WorkerPool
 from dat_workers.system.threads import Threads
 
 log = logging.getLogger("dat_workers")
 
 TICK_S = 0.5
-TRIES = 3  # a shard under which so many workers ended is not given to another
+MAX_TRIES = 3  # a shard over which so many workers have ended is not given to another one
 SHEET = "contact-sheet.html"
 
 
 @dataclass(frozen=True)
-class State:
-    """How far a job is. `shards` and `nbytes` (of sources) count those that were there too; `images` and `seconds`
-    are of this run alone."""
+class JobProgress:
+    """The progress of a job.
+
+    `shards_done` and `nbytes_done` (of sources) include the shards that were there before; `images` and `seconds`
+    are of this run alone.
+    """
 
     shards: int
     shards_done: int
@@ -43,7 +54,7 @@ class State:
 
     @property
     def share(self) -> float:
-        """Done, 0 to 1, by bytes of the sources where their storage says them."""
+        """The share that is done, 0 to 1: of the sources' bytes, or of the shards where no storage tells sizes."""
         if not self.shards or self.shards_done == self.shards:
             return 1.0
         if not self.nbytes:
@@ -53,10 +64,11 @@ class State:
 
 @dataclass(frozen=True)
 class Summary:
-    """What DST holds of this source, and what this run did for it.
+    """The result of a job: what DST holds of this source, and what this run did for it.
 
-    seconds: of the making alone. others: shards in DST that are not of this source. skipped_first: (shard, key,
-    reason) of up to 20.
+    shards_kept: shards that were there before, or that another job has made. seconds: from the first missing shard
+    to the last, without loading the codec. others: shards in DST that are not of this source. skipped_first:
+    (shard, key, reason) of up to 20 skipped samples.
     """
 
     shards: int
@@ -95,19 +107,30 @@ def precompute(
     check_hashes: bool = False,
     pictures_a_shard: int = PICTURES_A_SHARD,
     engine_config: EngineConfig = DEFAULT_ENGINE,
-    report: Callable[[State], None] = lambda state: None,
+    report: Callable[[JobProgress], None] = lambda progress: None,
 ) -> Summary:
     """Writes Q(x) of all samples of `source` into shards of the same names in `dst`.
 
     >>> precompute("train-{000000..000007}.tar", "train-q", outputs=["indices"])         # doctest: +SKIP
 
-    source, dst: a path or an fsspec address; source also a brace pattern, a folder of pictures, or several of
-    these. The settings of the recipe as in `Recipe`. `skip`: samples that cannot be used are left out and named in
-    the manifest; else the first one ends the job. `ray`: workers are actors on the Ray that RAY_ADDRESS names, or
-    on one of the job's own. `report` is told the state about twice a second.
+    A job may be killed at any moment: the next run makes the shards that are missing, and the bytes in the end are
+    the same.
 
-    May be killed at any moment: the next run goes on with the shards that are missing, and the bytes that it leaves
-    are the same. Raises InvalidInput, OtherRecipe, SampleFailed, OSError, CodecError.
+    Args:
+        source: a path or an fsspec address of shards, of a folder of them or of a folder of pictures; a brace
+            pattern; or several of these.
+        dst: the folder to write, a path or an fsspec address.
+        codec, outputs, ..., keep: the settings of the `Recipe`.
+        ray: the workers are actors on the Ray that RAY_ADDRESS names, or on one of this job's own; each of them
+            takes `gpus` GPUs.
+        skip: leave out samples that are not usable and name them in the manifest; otherwise the first one ends the
+            job.
+        overwrite: replace what `dst` holds of another recipe.
+        check_hashes: compare finished shards and their sources by SHA-256 too, not by their length alone.
+        pictures_a_shard: how many pictures of a folder make a shard.
+        report: called with the progress about twice a second.
+
+    Raises InvalidInput, OtherRecipe, SampleFailed, OSError and CodecError.
     """
     recipe = Recipe(
         codec, outputs=tuple(outputs), picture=picture, quality=quality, resize=resize, crop=crop, augment=augment,
@@ -116,7 +139,7 @@ def precompute(
     )  # fmt: skip
     if not 1 <= workers <= 1024:
         raise InvalidInput("workers", workers, "1 to 1024")
-    with reached(source):
+    with naming_address(source):
         found = find(source, pictures_a_shard=pictures_a_shard)
     if not found.shards:
         raise InvalidInput("source", source, "at least one shard")
@@ -124,21 +147,21 @@ def precompute(
         recipe = replace(recipe, classes=found.classes, pictures_a_shard=pictures_a_shard)
     if "{" in dst:
         raise InvalidInput("dst", dst, "one folder: shards keep their names")
-    folder = Folder(dst)
+    folder = OutputFolder(dst)
     check_apart(found, folder)
-    with reached(dst):
+    with naming_address(dst):
         folder.begin()
     try:
         if ray:
-            from dat_workers.precompute.ray_pool import RayPool
+            from dat_workers.precompute.ray_workers import RayWorkers
 
-            pool: Pool = RayPool(codec, engine_config, workers, gpus)
+            pool: WorkerPool = RayWorkers(codec, engine_config, workers, gpus)
         else:
-            pool = LocalPool(codec, engine_config, workers)
+            pool = LocalWorkers(codec, engine_config, workers)
         try:
             recipe = pool.complete(recipe)
-            with reached(dst):
-                folder.settle(recipe, found.shards, overwrite=overwrite)
+            with naming_address(dst):
+                folder.settle_recipe(recipe, found.shards, overwrite=overwrite)
                 return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
         finally:
             pool.stop()
@@ -146,8 +169,8 @@ def precompute(
         folder.end()
 
 
-def check_apart(source: Source, folder: Folder) -> None:
-    """Raises InvalidInput where a shard would overwrite its source, or be found as input by the next run."""
+def check_apart(source: Source, folder: OutputFolder) -> None:
+    """Raises InvalidInput where a shard would overwrite its source, or be found as a source by the next run."""
     dst = folder.full_address
     for searched in source.folders:
         if f"{dst}/".startswith(f"{searched.rstrip('/')}/"):
@@ -158,112 +181,114 @@ def check_apart(source: Source, folder: Folder) -> None:
 
 
 class Job:
-    """Gives shards to workers until all are there."""
+    """Gives missing shards to workers until all are finished."""
 
     def __init__(
         self,
         source: Source,
-        folder: Folder,
+        folder: OutputFolder,
         recipe: Recipe,
-        pool: Pool,
+        pool: WorkerPool,
         skip: bool,
         check_hashes: bool,
-        report: Callable[[State], None],
+        report: Callable[[JobProgress], None],
     ) -> None:
         self.source, self.folder, self.recipe, self.pool = source, folder, recipe, pool
         self.check_hashes = check_hashes
-        self.orders = Orders(recipe, folder.full_address, folder.job, skip)
+        self.options = ShardOptions(recipe, folder.full_address, folder.job, skip)
         self.report = report
         self.began = time.monotonic()
-        self.done: dict[str, Entry] = {}
-        self.kept = self.kept_bytes = self.lost = 0
-        self.total = sum(shard.nbytes for shard in source.shards)
+        self.done: dict[str, ManifestEntry] = {}
+        self.shards_kept = self.nbytes_kept = self.workers_lost = 0
+        self.nbytes = sum(shard.nbytes for shard in source.shards)
 
     def run(self) -> Summary:
-        missing = self._missing()
-        if self.folder.others or not self.folder.local:  # each begins with what the others are not at
+        missing = self._missing_shards()
+        if self.folder.shared or not self.folder.local:  # jobs that share the folder begin with different shards
             random.Random(self.folder.job).shuffle(missing)
         self.began = time.monotonic()
         if missing:
-            self.folder.remove_file(SHEET)  # it shows what was
+            self.folder.remove_file(SHEET)  # it shows shards that are made again
         self._make(deque(missing))
-        state = self.state()
+        progress = self.progress()
         if not self.folder.has(SHEET):
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
         entries = [self.done[shard.name] for shard in self.source.shards]
         skipped = [(entry.shard, key, reason) for entry in entries for key, reason in entry.skipped]
         return Summary(
-            len(entries), self.kept, sum(entry.samples for entry in entries), len(skipped),
-            sum(entry.nbytes for entry in entries), state.images, state.seconds, self.lost,
-            self.recipe.fingerprint, len(self.folder.names() - set(self.done)), tuple(skipped[:20]),
+            len(entries), self.shards_kept, sum(entry.samples for entry in entries), len(skipped),
+            sum(entry.nbytes for entry in entries), progress.images, progress.seconds, self.workers_lost,
+            self.recipe.fingerprint, len(self.folder.shard_names() - set(self.done)), tuple(skipped[:20]),
         )  # fmt: skip
 
-    def state(self) -> State:
-        counts = self.pool.progress()
+    def progress(self) -> JobProgress:
+        counts = self.pool.counts()
         # a shard that was made twice was read twice
-        read = min(self.kept_bytes + counts.nbytes, self.total)
-        return State(
-            len(self.source.shards), len(self.done), self.total, read, counts.images, counts.skipped,
-            self.lost, time.monotonic() - self.began,
+        nbytes_done = min(self.nbytes_kept + counts.nbytes, self.nbytes)
+        return JobProgress(
+            len(self.source.shards), len(self.done), self.nbytes, nbytes_done, counts.images, counts.skipped,
+            self.workers_lost, time.monotonic() - self.began,
         )  # fmt: skip
 
-    def _missing(self) -> list[Shard]:
-        """Shards that are not there yet, or not as they should be."""
-        shards, threads = self.source.shards, Threads(LOOKED_AT_ONCE, "look")
-        for start in range(0, len(shards), LOOKED_AT_ONCE):
-            some = shards[start : start + LOOKED_AT_ONCE]
-            for shard, entry in zip(some, threads.map(self._look, some), strict=True):
+    def _missing_shards(self) -> list[Shard]:
+        """Returns the shards that are not finished, and keeps the others."""
+        shards, threads = self.source.shards, Threads(LOOKUP_THREADS, "look")
+        for start in range(0, len(shards), LOOKUP_THREADS):
+            some = shards[start : start + LOOKUP_THREADS]
+            for shard, entry in zip(some, threads.map(self._finished_entry, some), strict=True):
                 self._keep(shard, entry)
-            self.report(self.state())
+            self.report(self.progress())
         return [shard for shard in shards if shard.name not in self.done]
 
-    def _look(self, shard: Shard) -> Entry | None:
-        return self.folder.done(shard, self.recipe, hashes=self.check_hashes)
+    def _finished_entry(self, shard: Shard) -> ManifestEntry | None:
+        return self.folder.finished_entry(shard, self.recipe, hashes=self.check_hashes)
 
-    def _keep(self, shard: Shard, entry: Entry | None) -> bool:
-        """Counts a shard that is there, made by a run before or by another job."""
+    def _keep(self, shard: Shard, entry: ManifestEntry | None) -> bool:
+        """Counts a shard that an earlier run or another job has finished; returns whether there is one."""
         if entry is None:
             return False
         self.done[shard.name] = entry
-        self.kept += 1
-        self.kept_bytes += shard.nbytes
+        self.shards_kept += 1
+        self.nbytes_kept += shard.nbytes
         return True
 
     def _make(self, missing: deque[Shard]) -> None:
-        busy: dict[Future[Entry], tuple[int, Shard]] = {}
+        """Has the missing shards made, those of a lost worker again."""
+        busy: dict[Future[ManifestEntry], tuple[int, Shard]] = {}
         tries: Counter[str] = Counter()
-        told = 0.0
+        reported_at = 0.0
         while missing or busy:
             load = Counter(worker for worker, _ in busy.values())
             worker = min(self.pool.ready() if missing else (), key=lambda i: load[i], default=None)
             if worker is not None and load[worker] < SHARDS_AT_ONCE:
                 shard = missing.popleft()
-                if tries[shard.name] or not self._keep(shard, self._look(shard)):
-                    busy[self.pool.submit(worker, shard, self.orders)] = (worker, shard)
+                if tries[shard.name] or not self._keep(shard, self._finished_entry(shard)):
+                    busy[self.pool.submit(worker, shard, self.options)] = (worker, shard)
                 continue
             if not busy:  # all workers are being replaced
                 time.sleep(TICK_S)
-            ready, _ = wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
-            for future in ready:
+            finished, _ = wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            for future in finished:
                 _, shard = busy.pop(future)
                 try:
-                    self._enter(shard, future.result())
+                    self._accept(shard, future.result())
                 except WorkerLost as error:
-                    self.lost += 1
+                    self.workers_lost += 1
                     tries[shard.name] += 1
-                    if tries[shard.name] >= TRIES:
-                        error.add_note(f"precompute: {TRIES} workers ended over {shard.address}")
+                    if tries[shard.name] >= MAX_TRIES:
+                        error.add_note(f"precompute: {MAX_TRIES} workers ended over {shard.address}")
                         raise
                     log.warning("%s; %s is made again", error, shard.name)
                     missing.appendleft(shard)
-            if time.monotonic() - told >= TICK_S:
-                self.report(self.state())
-                told = time.monotonic()
-        self.report(self.state())
+            if time.monotonic() - reported_at >= TICK_S:
+                self.report(self.progress())
+                reported_at = time.monotonic()
+        self.report(self.progress())
 
-    def _enter(self, shard: Shard, entry: Entry) -> None:
-        there = self.folder.entry(shard.name)
-        if there is None or (there.sha256, there.settings) != (entry.sha256, entry.settings):
+    def _accept(self, shard: Shard, entry: ManifestEntry) -> None:
+        """Notes that a worker has finished a shard. Raises OSError where DST holds another one of that name."""
+        recorded = self.folder.entry(shard.name)
+        if recorded is None or (recorded.sha256, recorded.settings) != (entry.sha256, entry.settings):
             raise OSError(
                 f"{shard.name} was written, and another one is in {self.folder.address}: DST must be a folder that "
                 "all hosts share, and that no other job overwrites"

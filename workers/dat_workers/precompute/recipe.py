@@ -1,4 +1,4 @@
-"""What is made of every sample: the settings that a folder of shards was written with."""
+"""The recipe: the settings that decide what is made of every sample of a dataset."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from dat_client.dataset_format.manifest import FORMAT
+from dat_client.dataset_format.naming import number_of_views, view_prefix
+from dat_client.errors import shown
 from dat_workers.errors import InvalidInput
 
-FORMAT = 1
-OUTPUTS = ("reconstruction", "indices", "image")
-PICTURES = ("jpg", "png", "webp")
+STORED_FIELDS = ("reconstruction", "indices", "image")
+PICTURE_FORMATS = ("jpg", "png", "webp")
 MAX_VIEWS = 1000
 
 
@@ -24,11 +26,13 @@ class Recipe:
     >>> Recipe("tiny-f8", crop=224, augment=4, variants=2, replace_fraction=0.1).views
     8
 
-    resize: the shorter side, crop: the side of the centre crop, in pixels. augment: random crops of `crop` a
-    sample, 0 for none. variants: how often `replace_fraction` of a view's tokens are swapped for others. keep: the
-    fields that are copied, None for all but the picture. classes: names of the folders that became `cls`.
-    threads: of an engine on the CPU, for their number decides the order of its additions.
-    Raises InvalidInput for what does not go together.
+    outputs: which of STORED_FIELDS each sample gets. picture, quality: format of the stored pictures. resize:
+    length of the shorter side, crop: side of the centre crop, in pixels. augment: number of random crops of `crop`
+    pixels that each sample has instead, 0 for none. variants: how often `replace_fraction` of a view's tokens are
+    replaced by random ones. keep: the source's fields that are copied, None for all but the picture. classes: the
+    folders that became `cls`. threads: CPU threads of the engine, because their number decides the order of its
+    additions.
+    Raises InvalidInput for settings that contradict each other.
     """
 
     codec: str
@@ -53,14 +57,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for output in self.outputs:
-            if output not in OUTPUTS:
-                raise InvalidInput("outputs", repr(output), f"of {', '.join(OUTPUTS)}")
+            if output not in STORED_FIELDS:
+                raise InvalidInput("outputs", repr(output), f"of {', '.join(STORED_FIELDS)}")
         if not set(self.outputs) & {"reconstruction", "indices"}:
             raise InvalidInput("outputs", list(self.outputs), "reconstruction, indices or both among them")
         if len(set(self.outputs)) < len(self.outputs):
             raise InvalidInput("outputs", list(self.outputs), "each once")
-        if self.picture not in PICTURES:
-            raise InvalidInput("format", repr(self.picture), f"of {', '.join(PICTURES)}")
+        if self.picture not in PICTURE_FORMATS:
+            raise InvalidInput("format", repr(self.picture), f"of {', '.join(PICTURE_FORMATS)}")
         if not 1 <= self.quality <= 100:
             raise InvalidInput("quality", self.quality, "1 to 100")
         for name in ("resize", "crop"):
@@ -76,56 +80,51 @@ class Recipe:
         if self.variants > 1 and not self.replace_fraction:
             raise InvalidInput("variants", self.variants, "1 where replace_fraction is 0: they would be the same")
         if self.augment < 0 or self.variants < 1 or self.views > MAX_VIEWS:
-            many = f"{self.augment} and {self.variants}"
-            raise InvalidInput("augment and variants", many, f"1 to {MAX_VIEWS} views a sample")
+            numbers = f"{self.augment} and {self.variants}"
+            raise InvalidInput("augment and variants", numbers, f"1 to {MAX_VIEWS} views a sample")
         if not 0 <= self.seed < 2**63:
             raise InvalidInput("seed", self.seed, "0 to 2^63 - 1")
 
     @property
     def views(self) -> int:
-        """Views of a sample."""
-        return max(1, self.augment) * self.variants
+        """The number of views that each sample has."""
+        return number_of_views(self.augment, self.variants)
 
     @property
     def id(self) -> str:
-        """Twelve hex digits of what it says: shards of one folder have the same."""
+        """Twelve hex digits that identify the settings: all shards of a folder have the same."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def prefix(self, view: int) -> str:
-        """What stands before the field names of a view; nothing where there is one."""
-        return f"{view}." if self.views > 1 else ""
+        """Returns what precedes the field names of a view; nothing where a sample has a single view."""
+        return view_prefix(view, self.views)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Raises ValueError for what is no such file."""
-        said = json.loads(text)
-        if not isinstance(said, dict) or said.pop("format", None) != FORMAT:
+        """Parses `precompute.json`. Raises ValueError for any other text or format."""
+        settings = json.loads(text)
+        if not isinstance(settings, dict) or settings.pop("format", None) != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
         known = {field.name for field in fields(cls)}
-        if set(said) != known:
-            raise ValueError(f"fields {sorted(set(said) ^ known)} are missing or unknown")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in said.items()}
+        if set(settings) != known:
+            raise ValueError(f"fields {sorted(set(settings) ^ known)} are missing or unknown")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         return cls(**values)
 
-    def differences(self, other: Recipe) -> str:
-        """What `other` says otherwise, in words."""
-        pairs = ((name, value, asdict(other)[name]) for name, value in asdict(self).items())
-        return "; ".join(f"{name}: {short(mine)}, now {short(now)}" for name, mine, now in pairs if mine != now)
+    def differences(self, wanted: Recipe) -> str:
+        """Returns the settings that differ in the `wanted` recipe, in words."""
+        pairs = ((name, value, asdict(wanted)[name]) for name, value in asdict(self).items())
+        return "; ".join(f"{name}: {shown(mine)}, now {shown(now)}" for name, mine, now in pairs if mine != now)
 
-    def made_by(self, fingerprint: str, said: dict[str, str], threads: int) -> Recipe:
-        """The same with what the codec says of itself (`Discretizer.describe`)."""
-        engine = " ".join(filter(None, (said["engine"], said.get("provider"))))
-        device = said["device"].partition(":")[0]
+    def made_by(self, fingerprint: str, description: dict[str, str], threads: int) -> Recipe:
+        """Returns the recipe with the codec's fingerprint and `Discretizer.describe` filled in."""
+        engine = " ".join(filter(None, (description["engine"], description.get("provider"))))
+        device = description["device"].partition(":")[0]
         on_cpu = device == "cpu" and engine != "none"
         return replace(
-            self, fingerprint=fingerprint, engine=engine, device=device, dtype=said["dtype"], tricks=said["tricks"],
-            threads=threads if on_cpu else 0,
+            self, fingerprint=fingerprint, engine=engine, device=device, dtype=description["dtype"],
+            tricks=description["tricks"], threads=threads if on_cpu else 0,
         )  # fmt: skip
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

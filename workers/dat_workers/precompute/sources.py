@@ -1,4 +1,4 @@
-"""SRC into shards: what a brace pattern, a folder or an address stands for."""
+"""Finds the source shards that SRC stands for: a brace pattern, a glob, a folder or an address."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
+from dat_client.dataset_format.naming import expand, output_name
+from dat_client.errors import shown
+from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
 from dat_workers.errors import InvalidInput
-from dat_workers.images.encoded import SUFFIXES
-from dat_workers.precompute.recipe import short
 from dat_workers.system.threads import Threads
 
-BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
-TARS = (".tar", ".tar.gz", ".tgz")
-OWN = ("builtins", "dat_workers", "ray")  # packages whose errors are no storage's
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
+NOT_STORAGE = ("builtins", "dat_workers", "ray")  # packages whose exceptions do not come from a storage
 PICTURES_A_SHARD = 1000
-LOOKED_AT_ONCE = 16  # shards, whether they are there: each is a question or two to a storage far away
+LOOKUP_THREADS = 16  # each shard takes a request or two to a storage that may be remote
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One input shard: `address` of a tar, or `files` below `address`, a folder of pictures.
+    """One source shard: the `address` of a tar, or `files` below `address`, a folder of pictures.
 
-    `name`: that of the output shard, relative to DST. `nbytes`: of the source, 0 where its storage does not say.
+    name: of the output shard, relative to DST. nbytes: of the source, 0 where its storage does not tell.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Shard:
 
     @property
     def origin(self) -> str:
-        """The address, and for pictures a digest of their names: what the manifest says a shard was made of."""
+        """The source as the manifest records it: the address and, for pictures, a digest of their names."""
         if not self.files:
             return self.address
         names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape"))
@@ -49,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """All shards, sorted by name; `folders`: those that were searched; `classes`: folders that become `cls`."""
+    """All shards, sorted by name. folders: those that were searched. classes: the folders that become `cls`."""
 
     shards: tuple[Shard, ...]
     folders: tuple[str, ...] = ()
@@ -57,44 +56,60 @@ class Source:
 
 
 def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHARD) -> Source:
-    """The shards that `source` stands for.
+    """Returns the shards that `source` stands for.
 
     >>> find("/data/train-{000000..000007}.tar").shards[0].name           # doctest: +SKIP
     'train-000000.tar'
 
-    A brace pattern, a glob, a folder of shards or of pictures (in folders by class, as torchvision's ImageFolder),
-    or several of these; each a path or an fsspec address (s3://, gs://, hf://, file://). Names are those below the
-    folder, or below the folder that all shards have in common. Raises FileNotFoundError, and InvalidInput for what
-    is no source.
+    `source` is a brace pattern, a glob, a folder of shards or of pictures (in folders by class, as torchvision's
+    ImageFolder), or several of these; each is a path or an fsspec address (s3://, gs://, hf://, file://). A shard
+    is named by its path below its folder, or below the folder that all shards have in common. Raises
+    FileNotFoundError, and InvalidInput for anything else.
     """
-    given = [address for one in ([source] if isinstance(source, str) else source) for address in expanded(one)]
+    patterns = [source] if isinstance(source, str) else source
+    addresses = [address for pattern in patterns for address in matches(pattern)]
     shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
-    for fs, path, info in Threads(LOOKED_AT_ONCE, "look").map(looked_at, given):
+    for fs, path, info in Threads(LOOKUP_THREADS, "look").map(look_up, addresses):
         if info["type"] != "directory":
             tars[fs.unstrip_protocol(path)] = info.get("size") or 0
             continue
-        found = listing(fs, path)
-        inside = {p: size for p, size in found.items() if p.lower().endswith(TARS)}
-        if not inside:
-            if len(given) > 1:
+        files = list_files(fs, path)
+        tar_files = {p: size for p, size in files.items() if p.lower().endswith(TAR_SUFFIXES)}
+        if not tar_files:
+            if len(addresses) > 1:
                 raise InvalidInput("source", path, "a folder with shards, beside other sources")
-            return pictures(fs, path, found, pictures_a_shard)
+            return source_of_pictures(fs, path, files, pictures_a_shard)
         folders.append(fs.unstrip_protocol(path))
-        for p, size in inside.items():
+        for p, size in tar_files.items():
             below = p.removeprefix(path.rstrip("/") + "/")
             shards.append(Shard(output_name(below), fs.unstrip_protocol(p), size))
-    shards += named(tars)
-    twice = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
-    if twice:
-        raise InvalidInput("source", twice[:5], "shards of different names: each gives one of the same name")
+    shards += named_below_common_folder(tars)
+    repeated = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
+    if repeated:
+        raise InvalidInput("source", repeated[:5], "shards of different names: each gives one of the same name")
     return Source(tuple(sorted(shards, key=lambda shard: shard.name)), tuple(folders))
 
 
-def looked_at(address: str) -> tuple[Any, str, dict[str, Any]]:
-    """File system, path and what the storage says of it. Raises FileNotFoundError."""
-    fs, path = opened(address)
+def matches(pattern: str) -> list[str]:
+    """Returns the addresses that a brace pattern or a glob stands for. Raises FileNotFoundError if none match."""
+    found: list[str] = []
+    try:
+        for address, urls in expand(pattern, open_address):
+            if not urls:
+                raise FileNotFoundError(f"{address}: nothing matches")
+            found += urls
+    except InvalidInput:
+        raise
+    except ValueError as error:  # UnbalancedBracesError
+        raise InvalidInput("source", pattern, "braces in pairs, as in train-{000000..000007}.tar") from error
+    return found
+
+
+def look_up(address: str) -> tuple[Any, str, dict[str, Any]]:
+    """Returns an address's file system, path, and type and size as its storage tells. Raises FileNotFoundError."""
+    fs, path = open_address(address)
     try:
         return fs, path, fs.info(path)
     except FileNotFoundError:
@@ -102,50 +117,31 @@ def looked_at(address: str) -> tuple[Any, str, dict[str, Any]]:
 
 
 @contextmanager
-def reached(address: str | Sequence[str]) -> Iterator[None]:
-    """Raises OSError with the address for what a storage says without it: no credentials, no such bucket."""
+def naming_address(address: str | Sequence[str]) -> Iterator[None]:
+    """Adds the address to storage errors that omit it, such as missing credentials: they are raised as OSError."""
     try:
         yield
     except Exception as error:
-        of_storage = isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in OWN
-        said = isinstance(error, OSError) and "://" in str(error)
-        if not of_storage or said or "://" not in str(address):
+        from_storage = isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in NOT_STORAGE
+        names_address = isinstance(error, OSError) and "://" in str(error)
+        if not from_storage or names_address or "://" not in str(address):
             raise
-        raise OSError(f"{short(address)}: {type(error).__name__}: {error}") from error
+        raise OSError(f"{shown(address)}: {type(error).__name__}: {error}") from error
 
 
-def expanded(pattern: str) -> list[str]:
-    """Addresses of a brace pattern and of globs in it."""
+def is_object_store(address: str) -> bool:
+    """Returns whether an address is in an object store, which has no folders."""
+    return address.partition("://")[0] in OBJECT_STORES
+
+
+def open_address(address: str) -> tuple[Any, str]:
+    """Returns the file system of an address and the path in it. Raises InvalidInput if its package is missing."""
     try:
-        addresses = list(braceexpand(pattern)) if "{" in pattern and not os.path.exists(pattern) else [pattern]
-    except ValueError as error:  # UnbalancedBracesError
-        raise InvalidInput("source", pattern, "braces in pairs, as in train-{000000..000007}.tar") from error
-    found = []
-    for address in addresses:
-        fs, path = opened(address)
-        if any(c in path for c in "*?[") and not fs.exists(path):
-            matches = [fs.unstrip_protocol(p) for p in sorted(fs.glob(path))]
-            if not matches:
-                raise FileNotFoundError(f"{address}: nothing matches")
-            found += matches
-        else:
-            found.append(address)
-    return found
-
-
-def of_objects(address: str) -> bool:
-    """Whether it is in a store of objects, which has no folders."""
-    return address.partition("://")[0] in BUCKETS
-
-
-def opened(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises InvalidInput where its package is missing."""
-    try:
-        # no cache: other processes write too, and what it says may be old
-        options = {"use_listings_cache": False} if of_objects(address) else {}
+        # without a cache, because other processes write too and a cached listing may be outdated
+        options = {"use_listings_cache": False} if is_object_store(address) else {}
         fs, path = fsspec.core.url_to_fs(address, **options)
         if isinstance(fs, LocalFileSystem):
-            path = os.path.realpath(path)  # one name for one file
+            path = os.path.realpath(path)  # so that a file has a single name
     except ImportError as error:
         raise InvalidInput("address", address, f"an address whose package is installed ({error})") from error
     except ValueError as error:
@@ -154,60 +150,57 @@ def opened(address: str) -> tuple[Any, str]:
 
 
 def file_sha256(fs: Any, path: str) -> str:
-    """Of a file's content. Raises OSError."""
+    """Returns the SHA-256 of a file's content. Raises OSError."""
     with fs.open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def listing(fs: Any, folder: str) -> dict[str, int]:
-    """Files below a folder with their bytes, sorted; what begins with a dot is left out, links are followed."""
+def list_files(fs: Any, folder: str) -> dict[str, int]:
+    """Returns the files below a folder with their sizes in bytes, sorted.
+
+    Files and folders whose name begins with a dot are left out; links are followed.
+    """
     root = folder.rstrip("/") + "/"
     if isinstance(fs, LocalFileSystem):
         walked = (
-            os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names
+            os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names
         )
-        found = {path: os.stat(path).st_size for path in walked if os.path.isfile(path)}
+        files = {path: os.stat(path).st_size for path in walked if os.path.isfile(path)}
     else:
-        found = {path: info.get("size") or 0 for path, info in fs.find(folder, detail=True).items()}
+        files = {path: info.get("size") or 0 for path, info in fs.find(folder, detail=True).items()}
     return {
         path: size
-        for path, size in sorted(found.items())
+        for path, size in sorted(files.items())
         if not any(part.startswith(".") for part in path.removeprefix(root).split("/"))
     }
 
 
-def named(tars: dict[str, int]) -> list[Shard]:
-    """Shards with the names that they have below their common folder."""
+def named_below_common_folder(tars: dict[str, int]) -> list[Shard]:
+    """Returns shards for addresses and their sizes, named by the paths below the addresses' common folder."""
     folders = [address.split("/")[:-1] for address in tars]
-    common = os.path.commonprefix(folders)  # noqa: RUF071 - of lists: whole names
+    depth = len(os.path.commonprefix(folders))  # noqa: RUF071 - of lists, so it compares whole names
     return [
-        Shard(output_name("/".join(address.split("/")[len(common) :])), address, nbytes)
+        Shard(output_name("/".join(address.split("/")[depth:])), address, nbytes)
         for address, nbytes in tars.items()
     ]
 
 
-def output_name(name: str) -> str:
-    """That of the output shard, ending in .tar."""
-    suffix = next(s for s in (*TARS[1:], *TARS[:1], "") if name.lower().endswith(s))
-    return name[: len(name) - len(suffix)] + ".tar"
-
-
-def pictures(fs: Any, folder: str, found: dict[str, int], number: int) -> Source:
-    """A folder of pictures, cut into shards of `number`; its folders, where it has some, are the classes."""
-    if number < 1:
-        raise InvalidInput("pictures_a_shard", number, "1 or more")
+def source_of_pictures(fs: Any, folder: str, files: dict[str, int], pictures_a_shard: int) -> Source:
+    """Divides a folder of pictures into shards; its sub-folders, where it has some, are the classes."""
+    if pictures_a_shard < 1:
+        raise InvalidInput("pictures_a_shard", pictures_a_shard, "1 or more")
     root = folder.rstrip("/") + "/"
-    files = {path.removeprefix(root): size for path, size in found.items() if path.lower().endswith(SUFFIXES)}
-    if not files:
-        raise InvalidInput("source", folder, f"a folder that holds shards or pictures ({', '.join(SUFFIXES)})")
-    classes = tuple(sorted({name.split("/")[0] for name in files if "/" in name}))
-    if classes and any("/" not in name for name in files):
-        loose = next(name for name in files if "/" not in name)
+    sizes = {path.removeprefix(root): n for path, n in files.items() if path.lower().endswith(PICTURE_SUFFIXES)}
+    if not sizes:
+        suffixes = ", ".join(PICTURE_SUFFIXES)
+        raise InvalidInput("source", folder, f"a folder that holds shards or pictures ({suffixes})")
+    classes = tuple(sorted({name.split("/")[0] for name in sizes if "/" in name}))
+    if classes and any("/" not in name for name in sizes):
+        loose = next(name for name in sizes if "/" not in name)
         raise InvalidInput("source", loose, f"in a folder of its class, as others are ({classes[0]}/...)")
-    names = list(files)
+    address, names = fs.unstrip_protocol(folder), list(sizes)
     shards = []
-    for i, start in enumerate(range(0, len(names), number)):
-        part = tuple(names[start : start + number])
-        nbytes = sum(files[name] for name in part)
-        shards.append(Shard(f"{i:06d}.tar", fs.unstrip_protocol(folder), nbytes, part))
-    return Source(tuple(shards), (fs.unstrip_protocol(folder),), classes or None)
+    for i, start in enumerate(range(0, len(names), pictures_a_shard)):
+        part = tuple(names[start : start + pictures_a_shard])
+        shards.append(Shard(f"{i:06d}.tar", address, sum(sizes[name] for name in part), part))
+    return Source(tuple(shards), (address,), classes or None)

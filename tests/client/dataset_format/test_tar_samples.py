@@ -1,27 +1,28 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import tarfile
 from pathlib import Path
 
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dat_workers.precompute.samples import Damaged, Reader, Sample, picture_field
-from dat_workers.precompute.sources import find
+from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
 from tests.workers.precompute.shards import sample_files, write_shards, write_tar
 
 
 def read(path: Path) -> list[Sample]:
-    return list(Reader(find(str(path)).shards[0]))
+    with path.open("rb") as file:
+        return list(samples_in_tar(file))
 
 
-def read_damaged(path: Path) -> tuple[list[str], Damaged]:
+def read_damaged(path: Path) -> tuple[list[str], DamagedShard]:
     keys = []
-    with pytest.raises(Damaged) as caught:  # noqa: PT012 - what came before counts
-        for sample in Reader(find(str(path)).shards[0]):
-            keys.append(sample.key)
+    with path.open("rb") as file:
+        with pytest.raises(DamagedShard) as caught:  # noqa: PT012 - the samples before the damage count
+            for sample in samples_in_tar(file):
+                keys.append(sample.key)
+        assert not file.read()  # so that the whole file can be hashed
     return keys, caught.value
 
 
@@ -33,6 +34,8 @@ def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
         ("three", b"no field"),
         ("two.v1.png", b"4"),
         ("two.v2.png", b"5"),
+        ("__info__", b"metadata"),
+        ("__info__/six.png", b"metadata"),
     ]
     path = write_tar(tmp_path / "x.tar", files)
     with path.open("rb") as stream:
@@ -47,14 +50,6 @@ def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
 def test_files_that_begin_with_a_dot_are_no_samples(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a/._one.png", b"what macOS adds"), ("a/.two", b""), *sample_files(0)])
     assert [sample.key for sample in read(path)] == ["0000"]
-
-
-def test_the_source_is_counted_as_it_is_read(tmp_path: Path) -> None:
-    path = write_shards(tmp_path, 1, 4) / "train-000000.tar"
-    reader = Reader(find(str(path)).shards[0])
-    assert [sample.key for sample in reader] == ["0000", "0001", "0002", "0003"]
-    assert reader.nbytes == path.stat().st_size
-    assert reader.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_compressed_and_empty_archives(tmp_path: Path) -> None:
@@ -117,7 +112,7 @@ def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) 
 def test_a_field_beyond_the_limit_is_a_problem_of_its_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dat_workers.precompute.samples.MAX_FIELD_BYTES", 100)
+    monkeypatch.setattr("dat_client.dataset_format.tar_samples.MAX_FIELD_BYTES", 100)
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 101), ("a.cls", b"1"), ("b.jpg", b"x" * 100)])
     assert [sample.problem for sample in read(path)] == ["the field jpg has more than 100 bytes", ""]
 
@@ -130,25 +125,3 @@ def test_what_is_no_archive_is_damaged(tmp_path: Path) -> None:
     packed.write_bytes(whole[: len(whole) // 2])
     keys, _ = read_damaged(packed)
     assert len(keys) < 3
-
-
-def test_keys_and_fields_that_come_twice_are_problems(tmp_path: Path) -> None:
-    files = [*sample_files(0), *sample_files(1), *sample_files(0)[:1], *sample_files(2), *sample_files(2)[:1]]
-    problems = {(i, s.key): s.problem for i, s in enumerate(read(write_tar(tmp_path / "x.tar", files)))}
-    assert problems == {
-        (0, "0000"): "",
-        (1, "0001"): "",
-        (2, "0000"): "the key was there before in this shard",
-        (3, "0002"): "the field png is there twice",
-    }
-
-
-def test_the_picture_is_the_one_field_that_is_one() -> None:
-    assert picture_field(Sample("k", {"cls": b"", "jpg": b"", "seg.png": b""})) == "jpg"
-    assert picture_field(Sample("k", {"0001.webp": b"", "json": b""})) == "0001.webp"
-    with pytest.raises(ValueError, match=r"no picture .* cls, json"):
-        picture_field(Sample("k", {"cls": b"", "json": b""}))
-    with pytest.raises(ValueError, match=r"several pictures .* keys end at the first dot"):
-        picture_field(Sample("k", {"1.jpg": b"", "2.jpg": b""}))
-    with pytest.raises(ValueError, match="several pictures"):
-        picture_field(Sample("k", {"jpg": b"", "png": b""}))

@@ -1,4 +1,4 @@
-"""Who makes the shards: workers in this process, or Ray actors (ray_pool.py)."""
+"""The workers that make the shards of a job: in this process, or Ray actors (ray_workers.py)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Protocol
 
 import torch
 
+from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.batching.device_copies import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
-from dat_workers.precompute.folder import Entry
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, Orders, Progress, Worker
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts
 
 
 class WorkerLost(RuntimeError):
-    """A worker ended, or can compute nothing more, before its shard was done; another one takes its place."""
+    """A worker ended or can compute nothing more before its shard was finished; another one replaces it."""
 
 
-class Pool(Protocol):
-    """Workers by number, each with a codec."""
+class WorkerPool(Protocol):
+    """Numbered workers, each with a codec of its own."""
 
     workers: int
 
@@ -32,15 +32,15 @@ class Pool(Protocol):
         ...
 
     def ready(self) -> Collection[int]:
-        """Workers that can be given shards. Raises WorkerLost where one will never be again."""
+        """Returns the workers that accept shards. Raises WorkerLost where one never will again."""
         ...
 
-    def submit(self, worker: int, shard: Shard, orders: Orders) -> Future[Entry]:
-        """As `Worker.shard`; its future may also raise WorkerLost."""
+    def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
+        """As `Worker.make_shard`; the future may also raise WorkerLost."""
         ...
 
-    def progress(self) -> Progress:
-        """Of all workers together."""
+    def counts(self) -> WorkerCounts:
+        """Returns the counts of all workers together."""
         ...
 
     def decode(self, indices: Array) -> Array:
@@ -48,12 +48,12 @@ class Pool(Protocol):
         ...
 
     def stop(self) -> None:
-        """Ends all workers, and what they are at."""
+        """Ends all workers and their work."""
         ...
 
 
-class LocalPool:
-    """Workers in this process: on CUDA one a GPU, by turns; on a CPU one is as fast as many."""
+class LocalWorkers:
+    """Workers in this process: with CUDA they take turns on the GPUs; on a CPU one is as fast as many."""
 
     def __init__(self, codec: str, config: EngineConfig, workers: int) -> None:
         self.workers = workers
@@ -74,11 +74,11 @@ class LocalPool:
     def ready(self) -> Collection[int]:
         return range(self.workers)
 
-    def submit(self, worker: int, shard: Shard, orders: Orders) -> Future[Entry]:
-        return self._threads.submit(self._workers[worker].shard, shard, orders)
+    def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
+        return self._threads.submit(self._workers[worker].make_shard, shard, options)
 
-    def progress(self) -> Progress:
-        return sum((worker.counts() for worker in self._workers), Progress())
+    def counts(self) -> WorkerCounts:
+        return sum((worker.counts() for worker in self._workers), WorkerCounts())
 
     def decode(self, indices: Array) -> Array:
         return self._workers[0].decode(indices)

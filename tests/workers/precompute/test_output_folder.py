@@ -12,7 +12,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from dat_workers.precompute.folder import Entry, Folder, OtherRecipe
+from dat_client.dataset_format.manifest import ManifestEntry
+from dat_workers.precompute.output_folder import OtherRecipe, OutputFolder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
 from tests.workers.precompute.shards import contents, read_tar
@@ -36,42 +37,42 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "dst") if request.param == "local" else f"memory://{tmp_path}/dst"
 
 
-def write(folder: Folder, name: str = SHARD.name, recipe: Recipe = RECIPE) -> Entry:
+def write(folder: OutputFolder, name: str = SHARD.name, recipe: Recipe = RECIPE) -> ManifestEntry:
     with folder.writing(name) as out:
         out.add("k", {"jpg": b"picture", "cls": b"7"})
     source = (SHARD.address, BYTES, hashlib.sha256(bytes(BYTES)).hexdigest())
-    entry = Entry(name, out.samples, out.nbytes, out.sha256, recipe.id, (("x", "bad"),), source)
-    folder.enter(entry)
+    entry = ManifestEntry(name, out.samples, out.nbytes, out.sha256, recipe.id, (("x", "bad"),), source)
+    folder.record(entry)
     return entry
 
 
 def test_a_shard_is_done_when_entry_recipe_source_and_file_agree(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
-    folder.settle(RECIPE, [SHARD])
-    assert folder.done(SHARD, RECIPE) is None
+    folder.settle_recipe(RECIPE, [SHARD])
+    assert folder.finished_entry(SHARD, RECIPE) is None
     entry = write(folder)
-    assert folder.done(SHARD, RECIPE, hashes=True) == entry
-    assert folder.done(replace(SHARD, nbytes=999), RECIPE) is None
-    assert folder.done(SHARD, Recipe("c", "e" * 64)) is None
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) == entry
+    assert folder.finished_entry(replace(SHARD, nbytes=999), RECIPE) is None
+    assert folder.finished_entry(SHARD, Recipe("c", "e" * 64)) is None
     fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", b"x" * BYTES)
-    assert folder.done(SHARD, RECIPE) == entry
-    assert folder.done(SHARD, RECIPE, hashes=True) is None
+    assert folder.finished_entry(SHARD, RECIPE) == entry
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) is None
     fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", bytes(BYTES))
-    assert folder.done(SHARD, RECIPE, hashes=True) == entry
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) == entry
     folder.fs.pipe_file(folder.at(SHARD.name), b"x" * entry.nbytes)
-    assert folder.done(SHARD, RECIPE) == entry
-    assert folder.done(SHARD, RECIPE, hashes=True) is None
+    assert folder.finished_entry(SHARD, RECIPE) == entry
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) is None
     folder.fs.pipe_file(folder.at(SHARD.name), b"x")
-    assert folder.done(SHARD, RECIPE) is None
+    assert folder.finished_entry(SHARD, RECIPE) is None
     folder.fs.rm_file(folder.at(SHARD.name))
-    assert folder.done(SHARD, RECIPE) is None
+    assert folder.finished_entry(SHARD, RECIPE) is None
     assert list(folder.entries()) == [entry]
     folder.end()
 
 
 def test_an_entry_that_cannot_be_read_is_none(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
     write(folder)
     half = b'{"skipped": [], "bytes": 1, "source": {"name": "x", "bytes": 1}}'
@@ -82,7 +83,7 @@ def test_an_entry_that_cannot_be_read_is_none(address: str) -> None:
 
 
 def test_a_shard_is_bytes_of_its_samples_alone(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path / "dst"))
+    folder = OutputFolder(str(tmp_path / "dst"))
     folder.begin()
     entry = write(folder)
     again = write(folder, "b.tar")
@@ -100,7 +101,7 @@ def test_a_shard_is_bytes_of_its_samples_alone(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_nothing_and_the_old_file_as_it_was(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
     old = write(folder)
 
@@ -111,82 +112,82 @@ def test_an_error_leaves_nothing_and_the_old_file_as_it_was(address: str) -> Non
 
     with pytest.raises(OSError, match="No space left"):
         fail()
-    assert folder.done(SHARD, RECIPE, hashes=True) == old
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) == old
     folder.end()
     assert not [path for path in folder.fs.find(folder.path) if ".precompute-" in path]
 
 
 def test_another_recipe_is_refused_unless_told(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
-    folder.settle(RECIPE, [SHARD])
-    folder.settle(RECIPE, [SHARD])
+    folder.settle_recipe(RECIPE, [SHARD])
+    folder.settle_recipe(RECIPE, [SHARD])
     old, other = write(folder), replace(RECIPE, quality=80)
     with pytest.raises(OtherRecipe, match=r"quality: 95, now 80.*--overwrite"):
-        folder.settle(other, [SHARD])
+        folder.settle_recipe(other, [SHARD])
     assert folder.recipe() == RECIPE
     new = write(folder, "new.tar", other)
-    folder.settle(other, [SHARD], overwrite=True)
+    folder.settle_recipe(other, [SHARD], overwrite=True)
     assert folder.recipe() == other
     assert list(folder.entries()) == [new]
     assert not folder.has(old.shard)
     folder.fs.pipe_file(folder.at("precompute.json"), b"not ours")
     with pytest.raises(OtherRecipe, match="not of this version"):
-        folder.settle(other, [SHARD])
+        folder.settle_recipe(other, [SHARD])
     folder.end()
 
 
 def test_what_is_there_and_not_ours_is_not_overwritten(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
     folder.fs.makedirs(folder.at("a"), exist_ok=True)
     folder.fs.pipe_file(folder.at(SHARD.name), b"photographs")
     with pytest.raises(OtherRecipe, match=r"a/train-0\.tar is there and was not made by dat"):
-        folder.settle(RECIPE, [SHARD])
+        folder.settle_recipe(RECIPE, [SHARD])
     assert folder.recipe() is None
-    folder.settle(RECIPE, [SHARD], overwrite=True)
+    folder.settle_recipe(RECIPE, [SHARD], overwrite=True)
     folder.end()
 
 
 def test_a_shard_of_another_source_is_not_overwritten(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
-    folder.settle(RECIPE, [SHARD])
+    folder.settle_recipe(RECIPE, [SHARD])
     write(folder)
     moved = replace(SHARD, address="file:///elsewhere/a/train-0.tar")
-    assert folder.done(moved, RECIPE) is not None
+    assert folder.finished_entry(moved, RECIPE) is not None
     with pytest.raises(OtherRecipe, match=r"was made of memory://source/a/train-0\.tar, now file:///elsewhere"):
-        folder.done(replace(moved, nbytes=7), RECIPE)
+        folder.finished_entry(replace(moved, nbytes=7), RECIPE)
     folder.end()
 
 
 def test_a_folder_without_shards_takes_any_recipe(address: str) -> None:
-    folder = Folder(address)
+    folder = OutputFolder(address)
     folder.begin()
-    folder.settle(RECIPE, [SHARD])
-    folder.settle(replace(RECIPE, quality=80), [SHARD])
+    folder.settle_recipe(RECIPE, [SHARD])
+    folder.settle_recipe(replace(RECIPE, quality=80), [SHARD])
     assert folder.recipe() == replace(RECIPE, quality=80)
     folder.end()
 
 
 def test_nothing_is_overwritten_while_another_job_writes(tmp_path: Path) -> None:
-    living = Folder(str(tmp_path))
+    living = OutputFolder(str(tmp_path))
     living.begin()
-    living.settle(RECIPE, [SHARD])
-    second = Folder(str(tmp_path))
+    living.settle_recipe(RECIPE, [SHARD])
+    second = OutputFolder(str(tmp_path))
     second.begin()
     with pytest.raises(OtherRecipe, match="is being written by another job"):
-        second.settle(replace(RECIPE, quality=80), [SHARD], overwrite=True)
+        second.settle_recipe(replace(RECIPE, quality=80), [SHARD], overwrite=True)
     second.end()
     living.end()
 
 
 def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) -> None:
-    first, second = Folder(str(tmp_path)), Folder(str(tmp_path))
+    first, second = OutputFolder(str(tmp_path)), OutputFolder(str(tmp_path))
     first.begin()
     second.begin()
     assert second.recipe() is None  # and now the first one writes it
-    first.settle(RECIPE, [SHARD])
+    first.settle_recipe(RECIPE, [SHARD])
     assert not second._create("precompute.json", b"mine")
     assert second.recipe() == RECIPE
     first.end()
@@ -194,7 +195,7 @@ def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) ->
 
 
 def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) -> None:
-    alive = Folder(str(tmp_path), "alive")
+    alive = OutputFolder(str(tmp_path), "alive")
     alive.begin()
     (tmp_path / ".precompute-alive" / "half").write_bytes(b"x")
     (tmp_path / ".precompute-dead").mkdir()
@@ -202,7 +203,7 @@ def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) 
     (tmp_path / ".precompute-dead.lock").write_bytes(b"")
     pid = os.fork()  # another process: locks are its own
     if pid == 0:
-        folder = Folder(str(tmp_path), "new")
+        folder = OutputFolder(str(tmp_path), "new")
         folder.begin()
         folder.end()
         os._exit(0)
@@ -217,11 +218,11 @@ def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) 
 def test_a_folder_that_cannot_be_written_says_so_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
-        Folder(str(tmp_path / "file" / "dst")).begin()
+        OutputFolder(str(tmp_path / "file" / "dst")).begin()
 
 
 def test_an_object_store_sees_whole_shards_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = Folder(f"memory://{tmp_path}/dst")
+    folder = OutputFolder(f"memory://{tmp_path}/dst")
     folder.begin()
     sent: list[tuple[str, int]] = []
     put = type(folder.fs).put_file

@@ -1,0 +1,128 @@
+"""Finds the pictures that `dat precompute` made a dataset from, in shards or in a folder of pictures."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from dat_client.dataset_format.naming import (
+    expand,
+    has_wildcards,
+    key_and_suffix,
+    picture_field,
+    source_name,
+)
+from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
+from dat_client.errors import InvalidDataset
+from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
+
+
+def address(folder: str | os.PathLike[str]) -> str:
+    """Returns an fsspec address as it is, and a path made absolute: worker processes may change the directory."""
+    text = os.fspath(folder)
+    return (text if "://" in text else os.path.abspath(os.path.expanduser(text))).rstrip("/")
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    """Yields the samples of a shard, which may be compressed. Raises InvalidDataset for a damaged one, OSError."""
+    fs, path = url_to_fs(url)
+    with fs.open(path, "rb") as stream:
+        try:
+            yield from samples_in_tar(stream)
+        except DamagedShard as error:
+            raise InvalidDataset(f"{url}: not a whole tar file: {error}") from error
+
+
+def made_from_pictures(settings: Mapping[str, Any]) -> bool:
+    """Returns whether the source was a folder of pictures; otherwise it was shards."""
+    return bool(settings.get("pictures_a_shard"))
+
+
+def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], pictures: bool) -> dict[str, str]:
+    """Returns, for each shard of the manifest, the address of its source shard; with `pictures`, of their folder.
+
+    `source` is a folder of either, one shard, a brace pattern or a glob. Shards are matched by name, so the source
+    may have moved since. Raises InvalidDataset where a pattern has no shard of that name, or two.
+    """
+    text = os.fspath(source)
+    if pictures:
+        return dict.fromkeys(manifest, address(text))
+    names = {shard: source_name(shard, str(entry["source"]["name"])) for shard, entry in manifest.items()}
+    is_pattern = ("{" in text or has_wildcards(text)) and not _exists(text)
+    if not is_pattern and not text.lower().endswith(TAR_SUFFIXES):
+        return {shard: f"{address(text)}/{name}" for shard, name in names.items()}
+    try:
+        urls = [address(url) for _, matches in expand(text, _open) for url in matches]
+    except ValueError as error:
+        raise InvalidDataset(f"source: {text} has braces that are not in pairs ({error})") from error
+    by_name: dict[str, list[str]] = {}
+    for url in urls:
+        by_name.setdefault(posixpath.basename(url), []).append(url)
+    found = {}
+    for shard, name in names.items():
+        matches = [url for url in by_name.get(posixpath.basename(name), []) if url.endswith(f"/{name}")]
+        if len(matches) != 1:
+            raise InvalidDataset(f"source: {len(matches)} of {text} are named {name}, must be one")
+        found[shard] = matches[0]
+    return found
+
+
+def _open(text: str) -> tuple[Any, str]:
+    fs, path = url_to_fs(address(text))
+    return fs, path
+
+
+def _exists(text: str) -> bool:
+    fs, path = _open(text)
+    return bool(fs.exists(path))
+
+
+def picture_finder(origin: str, pictures: bool) -> Callable[[str], bytes | None]:
+    """Returns a function from a sample's key to its encoded original picture, or None where the source has none.
+
+    `origin` is one address of `locate_sources`. A shard is read once from front to back: keys must be requested in
+    the shard's order. The function raises InvalidDataset where a sample has several pictures, and OSError.
+    """
+    if pictures:
+        return partial(_picture_in_folder, origin)
+    samples = read_shard(origin)
+
+    def picture_in_shard(key: str) -> bytes | None:
+        sample = next((sample for sample in samples if sample.key == key), None)
+        if sample is None:
+            return None
+        try:
+            return sample.fields[picture_field(sample.fields)]
+        except ValueError as error:
+            raise InvalidDataset(f"{origin}, sample {key}: {error}") from error
+
+    return picture_in_shard
+
+
+def _picture_in_folder(origin: str, key: str) -> bytes | None:
+    folder, _, last = key.rpartition("/")
+    url = f"{origin}/{folder}".rstrip("/")
+    names = _pictures_of(url).get(last, [])
+    if len(names) > 1:
+        raise InvalidDataset(f"source: {len(names)} files of {url} have the key {key}, must be one")
+    if not names:
+        return None
+    fs, path = url_to_fs(f"{url}/{names[0]}")
+    content: bytes = fs.cat_file(path)
+    return content
+
+
+@lru_cache(maxsize=1)  # keys come folder by folder, and one folder may hold the pictures of many shards
+def _pictures_of(url: str) -> dict[str, list[str]]:
+    """Returns the names of the pictures in a folder, by the last part of their key."""
+    fs, path = url_to_fs(url)
+    found: dict[str, list[str]] = {}
+    for name in map(posixpath.basename, fs.ls(path, detail=False)):
+        if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
+            found.setdefault(key_and_suffix(name)[0], []).append(name)
+    return found

@@ -1,0 +1,176 @@
+"""The way of one sample through picture decoders, the codec's queue and encoders, each in threads of their own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field
+from dat_client.dataset_format.tar_samples import Sample
+from dat_workers.batching.batcher import Batcher
+from dat_workers.batching.device_copies import Array
+from dat_workers.batching.parts import Result
+from dat_workers.discretizer import Discretizer
+from dat_workers.errors import InvalidInput
+from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
+from dat_workers.precompute.recipe import Recipe
+from dat_workers.precompute.views import encode_indices, encode_picture, replace_sample_tokens, views_of
+from dat_workers.request import Work
+
+MAX_VIEW_PIXELS = 2048 * 2048  # of a view that goes through the codec; its picture may be larger
+
+
+@dataclass
+class PendingView:
+    """One view on its way through the codec; `result` holds the codec's outputs."""
+
+    x: Array
+    description: dict[str, Any]  # its entry in views.json
+    original: tuple[str, bytes] | None  # suffix and bytes of the encoded picture, if x is the whole of it
+    result: Future[Result]
+    indices: Array | None = None  # [h,w], where tokens were replaced
+
+
+@dataclass(frozen=True)
+class PendingSample:
+    """A sample on its way to the `fields` of its output sample; `nbytes` is about the memory it takes meanwhile."""
+
+    key: str
+    nbytes: int
+    fields: Future[dict[str, bytes]]
+
+
+class SamplePipeline:
+    """Makes output samples of source samples; many are on their way at once, so that the codec's batches fill.
+
+    `low_priority` gives decoders and encoders only the time that the codec leaves them, on a CPU that they share.
+    """
+
+    def __init__(self, discretizer: Discretizer, batcher: Batcher, *, low_priority: bool) -> None:
+        self.discretizer, self.batcher = discretizer, batcher
+        threads = max(2, len(os.sched_getaffinity(0)))
+        initializer = lower_priority if low_priority else None
+        self._decoders = ThreadPoolExecutor(threads, "decode", initializer)
+        self._variants = ThreadPoolExecutor(1, "variants")
+        self._encoders = ThreadPoolExecutor(threads, "encode", initializer)
+
+    def submit(self, sample: Sample, recipe: Recipe) -> PendingSample:
+        """Sends a sample on its way; the future raises ValueError or EngineError for one that is not usable."""
+        views = self._decoders.submit(self._decode_views, sample, recipe)
+        if recipe.replace_fraction:
+            views = self._variants.submit(self._make_variants, sample, views, recipe)
+        fields = self._encoders.submit(self._encode_fields, sample, views, recipe)
+        return PendingSample(sample.key, sample.nbytes + decoded_bytes(sample, recipe), fields)
+
+    def stop(self) -> None:
+        for pool in (self._decoders, self._variants, self._encoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_views(self, sample: Sample, recipe: Recipe) -> list[PendingView]:
+        """Decodes a sample's picture and submits each view of it to the codec."""
+        if sample.problem:
+            raise ValueError(sample.problem)
+        name = picture_field(sample.fields)
+        picture = open_picture(sample.fields[name], field=name, max_pixels=MAX_PIXELS)
+        original = name.rpartition(".")[2], sample.fields[name]
+        return [
+            self._submit_view(pixels(x), description, original if x is picture else None, recipe)
+            for x, description in views_of(recipe, sample.key, picture)
+        ]
+
+    def _submit_view(
+        self, x: Array, description: dict[str, Any], original: tuple[str, bytes] | None, recipe: Recipe
+    ) -> PendingView:
+        height, width = x.shape[1:]
+        if height * width > MAX_VIEW_PIXELS:
+            limit = f"at most {MAX_VIEW_PIXELS} pixels through the codec: --resize or --crop"
+            raise InvalidInput("picture", f"{width}x{height} = {height * width} pixels", limit)
+        outputs = ["indices"] if recipe.replace_fraction or "indices" in recipe.outputs else []
+        if "reconstruction" in recipe.outputs and not recipe.replace_fraction:
+            outputs.append("reconstruction")
+        work = self.discretizer.work(x[None], outputs=outputs)
+        return PendingView(x, description, original, self._submit_work(work))
+
+    def _submit_work(self, work: Work) -> Future[Result]:
+        return finished(Result(work.result)) if work.result is not None else self.batcher.submit(work)
+
+    def _make_variants(self, sample: Sample, views: Future[list[PendingView]], recipe: Recipe) -> list[PendingView]:
+        """Replaces tokens of each view once for every variant, and submits the new tokens for decoding."""
+        variants = []
+        for i, view in enumerate(views.result()):
+            indices = view.result.result().outputs["indices"][0]
+            codebook_size = self.discretizer.spec.codebook_size
+            for variant in range(recipe.variants):
+                replaced = replace_sample_tokens(indices, recipe, sample.key, i, variant, codebook_size)
+                result = finished(Result({}))
+                if "reconstruction" in recipe.outputs:
+                    result = self._submit_work(self.discretizer.decode_work(replaced[None]))
+                description = view.description | {"variant": variant}
+                variants.append(PendingView(view.x, description, view.original, result, replaced))
+        return variants
+
+    def _encode_fields(
+        self, sample: Sample, pending: Future[list[PendingView]], recipe: Recipe
+    ) -> dict[str, bytes]:
+        """Waits for the codec, and returns the fields of the output sample."""
+        fields: dict[str, bytes] = {}
+        views = pending.result()
+        for i, view in enumerate(views):
+            outputs = view.result.result().outputs
+            prefix = recipe.prefix(i)
+            if "reconstruction" in recipe.outputs:
+                height, width = view.x.shape[1:]
+                reconstruction = outputs["reconstruction"][0, :, :height, :width]
+                fields[f"{prefix}{recipe.picture}"] = encode_picture(reconstruction, recipe)
+            if "indices" in recipe.outputs:
+                indices = view.indices if view.indices is not None else outputs["indices"][0]
+                fields[prefix + INDICES_FIELD] = encode_indices(indices)
+            if "image" in recipe.outputs:
+                suffix, content = view.original or (recipe.picture, b"")
+                fields[f"{prefix}image.{suffix}"] = content or encode_picture(view.x, recipe)
+        if recipe.augment or recipe.variants > 1:
+            fields[VIEWS_FIELD] = json.dumps([view.description for view in views]).encode()
+        picture = picture_field(sample.fields)
+        for name, content in sample.fields.items():
+            if (name in recipe.keep) if recipe.keep is not None else name != picture:
+                if name in fields:
+                    raise ValueError(f"the field {name}, which is kept, has the name of one that is made")
+                fields[name] = content
+        return fields
+
+
+def finished(result: Result) -> Future[Result]:
+    """Returns a future that has its result already."""
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future
+
+
+def lower_priority() -> None:
+    """Lets the codec's threads run before this one: they wait for each other after every layer."""
+    with suppress(OSError):  # on a system whose threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
+    """Returns about how many bytes x and Q(x) of a sample's views take, from the picture's header alone."""
+    if recipe.crop is not None:
+        return 6 * recipe.views * recipe.crop**2
+    try:
+        with (
+            warnings.catch_warnings(),
+            Image.open(io.BytesIO(sample.fields[picture_field(sample.fields)])) as image,
+        ):
+            warnings.simplefilter("ignore")
+            return 6 * recipe.views * image.width * image.height
+    except Exception:  # a picture that is not usable is reported when it is decoded
+        return 0
