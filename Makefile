@@ -1,4 +1,4 @@
-# Every target makes its own .venv first; nothing else has to be installed by hand.
+# Every target creates .venv first; nothing else has to be installed by hand.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -6,16 +6,18 @@ INSTALLED := .venv/.installed
 .PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak test-kills check format clean
 
 help:
-	@echo "make demo    start the service, discretize photographs, draw a picture, stop it"
-	@echo "make test    the tests"
-	@echo "make test-examples   those of the training examples, the slow ones too"
-	@echo "make test-load   the service on Ray under faults, chaos and overload, 15 min (DAT_CHAOS_S, DAT_OVERLOAD_S)"
-	@echo "make test-cluster   three hosts in network namespaces, as root, 4 min (DAT_CLUSTER_S)"
-	@echo "make test-fuzz   10,000 mutated requests and schemathesis, 15 min (DAT_FUZZ_N)"
-	@echo "make test-soak   half an hour of everything at once (DAT_SOAK_S)"
-	@echo "make test-kills  dat precompute killed at random moments, here and on Ray, 25 min (DAT_KILLS)"
-	@echo "make check   lint, format, types, spelling, version"
-	@echo "make setup   .venv alone;  make format   mend style;  make clean   remove .venv"
+	@echo "make demo           start the service, discretize photographs, draw a picture, stop the service"
+	@echo "make test           run the tests"
+	@echo "make check          check lint, format, types, spelling and versions"
+	@echo "make format         fix lint and format"
+	@echo "make setup          create .venv;  make clean removes it"
+	@echo "Longer tests:"
+	@echo "make test-examples  train all examples"
+	@echo "make test-load      the service on Ray under faults, chaos and overload: 15 min (DAT_CHAOS_S, DAT_OVERLOAD_S)"
+	@echo "make test-cluster   three hosts in network namespaces, as root: 4 min (DAT_CLUSTER_S)"
+	@echo "make test-fuzz      10,000 mutated requests, and schemathesis: 15 min (DAT_FUZZ_N)"
+	@echo "make test-soak      everything at the same time: 30 min (DAT_SOAK_S)"
+	@echo "make test-kills     dat precompute killed at random moments, here and on Ray: 25 min (DAT_KILLS)"
 
 setup: $(INSTALLED)
 
@@ -30,7 +32,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Two at a time: more would start as many services. Threads that wait for work give way to the other one's.
+# Two processes: each starts services of its own. PASSIVE: threads that wait for work leave the cores to the others.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -17,6 +17,7 @@ import typer.main
 
 from dat_service.cli.main import app
 from dat_service.settings import OTHER_VARIABLES, Settings
+from dat_workers.codecs.registry import REGISTRY
 from tests.conftest import ROOT
 from tests.docs.pages import OTHERS, PAGES, Block, anchors, blocks, commands, links, spans, text_of
 
@@ -100,6 +101,26 @@ def test_readme_begins_with_its_picture_and_links_every_page() -> None:
     lines = text_of(PAGES[0]).splitlines()
     assert next(n for n, line in enumerate(lines, 1) if "docs/demo.png" in line) <= 25
     assert {Path(target.partition("#")[0]) for target in links(PAGES[0])} >= set(PAGES[1:])
+
+
+def test_codecs_lists_every_codec() -> None:
+    row = r"^\| `([\w-]+)` \| (\d+) \| (\S+) \| (\S+) \| (\S+)"
+    found = {name: facts for name, *facts in re.findall(row, text_of(Path("docs/codecs.md")), re.M)}
+    expected = {}
+    for name, spec in REGISTRY.items():
+        tokens = (spec.codebook_size, spec.latent_dim) if spec.has_tokens else ("–", "–")
+        expected[name] = [str(fact) for fact in (spec.factor, *tokens)]
+    assert {name: facts[:3] for name, facts in found.items()} == expected
+
+
+def test_every_slow_test_has_a_make_target() -> None:
+    recipes = re.findall(r"-m slow (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    paths = [ROOT / path for recipe in recipes for path in recipe.partition("--ignore")[0].split()]
+    paths.append(ROOT / "tests/examples")  # make test-examples runs the quick ones too
+    mark = re.compile(r"^(pytestmark = |@)pytest\.mark\.slow", re.M)
+    slow = [path for path in (ROOT / "tests").rglob("test_*.py") if mark.search(path.read_text())]
+    assert len(slow) >= 8
+    assert [path for path in slow if not any(path.is_relative_to(folder) for folder in paths)] == []
 
 
 def test_serving_lists_every_setting() -> None:
