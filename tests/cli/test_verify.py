@@ -11,9 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dat_service.cli.main import app
-from dat_workers.verify.agreement import (
-    Agreement,
-)
+from dat_workers.verify.agreement import Agreement
 from dat_workers.verify.survey import Row
 
 

@@ -7,10 +7,7 @@ from torch import Tensor
 from dat_workers.codecs.store import load_model
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
-from dat_workers.verify.agreement import (
-    Agreement,
-    reference_outputs,
-)
+from dat_workers.verify.agreement import Agreement, reference_outputs
 from dat_workers.verify.survey import Row, deciding_rows, fastest_passing, survey
 
 GOOD = Agreement(1.0, 100.0, 1e-6, 0, False, 1.0, 1.0)

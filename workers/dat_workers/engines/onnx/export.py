@@ -1,12 +1,12 @@
-"""`dat export`: a codec as ONNX files, for runtimes that are not PyTorch.
+"""Exports a codec as ONNX files, for runtimes other than PyTorch (`dat export`).
 
 encoder.onnx   images fp32 [N,3,H,W] in 0..1            → latents fp32 [N,d,H/f,W/f]
 codebook.onnx  latents                                   → indices int64 [N,h,w] (Eq. 3)
-decoder.onnx   indices int64 [N,h,w]                     → pictures fp32 [N,3,h·f,w·f], about 0..1, not clipped
-codec.json     codec, fingerprint, opset and the files with their sha256: there only when all others are whole
+decoder.onnx   indices int64 [N,h,w]                     → images fp32 [N,3,h·f,w·f], about 0..1, not clipped
+codec.json     codec, fingerprint, opset and the files with their sha256; written last, when all others are complete
 
-N, H and W are free (H and W multiples of f). Encoder and search are apart so that whoever runs them can refuse
-latents that are not finite, for which the nearest entry would be token 0.
+N, H and W are free (H and W multiples of f). Encoder and codebook search are separate graphs, so that the caller
+can refuse latents that are not finite: the nearest entry to those would be token 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -22,28 +23,25 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError
+from dat_workers.engines.onnx.sessions import CPU, open_session, require_packages, run
 from dat_workers.system.files import write_atomically
 
-OPSET = 18  # the one torch.onnx translates to without converting; TensorRT 10 and OpenVINO read it
+OPSET = 18  # the one that torch.onnx produces without a conversion; TensorRT 10 and OpenVINO read it
 MANIFEST = "codec.json"
-PARTS = ("encoder", "codebook", "decoder")
-ENTRIES_AT_ONCE = 1024  # of the codebook: N·h·w x K distances are never there together
-LEAST_PSNR_DB = 80.0  # of exported pictures to ours: a fortieth of a grey level
-INSTALL = "pip install 'dat-service[onnx]'"
+GRAPHS = ("encoder", "codebook", "decoder")
+ENTRIES_AT_ONCE = 1024  # codebook entries per block: the N·h·w x K distances never exist together
+MIN_PSNR_DB = 80.0  # of exported images to the network's: an error of a fortieth of a grey level
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What codec.json holds."""
+    """The content of codec.json."""
 
     codec: str
     fingerprint: str
@@ -51,18 +49,23 @@ class Manifest:
     files: dict[str, str]  # name: sha256
 
     @classmethod
+    def of(cls, codec: str, fingerprint: str, graphs: Mapping[str, bytes]) -> Manifest:
+        """Describes graphs, which are given by file name."""
+        return cls(codec, fingerprint, OPSET, {name: sha256(content) for name, content in graphs.items()})
+
+    @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest; None where it has none. Raises CodecError for one that is not readable."""
+        """Reads the folder's manifest; None if it has none. Raises CodecError for one that cannot be read."""
         path = folder / MANIFEST
         try:
             return cls(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, TypeError, ValueError) as error:
-            raise CodecError(f"{path} is no manifest of `dat export`: {error}") from error
+            raise CodecError(f"{path} is not a manifest of `dat export`: {error}") from error
 
-    def whole(self, folder: Path) -> bool:
-        """Whether every file is there with the sha256 it was written with."""
+    def is_complete(self, folder: Path) -> bool:
+        """Whether every file is there with the sha256 with which it was written."""
         try:
             return all(sha256((folder / name).read_bytes()) == digest for name, digest in self.files.items())
         except OSError:
@@ -70,7 +73,7 @@ class Manifest:
 
 
 class EncoderGraph(nn.Module):
-    """encoder.onnx."""
+    """Computes encoder.onnx."""
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class EncoderGraph(nn.Module):
 
 
 class CodebookGraph(nn.Module):
-    """codebook.onnx: the codebook block by block, the lowest index of the least distance."""
+    """Computes codebook.onnx block by block; of equally near entries it returns the lowest index."""
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class CodebookGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """decoder.onnx."""
+    """Computes decoder.onnx."""
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -119,75 +122,56 @@ class DecoderGraph(nn.Module):
 
 
 def sha256(content: bytes) -> str:
-    """In hex."""
+    """Returns the sha256 in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
-def require(*packages: str) -> None:
-    """Raises RuntimeError with the pip command unless all can be imported."""
-    for package in packages:
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise RuntimeError(f"ONNX needs the package {package} ({error}); run: {INSTALL}") from error
-
-
 def export_graphs(model: VQGAN) -> dict[str, bytes]:
-    """The three graphs of `model`, by file name.
+    """Returns the three graphs of `model`, by file name.
 
     >>> sorted(export_graphs(load_model("tiny-f8")))  # doctest: +SKIP
     ['codebook.onnx', 'decoder.onnx', 'encoder.onnx']
 
-    By torch.export (dynamo): TorchScript's exporter, faster, is deprecated. Raises RuntimeError where the packages
-    onnx or onnxscript are missing, and CodecError where torch.onnx refuses.
+    They are made by torch.export (dynamo): TorchScript's exporter is faster, but deprecated. Raises RuntimeError if
+    onnx or onnxscript is missing, CodecError if torch.onnx fails.
     """
-    require("onnx", "onnxscript")
+    require_packages("onnx", "onnxscript")
     spec = model.spec
-    # any sizes but 0 and 1, which torch.export would take for constants
+    # Sizes may be anything but 0 and 1, which torch.export would take for constants.
     side = 3
     images = torch.zeros(2, 3, side * spec.factor, (side + 1) * spec.factor)
     latents = torch.zeros(2, spec.latent_dim, side, side + 1)
     indices = torch.zeros(2, side, side + 1, dtype=torch.int64)
-    wholes: dict[str, tuple[nn.Module, Tensor, tuple[int, ...], str, str]] = {
-        "encoder": (EncoderGraph(model), images, (0, 2, 3), "images", "latents"),
-        "codebook": (CodebookGraph(model), latents, (0, 2, 3), "latents", "indices"),
-        "decoder": (DecoderGraph(model), indices, (0, 1, 2), "indices", "pictures"),
+    return {
+        "encoder.onnx": _export(EncoderGraph(model), images, (0, 2, 3), "images", "latents"),
+        "codebook.onnx": _export(CodebookGraph(model), latents, (0, 2, 3), "latents", "indices"),
+        "decoder.onnx": _export(DecoderGraph(model), indices, (0, 1, 2), "indices", "pictures"),
     }
-    return {f"{part}.onnx": _graph(part, *whole) for part, whole in wholes.items()}
 
 
-def _graph(part: str, graph: nn.Module, example: Tensor, free: tuple[int, ...], taken: str, given: str) -> bytes:
-    shapes = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
+def _export(
+    graph: nn.Module, example: Tensor, free_dimensions: tuple[int, ...], input_name: str, output_name: str
+) -> bytes:
+    shapes = dict.fromkeys(free_dimensions, torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of torch's own deprecated calls
+        warnings.simplefilter("ignore")  # torch calls its own deprecated functions
         try:
             program = torch.onnx.export(
                 graph.eval(), (example,), dynamo=True, dynamic_shapes=(shapes,), opset_version=OPSET,
-                input_names=[taken], output_names=[given], external_data=False, verbose=False,
+                input_names=[input_name], output_names=[output_name], external_data=False, verbose=False,
             )  # fmt: skip
         except Exception as error:
-            raise CodecError(f"{part} could not be exported: {type(error).__name__}: {error}") from error
+            name = type(graph).__name__
+            raise CodecError(f"{name} could not be exported: {type(error).__name__}: {error}") from error
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
 def check_graphs(model: VQGAN, graphs: Mapping[str, bytes]) -> None:
-    """Runs the graphs with ONNX Runtime on a CPU, in two sizes, beside `model`; CodecError where they differ."""
-    require("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    sessions = {
-        part: onnxruntime.InferenceSession(graphs[f"{part}.onnx"], options, providers=["CPUExecutionProvider"])
-        for part in PARTS
-    }
-
-    def run(part: str, value: Tensor) -> npt.NDArray[Any]:
-        session = sessions[part]
-        return np.asarray(session.run(None, {session.get_inputs()[0].name: value.numpy()})[0])
-
+    """Runs the graphs in ONNX Runtime on the CPU, in two sizes. Raises CodecError if they differ from `model`."""
+    require_packages("onnxruntime")
+    encoder, codebook, decoder = (open_session(graphs[f"{name}.onnx"], [CPU]) for name in GRAPHS)
     generator = torch.Generator().manual_seed(0)
     for n, height, width in ((1, 1, 2), (2, 5, 3)):
         f = model.spec.factor
@@ -195,87 +179,87 @@ def check_graphs(model: VQGAN, graphs: Mapping[str, bytes]) -> None:
         with torch.inference_mode():
             latents = model.latents(images * 2 - 1)
             indices = model.quantize.nearest(latents)
-            pictures = (model.decode(indices) + 1) / 2
-        spread = float(latents.abs().max())
-        off = float(np.abs(run("encoder", images) - latents.numpy()).max())
-        if not off <= 1e-4 * max(spread, 1e-6):
+            expected = (model.decode(indices) + 1) / 2
+        largest = float(latents.abs().max())
+        error = float((run(encoder, images) - latents).abs().max())
+        if not error <= 1e-4 * max(largest, 1e-6):
             raise CodecError(
-                f"the exported encoder is off by {off:.2e} at {height * f}x{width * f} pixels, of {spread:.2e}"
+                f"the exported encoder is wrong by {error:.2e} at {height * f}x{width * f} pixels, where latents "
+                f"reach {largest:.2e}; at most 1e-4 of that is allowed"
             )
-        chosen = torch.from_numpy(run("codebook", latents))
+        chosen = run(codebook, latents)
         if chosen.shape != indices.shape:
-            raise CodecError(f"the exported codebook gives shape {list(chosen.shape)}, not {list(indices.shape)}")
+            raise CodecError(
+                f"the exported codebook returns shape {list(chosen.shape)}, must be {list(indices.shape)}"
+            )
         entries = model.quantize.embedding.weight
         rows = latents.permute(0, 2, 3, 1).double()
-        further = (rows - entries[chosen]).square().sum(3) - (rows - entries[indices]).square().sum(3)
-        if float(further.max()) > 1e-5 * max(spread**2, 1e-6):  # near-ties may fall the other way
+        farther = (rows - entries[chosen]).square().sum(3) - (rows - entries[indices]).square().sum(3)
+        if float(farther.max()) > 1e-5 * max(largest**2, 1e-6):  # near-ties may be decided differently
             raise CodecError("the exported codebook does not choose the nearest entries")
-        squared = float(np.square(run("decoder", indices) - pictures.numpy(), dtype=np.float64).mean())
-        psnr = -10 * float(np.log10(max(squared, 1e-15)))
-        if not psnr >= LEAST_PSNR_DB:
+        mse = float((run(decoder, indices) - expected).double().square().mean())
+        psnr = -10 * math.log10(max(mse, 1e-15))
+        if not psnr >= MIN_PSNR_DB:
             raise CodecError(
-                f"the exported decoder's pictures are {psnr:.1f} dB from ours, at least {LEAST_PSNR_DB:g}"
+                f"the exported decoder's images have a PSNR of {psnr:.1f} dB to the network's, must be at least "
+                f"{MIN_PSNR_DB:g}"
             )
 
 
 def write_export(model: VQGAN, codec: str, fingerprint: str, folder: Path, force: bool = False) -> Manifest:
-    """Exports, checks and writes a codec; `folder` is as it was unless all went well.
+    """Exports, checks and writes a codec; `folder` is unchanged unless everything went well.
 
-    >>> write_export(load_model("tiny-f8"), "tiny-f8", mark, Path("tiny-f8-onnx")).opset  # doctest: +SKIP
+    >>> write_export(load_model("tiny-f8"), "tiny-f8", fingerprint, Path("tiny-f8-onnx")).opset  # doctest: +SKIP
     18
 
-    Raises CodecError for a folder that holds another codec, or other things, unless `force`; for a graph that does
-    not compute what `model` does; and for what the disk refuses. RuntimeError where a package is missing.
+    Raises CodecError for a folder that holds another codec or other files, unless `force` is set; for a graph that
+    does not compute what `model` does; and if the disk refuses to write. Raises RuntimeError if a package is
+    missing.
     """
     folder = folder.absolute()
     check_folder(folder, codec, fingerprint, force)
-    require("onnx", "onnxscript", "onnxruntime")
+    require_packages("onnx", "onnxscript", "onnxruntime")
     graphs = export_graphs(model)
     check_graphs(model, graphs)
-    manifest = Manifest(codec, fingerprint, OPSET, {name: sha256(content) for name, content in graphs.items()})
-    stage = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write_folder(stage, graphs, manifest)
-        put_in_place(stage, folder)
-    except OSError as error:
-        raise CodecError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    manifest = Manifest.of(codec, fingerprint, graphs)
+    write_folder(folder, manifest, graphs)
     return manifest
 
 
 def check_folder(folder: Path, codec: str, fingerprint: str, force: bool) -> None:
-    """Raises CodecError where an export to `folder` would mix with, or replace, something else."""
+    """Raises CodecError if an export to `folder` would replace, or be mixed with, something else."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise CodecError(f"{folder} is no folder")
+        raise CodecError(f"{folder} is not a folder")
     if force or not any(folder.iterdir()):
         return
-    held = Manifest.read(folder)
-    if held is None:
-        raise CodecError(f"{folder} is not empty and holds no {MANIFEST}; choose another folder, or use --force")
-    if held.fingerprint != fingerprint:
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise CodecError(f"{folder} is not empty and has no {MANIFEST}; choose another folder, or use --force")
+    if manifest.fingerprint != fingerprint:
         raise CodecError(
-            f"{folder} holds codec {held.codec!r} with fingerprint {held.fingerprint}, not {codec!r} with "
+            f"{folder} holds codec {manifest.codec!r} with fingerprint {manifest.fingerprint}, not {codec!r} with "
             f"{fingerprint}; choose another folder, or use --force"
         )
 
 
-def write_folder(folder: Path, graphs: Mapping[str, bytes], manifest: Manifest) -> None:
-    """A new folder with all files. Raises OSError."""
-    folder.mkdir(parents=True)
-    for name, content in graphs.items():
-        write_atomically(folder / name, content)
-    write_atomically(folder / MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
-
-
-def put_in_place(stage: Path, folder: Path) -> None:
-    """Gives what `stage` holds the name `folder`. Raises OSError."""
-    with contextlib.suppress(OSError):
-        stage.rename(folder)  # in one step where there is nothing, or an empty folder
-        return
-    # file by file beside whatever else is there; without its manifest the folder is no export
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for path in sorted(stage.iterdir(), key=lambda path: path.name == MANIFEST):
-        os.replace(path, folder / path.name)
+def write_folder(folder: Path, manifest: Manifest, graphs: Mapping[str, bytes]) -> None:
+    """Writes all files beside `folder` and then puts them there. Raises CodecError if the disk refuses to write."""
+    stage = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        stage.mkdir(parents=True)
+        for name, content in graphs.items():
+            write_atomically(stage / name, content)
+        write_atomically(stage / MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+        with contextlib.suppress(OSError):
+            stage.rename(folder)  # one step, where nothing or an empty folder has that name
+            return
+        # Otherwise the files are replaced one by one; without its manifest the folder does not count as an export.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for name in (*graphs, MANIFEST):
+            os.replace(stage / name, folder / name)
+    except OSError as error:
+        raise CodecError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
