@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import dat_client.wire as wire
+from dat_client.wire.vocabulary import INPUTS, OUTPUTS, PARAMETERS
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.batching.device_copies import Array
@@ -18,11 +19,8 @@ from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
 from dat_workers.images.encoded import decode_pictures
-from dat_workers.perturbation import Step, number
-from dat_workers.request import OUTPUTS, Task, Work, check_outputs, default_outputs
+from dat_workers.request import CodecRequest, Task, check_outputs, default_outputs, parse_parameters
 
-PARAMETERS = ("preset", "base", "alpha", "normalize", "epsilon", "replace_fraction", "seed", "output_dtype")
-INPUTS = ("images", "gradients", "gradient_scales")
 JSON_BYTES_PER_NUMBER = 20  # a number of a tensor in JSON, with its comma
 
 
@@ -63,7 +61,7 @@ async def infer(worker: CodecWorker, request: wire.Request, caller: Caller, rese
     return await compute(worker, work, caller)
 
 
-async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Answer:
+async def compute(worker: CodecWorker, work: CodecRequest, caller: Caller) -> Answer:
     """Returns the answer to a request, waiting until the caller's deadline, and counts it."""
     assert worker.discretizer is not None
     result = await _queued(worker, work, caller) if work.result is None else Result(work.result)
@@ -77,7 +75,7 @@ async def compute(worker: CodecWorker, work: Work, caller: Caller) -> Answer:
     return Answer(outputs, parameters, result.queue_s, result.codec_s)
 
 
-async def _queued(worker: CodecWorker, work: Work, caller: Caller) -> Result:
+async def _queued(worker: CodecWorker, work: CodecRequest, caller: Caller) -> Result:
     future = worker.batcher.submit(work, caller.flow, caller.deadline)
     left_s = None if caller.deadline is None else max(0.0, caller.deadline - time.monotonic())
     try:
@@ -87,7 +85,7 @@ async def _queued(worker: CodecWorker, work: Work, caller: Caller) -> Result:
         raise DeadlinePassed("the deadline passed before the codec had the answer") from None
 
 
-def prepare(worker: CodecWorker, request: wire.Request, reservation: Reservation) -> Work:
+def prepare(worker: CodecWorker, request: wire.Request, reservation: Reservation) -> CodecRequest:
     """Checks every limit and value of a request and reserves the bytes of its outputs."""
     discretizer, settings = worker.discretizer, worker.settings
     assert discretizer is not None
@@ -104,7 +102,7 @@ def prepare(worker: CodecWorker, request: wire.Request, reservation: Reservation
         indices = request.inputs["indices"]
         check_limits(indices, settings, scale=factor)
         check_json_outputs(request, ["reconstruction"], indices.size * factor**2, factor, settings)
-        work = discretizer.decode_work(indices, output_dtype=request.parameters.get("output_dtype"))
+        work = discretizer.prepare_decode(indices, output_dtype=request.parameters.get("output_dtype"))
     if work.result is None:
         reservation.grow(work.rows * output_bytes(work.task, factor))
     return work
@@ -125,7 +123,7 @@ def check_names(request: wire.Request) -> None:
 
 def images_work(
     discretizer: Discretizer, request: wire.Request, settings: Settings, reservation: Reservation
-) -> Work:
+) -> CodecRequest:
     """Checks a request with `images`; encoded pictures are decoded."""
     parameters, inputs = request.parameters, request.inputs
     names = [o.name for o in request.outputs]
@@ -135,18 +133,15 @@ def images_work(
     if images.dtype == object:
         images = decode_pictures(images, max_image_pixels=settings.max_image_pixels, max_pixels=settings.max_pixels)
         reservation.grow(images.nbytes)
-    replaced = fraction(parameters)
-    names = names or list(default_outputs("gradients" in inputs or replaced > 0))
+    parsed = parse_parameters(parameters)
+    names = names or list(default_outputs("gradients" in inputs or parsed.replace_fraction > 0))
     check_json_outputs(request, names, images.size // 3, discretizer.spec.factor, settings)
-    return discretizer.work(
+    return discretizer.prepare(
         images,
         inputs.get("gradients"),
         gradient_scales=inputs.get("gradient_scales"),
-        step=Step.from_parameters(parameters),
-        replace_fraction=replaced,
-        seed=whole_number(parameters, "seed"),
+        parameters=parsed,
         outputs=names,
-        output_dtype=parameters.get("output_dtype"),
     )
 
 
@@ -158,24 +153,9 @@ def nbytes_of(array: Array) -> int:
 def output_bytes(task: Task, factor: int) -> int:
     """Returns the bytes of one row of the outputs."""
     height, width = task.size
-    picture, tokens = 3 * height * width * task.dtype.itemsize, 2 * -(-height // factor) * -(-width // factor)
+    picture = 3 * height * width * task.output_dtype.itemsize
+    tokens = 2 * -(-height // factor) * -(-width // factor)
     return sum(tokens if name.endswith("indices") else picture for name in task.outputs)
-
-
-def fraction(parameters: Mapping[str, Any]) -> float:
-    """`replace_fraction`, 0 where it is not given."""
-    value = number(parameters, "replace_fraction") if "replace_fraction" in parameters else 0.0
-    if not 0 <= value <= 1:
-        raise InvalidInput("replace_fraction", value, "0 to 1")
-    return value
-
-
-def whole_number(parameters: Mapping[str, Any], name: str) -> int:
-    """A parameter that is a whole number of 0 or more; 0 where it is not given."""
-    value = parameters.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise InvalidInput(name, repr(value), "a whole number, 0 to 2^63 - 1")
-    return value
 
 
 def check_json_outputs(

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
 
-import torch
-
 from dat_service.admission import FairShares
 from dat_service.observability.metrics import Metrics
 from dat_service.settings import Settings
@@ -59,11 +57,7 @@ class CodecWorker:
 
     def make(self) -> Discretizer:
         """Creates the discretizer; called in the thread that will run it."""
-        config = self.settings.engine_config
-        torch.set_num_threads(config.cpu_threads)
-        discretizer = Discretizer.from_store(self.settings.codec, config)
-        discretizer.warm_up()
-        return discretizer
+        return Discretizer.warm_from_store(self.settings.codec, self.settings.engine_config)
 
     @property
     def why_unhealthy(self) -> str:

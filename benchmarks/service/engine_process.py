@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.pictures import pictures
-from dat_service.settings import Settings
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.config import DEFAULT_ENGINE
 
 BATCHES = (1, 4, 16)
 CUDA_BATCHES = (8, 16, 32, 64, 128, 256)
@@ -34,9 +34,7 @@ def images_per_s(discretizer: Discretizer, batch: np.ndarray, seconds: float) ->
 
 def main() -> None:
     codec, side = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(Settings(codec=codec).engine_config.cpu_threads)  # as a replica does
-    discretizer = Discretizer.from_store(codec)
-    discretizer.warm_up(side)
+    discretizer = Discretizer.warm_from_store(codec, DEFAULT_ENGINE, side)  # with all cores, as a replica has them
     tried = CUDA_BATCHES if torch.cuda.is_available() else BATCHES
     batches = {size: pictures(size, side) for size in tried}
     for batch in batches.values():

@@ -12,7 +12,7 @@ from dat_service.http.exchange import Reply, exchange
 from dat_service.inference import Caller, compute
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.images.encoded import decode_picture, encode_png
-from dat_workers.request import Work
+from dat_workers.request import CodecRequest
 
 router = APIRouter(tags=["For people"])
 
@@ -45,13 +45,13 @@ async def reconstruct(request: Request) -> Response:
         discretizer = worker.discretizer
         assert discretizer is not None
 
-        def prepare() -> Work:
+        def prepare() -> CodecRequest:
             reservation.grow(len(encoded))  # Pillow reads a copy
             picture = decode_picture(
                 bytes(encoded), max_pixels=worker.settings.max_image_pixels, field="body", upright=True
             )
             reservation.grow(3 * picture.nbytes)  # the picture, Q(x) and its PNG
-            return discretizer.work(picture[None])
+            return discretizer.prepare(picture[None])
 
         answer = await compute(worker, await worker.run_in_thread(prepare), caller)
         png = await worker.run_in_thread(lambda: encode_png(answer.outputs["reconstruction"][0]))

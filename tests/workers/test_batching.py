@@ -59,7 +59,7 @@ class Codec:
     def submit(self, values: list[int], flow: str = "", side: int = 224, deadline: float | None = None) -> Any:
         images = np.empty((len(values), 3, side, side), np.uint8)
         images[:] = np.array(values, np.uint8)[:, None, None, None]
-        return self.batcher.submit(self.discretizer.work(images), flow, deadline)
+        return self.batcher.submit(self.discretizer.prepare(images), flow, deadline)
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
@@ -194,7 +194,7 @@ def test_tiny_images_do_not_make_the_codec_look_slow(codec: Codec) -> None:
 
 def test_nothing_is_kept_of_what_is_done(codec: Codec) -> None:
     images = np.zeros((3, 3, 224, 224), np.uint8)
-    future = codec.batcher.submit(codec.discretizer.work(images))
+    future = codec.batcher.submit(codec.discretizer.prepare(images))
     made = weakref.ref(future.result(30).outputs["reconstruction"])
     given = weakref.ref(images)
     del images, future

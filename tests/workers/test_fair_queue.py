@@ -7,14 +7,14 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dat_workers.batching.fair_queue import Entry, FairQueue
+from dat_workers.batching.fair_queue import FairQueue, QueuedItem
 
 
-def entry(flow: str, rows: int, group: str = "g", cost: float = 1.0) -> Entry[str]:
-    return Entry(flow, group, rows, cost, flow)
+def entry(flow: str, rows: int, group: str = "g", cost: float = 1.0) -> QueuedItem:
+    return QueuedItem(flow, group, rows, cost, arrived=0.0)
 
 
-def served(queue: FairQueue[str], rows: int, room: int = 4) -> Counter[str]:
+def served(queue: FairQueue[QueuedItem], rows: int, room: int = 4) -> Counter[str]:
     """Rows that each flow gets of the next `rows`, in batches of `room`."""
     counts: Counter[str] = Counter()
     while counts.total() < rows and (head := queue.head()):
@@ -26,7 +26,7 @@ def served(queue: FairQueue[str], rows: int, room: int = 4) -> Counter[str]:
 
 
 def test_a_flood_takes_no_more_than_its_share() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     for _ in range(50):
         queue.push(entry("flood", 16))
     for _ in range(40):
@@ -36,7 +36,7 @@ def test_a_flood_takes_no_more_than_its_share() -> None:
 
 
 def test_dear_rows_count_for_what_they_cost() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     for _ in range(100):
         queue.push(entry("dear", 1, "large", cost=4.0))
         queue.push(entry("cheap", 1, "small", cost=1.0))
@@ -45,7 +45,7 @@ def test_dear_rows_count_for_what_they_cost() -> None:
 
 
 def test_a_pause_saves_nothing_up() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     queue.push(entry("busy", 1000))
     served(queue, 500)
     queue.push(entry("late", 1000))
@@ -54,7 +54,7 @@ def test_a_pause_saves_nothing_up() -> None:
 
 
 def test_a_new_name_each_time_gains_nothing() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     queue.push(entry("bulk", 10_000))
     bulk = 0
     for i in range(400):
@@ -68,7 +68,7 @@ def test_a_new_name_each_time_gains_nothing() -> None:
 
 
 def test_a_large_entry_is_split_and_groups_are_kept_apart() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     queue.push(entry("a", 10, "x"))
     queue.push(entry("b", 2, "y"))
     queue.push(entry("c", 1, "x"))
@@ -81,7 +81,7 @@ def test_a_large_entry_is_split_and_groups_are_kept_apart() -> None:
 
 
 def test_what_is_removed_is_not_served() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     gone = entry("a", 3)
     queue.push(gone)
     queue.push(entry("b", 1))
@@ -92,7 +92,7 @@ def test_what_is_removed_is_not_served() -> None:
 
 
 def test_the_wait_counts_of_others_only_what_comes_before() -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     queue.push(entry("flood", 1000))
     assert queue.cost_before("new", 8) == 8
     assert queue.cost_before("flood", 8) == 1000
@@ -100,7 +100,7 @@ def test_the_wait_counts_of_others_only_what_comes_before() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy"), st.integers(1, 9)), max_size=30))
 def test_every_row_is_served_once(pushed: list[tuple[str, str, int]]) -> None:
-    queue = FairQueue[str]()
+    queue = FairQueue[QueuedItem]()
     for flow, group, rows in pushed:
         queue.push(entry(flow, rows, group))
     counts = served(queue, 10_000, room=3)

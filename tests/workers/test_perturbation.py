@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dat_workers.errors import InvalidInput
 from dat_workers.perturbation import PRESETS, Step, direction, perturb, replace_tokens
 
 
@@ -95,32 +94,3 @@ def test_another_seed_and_another_image_replace_others() -> None:
     one, other = (replace_tokens(indices, images, 0.5, seed, 512) for seed in (1, 2))
     assert not torch.equal(one, other)
     assert not torch.equal(one[0], one[1])
-
-
-@pytest.mark.parametrize(
-    ("parameters", "field"),
-    [
-        ({"preset": "madry"}, "preset"),
-        ({"base": "y"}, "base"),
-        ({"normalize": "l1"}, "normalize"),
-        ({"alpha": float("nan")}, "alpha"),
-        ({"alpha": "0.1"}, "alpha"),
-        ({"alpha": 1e39}, "alpha"),
-        ({"alpha": 10**400}, "alpha"),
-        ({"alpha": True}, "alpha"),
-        ({"epsilon": -0.1}, "epsilon"),
-        ({"preset": ["paper"]}, "preset"),
-    ],
-)
-def test_parameters_that_are_not_usable(parameters: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        Step.from_parameters(parameters)
-    assert caught.value.field == field
-
-
-def test_parameters_change_a_preset() -> None:
-    step = Step.from_parameters(
-        {"preset": "easyrobust", "base": "x", "normalize": "sign", "alpha": 1, "epsilon": 0.03}
-    )
-    assert step == Step("x", "sign", 1.0, 0.03)
-    assert Step.from_parameters({}) == PRESETS["paper"]

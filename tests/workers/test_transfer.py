@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.batching.device_copies import Job, through
+from dat_workers.batching.device_copies import DeviceBatch, run_on_device
 
 CPU = torch.device("cpu")
 
@@ -18,14 +18,14 @@ def test_results_come_by_name_and_in_order() -> None:
         return {"sum": given["x"].float() + given["y"].float()[:, None], "x": given["x"]}
 
     arrays = [{"x": [np.full((2, 3), i, np.uint8)], "y": [np.full(2, i, np.float16)]} for i in range(4)]
-    results = list(through(CPU, [Job(a, compute) for a in arrays]))
+    results = list(run_on_device(CPU, [DeviceBatch(a, compute) for a in arrays]))
     assert [r["sum"].tolist() for r in results] == [[[2.0 * i] * 3] * 2 for i in range(4)]
     assert all(r["x"].dtype == np.uint8 and r["sum"].dtype == np.float32 for r in results)
 
 
 def test_parts_are_joined_and_no_job_gives_nothing() -> None:
     parts = [np.full((rows, 2), rows, np.float32) for rows in (1, 3)]
-    (result,) = through(CPU, [None, Job({"x": parts}, lambda given: given), None])
+    (result,) = run_on_device(CPU, [None, DeviceBatch({"x": parts}, lambda given: given), None])
     assert result["x"][:, 0].tolist() == [1, 3, 3, 3]
 
 
@@ -33,7 +33,7 @@ def test_the_callers_array_is_neither_kept_nor_written() -> None:
     """A view of a request's body is read-only, and its buffer is used again."""
     given = np.arange(6, dtype=np.float32)[::-1]
     given.flags.writeable = False
-    (result,) = through(CPU, [Job({"x": [given]}, lambda job: {"x": job["x"].mul_(0)})])
+    (result,) = run_on_device(CPU, [DeviceBatch({"x": [given]}, lambda job: {"x": job["x"].mul_(0)})])
     assert given.tolist() == [5, 4, 3, 2, 1, 0]
     assert not np.shares_memory(result["x"], given)
 
@@ -44,9 +44,9 @@ def test_jobs_are_taken_one_at_a_time() -> None:
     def jobs() -> object:
         for i in range(3):
             taken.append(i)
-            yield Job({"x": [np.zeros(1)]}, lambda given: given)
+            yield DeviceBatch({"x": [np.zeros(1)]}, lambda given: given)
 
-    results = through(CPU, jobs())  # type: ignore[arg-type]
+    results = run_on_device(CPU, jobs())  # type: ignore[arg-type]
     next(results)
     assert taken == [0]
 
@@ -56,4 +56,4 @@ def test_an_error_comes_out_as_it_is() -> None:
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        list(through(CPU, [Job({"x": [np.zeros(1)]}, compute)]))
+        list(run_on_device(CPU, [DeviceBatch({"x": [np.zeros(1)]}, compute)]))

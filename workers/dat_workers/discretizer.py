@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dat_workers.batching.device_copies import Array, Compute, Job, through
+from dat_client.wire.vocabulary import OUTPUTS
+from dat_workers.batching.device_copies import Array, Compute, DeviceBatch, run_on_device
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
@@ -19,9 +21,10 @@ from dat_workers.engines.identity import IdentityEngine
 from dat_workers.errors import EngineError, InvalidInput
 from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
 from dat_workers.request import (
-    OUTPUTS,
+    DEFAULT_PARAMETERS,
+    CodecRequest,
+    Parameters,
     Task,
-    Work,
     check_gradients,
     check_images,
     check_indices,
@@ -30,10 +33,9 @@ from dat_workers.request import (
     pick_output_dtype,
 )
 
-# Which images of a batch came out finite, bool [n]: kept on the device and looked at with the results, since each
-# look waits for the GPU.
-FINITE = {"finite_latents": "latent vectors", "finite_pictures": "pictures"}
-Finite = dict[str, Tensor]
+# Extra results of a batch, bool [n]: which of its images came out finite. They stay on the device and are looked at
+# together with the other results, since each look waits for the GPU.
+FINITE_CHECKS = {"finite_latents": "latent vectors", "finite_images": "images"}
 
 
 class Discretizer:
@@ -42,8 +44,9 @@ class Discretizer:
     >>> q = Discretizer.from_store("tiny-f8")                                     # doctest: +SKIP
     >>> q.discretize(images, outputs=("reconstruction", "indices"))["indices"]    # doctest: +SKIP
 
-    Pure: the answer depends on the arguments alone, not on what came before; on a CPU also not on what comes
-    together. (CUDA kernels may add in another order for another batch size, which can move a near-tie.)
+    It is pure: the answer depends on the arguments alone, not on earlier calls; on a CPU it also does not depend on
+    the other images of the batch. (CUDA kernels may add in another order for another batch size, which can move a
+    near-tie between two codebook entries.)
     """
 
     def __init__(self, spec: CodecSpec, fingerprint: str, engine: Engine) -> None:
@@ -63,12 +66,23 @@ class Discretizer:
         engine = IdentityEngine() if file.spec.architecture == "identity" else create(config, load_model(file))
         return cls(file.spec, file.fingerprint, engine)
 
+    @classmethod
+    def warm_from_store(cls, name: str, config: EngineConfig, side: int = 224) -> Discretizer:
+        """Sets PyTorch's threads in this process, then loads a codec and warms it up.
+
+        Call it in the thread that will run the codec.
+        """
+        torch.set_num_threads(config.cpu_threads)
+        discretizer = cls.from_store(name, config)
+        discretizer.warm_up(side)
+        return discretizer
+
     def describe(self) -> dict[str, str]:
         """Returns engine, device, dtype and tricks as text, as `Engine.describe` does."""
         return self.engine.describe()
 
     def warm_up(self, side: int = 224) -> None:
-        """The engine's own preparation and one pass over a grey image: no request pays for first calls."""
+        """Prepares the engine and discretizes one grey image, so that no request pays for first calls."""
         self.engine.warm_up(side)
         self.discretize(np.full((1, 3, side, side), 127, np.uint8))
 
@@ -76,6 +90,10 @@ class Discretizer:
     def outputs(self) -> tuple[str, ...]:
         """The outputs that this codec has."""
         return OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
 
     def discretize(
         self,
@@ -89,52 +107,50 @@ class Discretizer:
         outputs: Collection[str] | None = None,
         output_dtype: str | None = None,
     ) -> dict[str, Array]:
-        """Q(x) = decode(encode(x)) (Eq. 3-4) and, from gradients, Q(x + δ) (Algorithm 1, line 4).
+        """Computes Q(x) = decode(encode(x)) (Eq. 3-4) and, from gradients, Q(x + δ) (Algorithm 1, line 4).
 
-        images: uint8 [N,3,H,W], or float16/32 in 0..1; sides that f does not divide are padded by reflection
-        on the right and below, and cropped back. gradients: float16/32 [N,3,H,W]; gradient_scales: float32
-        [N], sample i's gradient being scale[i] times its value. `replace_fraction` of the adversarial tokens
-        (of the plain ones where there is no gradient) are swapped for random others, by `seed`.
+        images: uint8 [N,3,H,W], or float16/32 in 0..1; sides that f does not divide are padded by reflection on the
+        right and below, and cropped back. gradients: float16/32 or int8 [N,3,H,W]; gradient_scales: float32 [N],
+        the gradient of sample i is scale[i] times its values. `replace_fraction` of the adversarial tokens (of the
+        plain ones without a gradient) are swapped for random others, drawn by `seed`.
 
-        Returns, by name: `reconstruction` and `adversarial` [N,3,H,W] of `output_dtype` (UINT8, FP16 or FP32;
-        by default that of `images`), `indices` and `adversarial_indices` uint16 [N,ceil(H/f),ceil(W/f)], and
-        with anything adversarial `tokens_changed` float32 [N], the share of each sample's tokens that differ
-        from those of the step's base (of x, or of Q(x) where the step starts there). `outputs` None:
-        `reconstruction`, and `adversarial` where there is something to make it from. Raises InvalidInput, and
-        EngineError where the codec overflows.
+        Returns, by name: `reconstruction` and `adversarial` [N,3,H,W] of `output_dtype` (UINT8, FP16 or FP32; by
+        default that of `images`), `indices` and `adversarial_indices` uint16 [N,ceil(H/f),ceil(W/f)], and with
+        anything adversarial `tokens_changed` float32 [N], the share of each sample's tokens that differ from those
+        of the step's base (of x, or of Q(x) if the step starts there). `outputs` None stands for `reconstruction`,
+        and `adversarial` if there is something to attack with. Raises InvalidInput, and EngineError if the codec
+        overflows.
         """
-        work = self.work(
-            images,
-            gradients,
-            gradient_scales=gradient_scales,
-            step=step,
-            replace_fraction=replace_fraction,
-            seed=seed,
-            outputs=outputs,
-            output_dtype=output_dtype,
+        parameters = Parameters(step, replace_fraction, seed, output_dtype)
+        return self._run(
+            self.prepare(images, gradients, gradient_scales=gradient_scales, parameters=parameters, outputs=outputs)
         )
-        return self._run(work)
 
-    def work(
+    def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
+        """Decodes tokens, uint16 or int32 [N,h,w] and each below K, to images [N,3,h*f,w*f], by default uint8."""
+        return self._run(self.prepare_decode(indices, output_dtype=output_dtype))["reconstruction"]
+
+    def prepare(
         self,
         images: Array,
         gradients: Array | None = None,
         *,
         gradient_scales: Array | None = None,
-        step: Step = PRESETS["paper"],
-        replace_fraction: float = 0.0,
-        seed: int = 0,
+        parameters: Parameters = DEFAULT_PARAMETERS,
         outputs: Collection[str] | None = None,
-        output_dtype: str | None = None,
-    ) -> Work:
-        """What `discretize` computes, with everything about it checked. Raises InvalidInput."""
+    ) -> CodecRequest:
+        """Checks everything about a request for `discretize` and returns it, ready for a `Batcher`.
+
+        Raises InvalidInput.
+        """
         check_images(images, self.spec.factor)
-        attacked = gradients is not None or replace_fraction > 0
+        step, replace_fraction, seed = parameters.step, parameters.replace_fraction, parameters.seed
+        has_attack = gradients is not None or replace_fraction > 0
         if outputs is None:
-            outputs = default_outputs(attacked)
+            outputs = default_outputs(has_attack)
         check_outputs(outputs, self.outputs)
         adversarial = any(name.startswith("adversarial") for name in outputs)
-        if adversarial and not attacked:
+        if adversarial and not has_attack:
             raise InvalidInput(
                 "outputs", "adversarial without gradients", "gradients, or a replace_fraction over 0"
             )
@@ -142,61 +158,22 @@ class Discretizer:
             limit = f"0 for codec {self.spec.name}: it has no two tokens"
             raise InvalidInput("replace_fraction", replace_fraction, limit)
         check_gradients(gradients, gradient_scales, images.shape)
-        dtype = pick_output_dtype(output_dtype, images.dtype)
+        dtype = pick_output_dtype(parameters.output_dtype, images.dtype)
         arrays = {"images": images}
         if gradients is not None and adversarial:
             arrays["gradients"] = gradients
             if gradient_scales is not None:
                 arrays["gradient_scales"] = gradient_scales
-        if not adversarial:  # what changes nothing keeps no rows apart
+        if not adversarial:  # parameters without effect must not keep rows out of a common batch
             step, replace_fraction, seed = PRESETS["paper"], 0.0, 0
-        given = tuple((name, str(array.dtype)) for name, array in arrays.items())
+        inputs = tuple((name, str(array.dtype)) for name, array in arrays.items())
         height, width = images.shape[2:]
-        task = Task((height, width), given, tuple(sorted(set(outputs))), dtype, step, replace_fraction, seed)
+        task = Task((height, width), inputs, tuple(sorted(set(outputs))), dtype, step, replace_fraction, seed)
         unchanged = self.engine.returns_images_unchanged and not adversarial and images.dtype == dtype
-        return Work(task, arrays, {"reconstruction": images} if unchanged else None)
+        return CodecRequest(task, arrays, {"reconstruction": images} if unchanged else None)
 
-    def _discretize(self, given: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
-        """The wanted outputs of one batch on its device, as `finish` leaves them, and what is finite."""
-        step, outputs, adversarial = task.step, task.outputs, task.adversarial
-        x = as_float(given["images"])
-        gradients = given.get("gradients")
-        finite: Finite = {}
-        made: dict[str, Tensor] = {}
-        size = x.shape[2:]
-        indices = self._encode(x, finite)
-        from_q = adversarial and gradients is not None and step.base == "reconstruction"
-        q = x
-        if from_q or "reconstruction" in outputs:
-            q = self._decode(indices, size, finite, exact=from_q)
-        if adversarial:
-            attacked = indices
-            if gradients is not None:
-                moved = perturb(x, q, scaled_gradients(gradients, given.get("gradient_scales")), step)
-                attacked = self._encode(moved, finite)
-            if task.replace_fraction:
-                attacked = replace_tokens(attacked, x, task.replace_fraction, task.seed, self.spec.codebook_size)
-            if "adversarial" in outputs:
-                made["adversarial"] = self._decode(attacked, size, finite)
-            if self.spec.has_tokens:
-                # Q is not idempotent: a step from Q(x) is judged against the tokens of Q(x) itself
-                unmoved = self._encode(q, finite) if from_q else indices
-                made["adversarial_indices"] = attacked
-                made["tokens_changed"] = attacked.ne(unmoved).flatten(1).float().mean(1)
-        made["indices"], made["reconstruction"] = indices, q
-        wanted = {
-            name: finish(name, value, task.dtype)
-            for name, value in made.items()
-            if name in outputs or name == "tokens_changed"
-        }
-        return wanted | finite
-
-    def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
-        """Pictures [N,3,h*f,w*f] of tokens: unsigned or int32 [N,h,w], each below K. UINT8 by default."""
-        return self._run(self.decode_work(indices, output_dtype=output_dtype))["reconstruction"]
-
-    def decode_work(self, indices: Array, *, output_dtype: str | None = None) -> Work:
-        """What `decode` computes, with everything about it checked. Raises InvalidInput."""
+    def prepare_decode(self, indices: Array, *, output_dtype: str | None = None) -> CodecRequest:
+        """Checks everything about a request for `decode` and returns it. Raises InvalidInput."""
         if not self.spec.has_tokens:
             raise InvalidInput("indices", f"codec {self.spec.name}", "a codec that has a codebook")
         check_indices(indices, self.spec.name, self.spec.codebook_size)
@@ -204,115 +181,143 @@ class Discretizer:
         f = self.spec.factor
         size = (indices.shape[1] * f, indices.shape[2] * f)
         task = Task(size, (("indices", "int32"),), ("reconstruction",), dtype)
-        return Work(task, {"indices": indices.astype(np.int32, copy=False)})
+        return CodecRequest(task, {"indices": indices.astype(np.int32, copy=False)})
 
     def compute(self, task: Task) -> Compute:
-        """What turns a batch's tensors into its results, all on the engine's device."""
-        if not task.decodes:
-            return lambda given: self._discretize(given, task)
-
-        def decode(given: dict[str, Tensor]) -> dict[str, Tensor]:
-            finite: Finite = {}
-            tokens = given["indices"].long()
-            picture = self._decode(tokens, torch.Size(task.size), finite)
-            return {"reconstruction": finish("reconstruction", picture, task.dtype), **finite}
-
-        return decode
+        """Returns the function from a batch's input tensors to its result tensors, all on the engine's device."""
+        return partial(self._decode_batch if task.decodes else self._discretize_batch, task)
 
     def rows_at_once(self, task: Task) -> int:
-        """Rows of a task that are worth handing to the engine at once, and that its memory holds."""
-        pixels = task.size[0] * task.size[1]
-        return rows_at_once(self.engine, pixels)
+        """Returns how many rows of a task to compute together."""
+        return rows_at_once(self.engine, task.size[0] * task.size[1])
 
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
+    def stream(self, batches: Iterable[DeviceBatch | None]) -> Iterator[dict[str, Array]]:
+        """Yields the results of one batch after the other, as `run_on_device` does."""
+        return run_on_device(self.device, batches, overlap=self.engine.tricks.overlap)
 
-    def stream(self, jobs: Iterable[Job | None]) -> Iterator[dict[str, Array]]:
-        """Results of one job after the other, copies beside the computing where the engine does that."""
-        return through(self.device, jobs, overlap=self.engine.tricks.overlap)
+    def outputs_of(self, results: dict[str, Array], start: int) -> dict[str, Array]:
+        """Returns the outputs among a batch's results; `start` is the position of its first image in the request.
 
-    def _run(self, work: Work) -> dict[str, Array]:
-        """The results of a request of its own, by name. Raises EngineError for an image that is not finite."""
-        if work.result is not None:
-            return work.result
-        batch, compute = self.rows_at_once(work.task), self.compute(work.task)
-        starts = range(0, work.rows, batch)
-        jobs = (
-            Job({name: [array[start : start + batch]] for name, array in work.arrays.items()}, compute)
-            for start in starts
-        )
-        parts: dict[str, list[Array]] = {}
-        for start, made in zip(starts, self.stream(jobs), strict=True):
-            for name, array in self.collect(made, start).items():
-                parts.setdefault(name, []).append(array)
-        return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
-
-    def collect(self, made: dict[str, Array], start: int) -> dict[str, Array]:
-        """The outputs among one job's results; `start` is the number of its first image in the request.
-
-        Raises EngineError where an image is not finite.
+        Raises EngineError if an image is not finite.
         """
-        for name, what in FINITE.items():
-            bad = [start + i for i, good in enumerate(made.get(name, ())) if not good]
+        for name, checked in FINITE_CHECKS.items():
+            bad = [start + i for i, finite in enumerate(results.get(name, ())) if not finite]
             if bad:
                 raise EngineError(
-                    f"codec {self.spec.name} on {self.describe()}: {what} of images {bad[:8]} came out with values "
-                    "that are not finite; run it with --dtype fp32"
+                    f"codec {self.spec.name} on {self.describe()}: {checked} of images {bad[:8]} came out with "
+                    "values that are not finite; run it with --dtype fp32"
                 )
-        # tokens travel as int32: few operations of PyTorch know uint16
+        # On the device tokens are int32, since few operations of PyTorch support uint16.
         return {
             name: array.astype(np.uint16) if name.endswith("indices") else array
-            for name, array in made.items()
-            if name not in FINITE
+            for name, array in results.items()
+            if name not in FINITE_CHECKS
         }
 
-    def _encode(self, x: Tensor, finite: Finite) -> Tensor:
-        """Returns the tokens of fp32 [n,3,H,W]."""
+    def _run(self, request: CodecRequest) -> dict[str, Array]:
+        """Computes one request by itself, in as many batches as it takes."""
+        if request.result is not None:
+            return request.result
+        capacity, compute = self.rows_at_once(request.task), self.compute(request.task)
+        starts = range(0, request.rows, capacity)
+        batches = (
+            DeviceBatch(
+                {name: [array[start : start + capacity]] for name, array in request.arrays.items()}, compute
+            )
+            for start in starts
+        )
+        outputs: dict[str, list[Array]] = {}
+        for start, results in zip(starts, self.stream(batches), strict=True):
+            for name, array in self.outputs_of(results, start).items():
+                outputs.setdefault(name, []).append(array)
+        return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in outputs.items()}
+
+    def _discretize_batch(self, task: Task, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        step, adversarial = task.step, task.adversarial
+        x = as_float(inputs["images"])
+        size = (x.shape[2], x.shape[3])
+        gradients = inputs.get("gradients")
+        finite: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        indices = self._encode(x, finite)
+        from_q = adversarial and gradients is not None and step.base == "reconstruction"
+        q = x
+        if from_q or "reconstruction" in task.outputs:
+            q = self._decode(indices, size, finite, exact=from_q)
+        if adversarial:
+            attacked = indices
+            if gradients is not None:
+                scaled = scaled_gradients(gradients, inputs.get("gradient_scales"))
+                attacked = self._encode(perturb(x, q, scaled, step), finite)
+            if task.replace_fraction:
+                attacked = replace_tokens(attacked, x, task.replace_fraction, task.seed, self.spec.codebook_size)
+            if "adversarial" in task.outputs:
+                outputs["adversarial"] = self._decode(attacked, size, finite)
+            if self.spec.has_tokens:
+                # Q is not idempotent: a step from Q(x) is compared with the tokens of Q(x) itself.
+                unmoved = self._encode(q, finite) if from_q else indices
+                outputs["adversarial_indices"] = attacked
+                outputs["tokens_changed"] = attacked.ne(unmoved).flatten(1).float().mean(1)
+        outputs["indices"], outputs["reconstruction"] = indices, q
+        return finite | {
+            name: to_output(name, value, task.output_dtype)
+            for name, value in outputs.items()
+            if name in task.outputs or name == "tokens_changed"
+        }
+
+    def _decode_batch(self, task: Task, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        finite: dict[str, Tensor] = {}
+        images = self._decode(inputs["indices"].long(), task.size, finite)
+        return finite | {"reconstruction": to_output("reconstruction", images, task.output_dtype)}
+
+    def _encode(self, x: Tensor, finite: dict[str, Tensor]) -> Tensor:
+        """Encodes fp32 [n,3,H,W] to tokens, and enters in `finite` whose latent vectors are finite."""
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
         indices = self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
-        note(finite, "finite_latents", indices.ge(0))
+        record_finite(finite, "finite_latents", indices.ge(0))
         return indices
 
-    def _decode(self, indices: Tensor, size: torch.Size, finite: Finite, exact: bool = False) -> Tensor:
-        """Returns the images of tokens, cropped to `size`. `exact` as for Engine.decode."""
-        picture = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
+    def _decode(
+        self, indices: Tensor, size: tuple[int, int], finite: dict[str, Tensor], exact: bool = False
+    ) -> Tensor:
+        """Decodes tokens to images of `size`, and enters in `finite` which are finite."""
+        images = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
         # before clipping, which would turn infinity into white
-        note(finite, "finite_pictures", picture.isfinite())
-        return picture.clamp(0, 1)
+        record_finite(finite, "finite_images", images.isfinite())
+        return images.clamp(0, 1)
 
 
-def note(finite: Finite, name: str, good: Tensor) -> None:
-    """Keeps, on the device, which images are good in all elements, this time and every time before."""
-    images = good.flatten(1).all(1)
+def record_finite(finite: dict[str, Tensor], name: str, elements: Tensor) -> None:
+    """Enters under `name`, bool [n], which images are good in all `elements` [n,...], now and in earlier calls."""
+    images = elements.flatten(1).all(1)
     finite[name] = finite[name] & images if name in finite else images
 
 
 def scaled_gradients(gradients: Tensor, scales: Tensor | None) -> Tensor:
-    """fp32 [n,3,H,W]: scale times value."""
+    """Returns scale times value, fp32 [n,3,H,W]."""
     g = gradients.float()
     return g if scales is None else g * scales[:, None, None, None]
 
 
-def finish(name: str, value: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """An output as it leaves the device: pictures of `dtype`, tokens as int32, shares as float32."""
+def to_output(name: str, value: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """Converts an output for its way off the device: images to `dtype`, tokens to int32, shares stay float32."""
     if name.endswith("indices"):
         return value.int()
     return value if name == "tokens_changed" else as_dtype(value, dtype)
 
 
 def as_float(images: Tensor) -> Tensor:
-    """fp32 in 0..1 of images uint8 or float."""
+    """Returns images, uint8 or float, as fp32 in 0..1."""
     if images.dtype != torch.uint8:
         return images.float()
-    # A tensor and no number: CUDA would multiply by 1/255 for a number, which is another fp32 now and then, and
-    # pixels would differ from a CPU's. Filled where it is: a copy from the host would wait.
+    # Divide by a tensor, not by a number: for a number CUDA would multiply by 1/255, which now and then gives
+    # another fp32 than a CPU's division. The tensor is filled on the device, since a copy from the host would wait.
     return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
-def as_dtype(picture: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """A picture in 0..1 as `dtype`; uint8 is rounded to the nearest of 256 levels."""
+def as_dtype(images: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """Returns images in 0..1 as `dtype`; uint8 is rounded to the nearest of 256 levels."""
     if dtype == np.uint8:
-        return picture.mul(255).round_().to(torch.uint8).contiguous()
-    return picture.to(torch.float16 if dtype == np.float16 else torch.float32).contiguous()
+        return images.mul(255).round_().to(torch.uint8).contiguous()
+    return images.to(torch.float16 if dtype == np.float16 else torch.float32).contiguous()

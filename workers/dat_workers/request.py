@@ -1,48 +1,100 @@
-"""One request after its checks: rows of arrays, and what is computed of each row."""
+"""A codec request after its checks: the arrays, and what to compute from each of their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dat_client.errors import shown
+from dat_client.wire.scan import largest_magnitudes, range_outside_0_1
+from dat_client.wire.vocabulary import (
+    GRADIENT_DTYPES,
+    INDEX_DTYPES,
+    OUTPUT_DTYPES,
+    PARAMETERS,
+    violated_limit,
+    with_defaults,
+)
 from dat_workers.batching.device_copies import Array
 from dat_workers.errors import InvalidInput
 from dat_workers.perturbation import PRESETS, Step
 
-OUTPUT_DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FP16": np.float16, "FP32": np.float32}
-OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parsed parameters of a request.
+
+    `output_dtype` is UINT8, FP16 or FP32, the datatype of images in the answer; None stands for that of the images
+    sent, or for UINT8 if tokens were sent.
+    """
+
+    step: Step = PRESETS["paper"]
+    replace_fraction: float = 0.0
+    seed: int = 0
+    output_dtype: str | None = None
+
+
+DEFAULT_PARAMETERS = Parameters()
+
+
+def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
+    """Checks the names and values of a request's parameters; a preset (`paper` by default) fills in the step.
+
+    >>> parse_parameters({"preset": "easyrobust", "alpha": 0.2}).step
+    Step(base='reconstruction', normalize='l2', alpha=0.2, epsilon=None)
+
+    Raises InvalidInput for a parameter that does not exist, and for a value that breaks its limit.
+    """
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise InvalidInput("parameters", shown(name), f"of {', '.join(PARAMETERS)}")
+        check_parameter(name, value)
+    values = with_defaults(parameters)
+    epsilon = values["epsilon"]
+    step = Step(
+        values["base"], values["normalize"], float(values["alpha"]), None if epsilon is None else float(epsilon)
+    )
+    return Parameters(step, float(values["replace_fraction"]), values["seed"], values["output_dtype"])
+
+
+def check_parameter(name: str, value: Any) -> None:
+    """Raises InvalidInput if `value` breaks the limit of the parameter `name`."""
+    if limit := violated_limit(name, value):
+        raise InvalidInput(name, shown(value), limit)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed of a row, apart from the row itself: rows of equal tasks may share a batch.
+    """Describes what to compute from a row. Rows of equal tasks may share a batch.
 
-    `size`: height and width of the pictures that come out. `given`: name and dtype of each array.
+    size: height and width of the images that come out. inputs: name and dtype of each array. output_dtype: of the
+    images that come out.
     """
 
     size: tuple[int, int]
-    given: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str], ...]
     outputs: tuple[str, ...]
-    dtype: np.dtype[Any]
+    output_dtype: np.dtype[Any]
     step: Step = PRESETS["paper"]
     replace_fraction: float = 0.0
     seed: int = 0
 
     @property
     def decodes(self) -> bool:
-        """Whether tokens are decoded, without a picture before them."""
-        return self.given[0][0] == "indices"
+        """Whether the request sends tokens, which are only decoded."""
+        return self.inputs[0][0] == "indices"
 
     @property
     def adversarial(self) -> bool:
+        """Whether the request asks for an adversarial output."""
         return any(name.startswith("adversarial") for name in self.outputs)
 
     @property
     def cost(self) -> float:
-        """What a row costs, in passes through the codec times pixels: a decoder counts twice an encoder."""
+        """The cost of one row: passes through the encoder plus twice those through the decoder, times pixels."""
         encodes, decodes = (0, 1) if self.decodes else (1, int("reconstruction" in self.outputs))
         if self.adversarial:
             from_q = self.step.base == "reconstruction"
@@ -52,8 +104,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Work:
-    """A request that may be computed: `arrays` by name, each [N,...]; or its `result`, where that is known."""
+class CodecRequest:
+    """A request that passed all checks: `arrays` by name, each [N,...], and the task of their rows.
+
+    `result` holds the outputs where they are known without the codec.
+    """
 
     task: Task
     arrays: dict[str, Array]
@@ -64,71 +119,49 @@ class Work:
         return len(next(iter(self.arrays.values())))
 
 
-def default_outputs(attacked: bool) -> tuple[str, ...]:
-    """What is made where no output is named: `adversarial` too, where there is something to make it from."""
-    return ("reconstruction", "adversarial") if attacked else ("reconstruction",)
+def default_outputs(has_attack: bool) -> tuple[str, ...]:
+    """Returns the outputs of a request that names none: `adversarial` only if there is something to attack with."""
+    return ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
 
 
 def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]:
-    """The numpy dtype that an `output_dtype` parameter names."""
-    if name is None:
-        return default
-    if not isinstance(name, str) or name not in OUTPUT_DTYPES:
-        raise InvalidInput("output_dtype", repr(name), "UINT8, FP16 or FP32")
-    return np.dtype(OUTPUT_DTYPES[name])
+    """Returns the numpy dtype that the parameter `output_dtype` names. Raises InvalidInput if it names none."""
+    check_parameter("output_dtype", name)
+    return default if name is None else OUTPUT_DTYPES[name]
 
 
 def check_outputs(outputs: Collection[str], known: Collection[str]) -> None:
-    """Raises InvalidInput for an output that is not one of `known`."""
+    """Raises InvalidInput for an output that is not among `known`."""
     for name in outputs:
         if name not in known:
             raise InvalidInput("outputs", repr(name), f"of {', '.join(known)}")
 
 
-def check_images(images: Array, least: int) -> None:
-    """Raises InvalidInput unless `images` is uint8 or float16/32 in 0..1, [N,3,H,W], N > 0, sides >= `least`."""
-    if images.dtype not in (np.uint8, np.float16, np.float32):
+def check_images(images: Array, least_side: int) -> None:
+    """Raises InvalidInput unless `images` is [N,3,H,W], uint8 or float16/32 in 0..1, with N of 1 or more.
+
+    Both sides must have `least_side` pixels or more.
+    """
+    if images.dtype not in OUTPUT_DTYPES.values():
         raise InvalidInput("images", f"dtype {images.dtype}", "UINT8, FP16 or FP32")
     if images.ndim != 4 or images.shape[1] != 3 or len(images) < 1:
         raise InvalidInput("images", f"shape {list(images.shape)}", "[N,3,H,W] with N of 1 or more")
-    if min(images.shape[2:]) < least:
-        raise InvalidInput("images", f"{images.shape[2]}x{images.shape[3]} pixels", f"sides of {least} or more")
-    if images.dtype != np.uint8 and not within_0_1(images):
-        low, high = float(images.min()), float(images.max())  # a NaN anywhere makes both NaN
-        if not (low >= 0 and high <= 1):
-            raise InvalidInput("images", f"a value range of {low:.9g}..{high:.9g}", "finite values in 0..1")
-
-
-def within_0_1(images: Array) -> bool:
-    """Whether all float16/32 lie in 0..1; False also for a negative zero.
-
-    The bits of floats that are not negative are ordered as the floats are, and all others lie above 1.0: one pass
-    over integers, where numpy's fp16 minimum and maximum are two slow ones.
-    """
-    if images.dtype == np.float16:
-        return bool(images.view(np.uint16).max() <= 0x3C00)
-    return bool(images.view(np.uint32).max() <= 0x3F800000)
-
-
-def largest_magnitudes(gradients: Array) -> Array:
-    """The largest |g| of each sample, float64 [N]; infinity or NaN where a sample holds such a thing."""
-    flat = gradients.reshape(len(gradients), -1)
-    if gradients.dtype == np.int8:
-        extremes: Array = np.maximum(flat.max(1).astype(np.float64), -flat.min(1).astype(np.float64))
-        return extremes
-    unsigned, magnitude = (np.uint16, 0x7FFF) if gradients.dtype == np.float16 else (np.uint32, 0x7FFFFFFF)
-    bits: Array = np.bitwise_and(np.ascontiguousarray(flat).view(unsigned), unsigned(magnitude)).max(1)
-    magnitudes: Array = bits.view(gradients.dtype).astype(np.float64)
-    return magnitudes
+    if min(images.shape[2:]) < least_side:
+        raise InvalidInput(
+            "images", f"{images.shape[2]}x{images.shape[3]} pixels", f"sides of {least_side} or more"
+        )
+    if images.dtype != np.uint8 and (outside := range_outside_0_1(images)):
+        low, high = outside
+        raise InvalidInput("images", f"a value range of {low:.9g}..{high:.9g}", "finite values in 0..1")
 
 
 def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[int, ...]) -> None:
-    """Raises InvalidInput for what is no gradient of images of that shape, with a scale for each or with none."""
+    """Raises InvalidInput unless these are gradients of images of that shape, with a scale for each or none."""
     if gradients is None:
         if scales is not None:
             raise InvalidInput("gradient_scales", "given without gradients", "gradients to scale")
         return
-    if gradients.dtype not in (np.float16, np.float32, np.int8):
+    if gradients.dtype not in GRADIENT_DTYPES.values():
         raise InvalidInput("gradients", f"dtype {gradients.dtype}", "FP16, FP32, or INT8 with gradient_scales")
     if gradients.shape != shape:
         raise InvalidInput("gradients", f"shape {list(gradients.shape)}", f"{list(shape)}, that of the images")
@@ -151,7 +184,7 @@ def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[
 
 def check_indices(indices: Array, codec: str, codebook_size: int) -> None:
     """Raises InvalidInput unless `indices` is uint16 or int32 [N,h,w], each in 0..codebook_size-1."""
-    if indices.dtype not in (np.uint16, np.int32):
+    if indices.dtype not in INDEX_DTYPES.values():
         raise InvalidInput("indices", f"dtype {indices.dtype}", "UINT16 or INT32")
     if indices.ndim != 3 or min(indices.shape) < 1:
         raise InvalidInput("indices", f"shape {list(indices.shape)}", "[N,h,w], none of them 0")

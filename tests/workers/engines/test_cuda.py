@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.batching.device_copies import Job, through
+from dat_workers.batching.device_copies import DeviceBatch, run_on_device
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
@@ -198,8 +198,8 @@ def test_overlap_under_pressure_mixes_nothing_up() -> None:
     def compute(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": 255 - given["x"], "sum": given["x"].sum(dtype=torch.int64)[None]}
 
-    given = [Job({"x": [job["x"]]}, compute) for job in jobs]
-    for job, result in zip(jobs, through(torch.device("cuda"), given, overlap=True), strict=True):
+    given = [DeviceBatch({"x": [job["x"]]}, compute) for job in jobs]
+    for job, result in zip(jobs, run_on_device(torch.device("cuda"), given, overlap=True), strict=True):
         assert int(result["sum"][0]) == int(job["x"].sum(dtype=np.int64))
         assert np.array_equal(result["y"], 255 - job["x"])
 

@@ -1,4 +1,4 @@
-"""Requests in the codec's queue, and the pieces of them that batches are made of."""
+"""Requests in the codec's queue, and the parts of them that batches consist of."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dat_workers.batching.device_copies import Array, Compute, Job
-from dat_workers.request import Work
+from dat_workers.batching.device_copies import Array, Compute, DeviceBatch
+from dat_workers.batching.fair_queue import QueuedItem
+from dat_workers.request import CodecRequest, Task
 
 
 @dataclass(frozen=True)
 class Result:
-    """Outputs by name, rows in the order of the request; seconds before its first row was computed, and after."""
+    """The outputs of a request by name, and how many seconds it waited for the codec and was in it."""
 
     outputs: dict[str, Array]
     queue_s: float = 0.0
@@ -23,74 +24,84 @@ class Result:
 
 
 @dataclass(eq=False)
-class Request:
-    """One work on its way through the batches."""
+class QueuedRequest(QueuedItem):
+    """A request between its submission and its result. Times are those of time.monotonic()."""
 
-    work: Work
+    request: CodecRequest
     deadline: float | None
-    arrived: float
     future: Future[Result] = field(default_factory=Future)
-    taken: int = 0
-    started: float = 0.0
+    started: float = 0.0  # when its first row was taken into a batch
     outputs: dict[str, Array] = field(default_factory=dict)
-    left: int = 0
+    delivered: int = 0  # rows whose outputs are there
 
-    def put(self, rows: dict[str, Array], start: int, alone: bool) -> None:
-        """Keeps the outputs of rows from `start` on; `alone`: the arrays hold nothing of other requests."""
-        count = len(next(iter(rows.values())))
-        if count == self.work.rows and alone:
-            self.outputs = rows
+    def deliver(self, outputs: dict[str, Array], start: int, owned: bool) -> None:
+        """Adds the outputs of rows from `start` on; the last of them complete the future.
+
+        `owned`: the arrays hold no rows of other requests, so they may become the result without a copy.
+        """
+        count, rows = len(next(iter(outputs.values()))), self.request.rows
+        if count == rows and owned:
+            self.outputs = outputs
         else:
-            for name, array in rows.items():
-                whole = self.outputs.get(name)
-                if whole is None:
-                    whole = self.outputs[name] = np.empty((self.work.rows, *array.shape[1:]), array.dtype)
-                whole[start : start + count] = array
-        self.left -= count
-        if not self.left:
+            for name, array in outputs.items():
+                if name not in self.outputs:
+                    self.outputs[name] = np.empty((rows, *array.shape[1:]), array.dtype)
+                self.outputs[name][start : start + count] = array
+        self.delivered += count
+        if self.delivered == rows:
             now = time.monotonic()
-            settle(self.future, Result(self.outputs, self.started - self.arrived, now - self.started))
+            resolve(self.future, Result(self.outputs, self.started - self.arrived, now - self.started))
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`count` rows of a request from `start` on."""
+class Part:
+    """`count` rows of a queued request, from row `start` on."""
 
-    request: Request
+    queued: QueuedRequest
     start: int
     count: int
 
     def arrays(self) -> dict[str, Array]:
-        return {name: a[self.start : self.start + self.count] for name, a in self.request.work.arrays.items()}
+        """Returns the rows of each array."""
+        return {name: a[self.start : self.start + self.count] for name, a in self.queued.request.arrays.items()}
 
 
 @dataclass(eq=False)
 class Batch:
-    """Pieces that are computed together."""
+    """Parts of requests of one task, computed together."""
 
-    pieces: list[Piece]
+    parts: list[Part]
     capacity: int
     started: float
 
     @property
+    def task(self) -> Task:
+        return self.parts[0].queued.request.task
+
+    @property
     def rows(self) -> int:
-        return sum(piece.count for piece in self.pieces)
+        return row_count(self.parts)
 
     @property
     def cost(self) -> float:
-        return self.rows * self.pieces[0].request.work.task.cost
+        return self.rows * self.task.cost
 
 
-def joint(pieces: Sequence[Piece], compute: Compute, rows: int = 0) -> Job:
-    """The rows of pieces of one task as one job; its first row again and again, until there are `rows`."""
-    arrays = [piece.arrays() for piece in pieces]
-    first = {name: array[:1] for name, array in arrays[0].items()}
-    arrays += [first] * (rows - sum(piece.count for piece in pieces))
-    return Job({name: [a[name] for a in arrays] for name in arrays[0]}, compute)
+def row_count(parts: Sequence[Part]) -> int:
+    """Returns the number of rows in all parts together."""
+    return sum(part.count for part in parts)
 
 
-def settle(future: Future[Result], outcome: Result | Exception) -> None:
-    """Gives a future its end, unless it was cancelled meanwhile."""
+def device_batch(parts: Sequence[Part], compute: Compute, padded_rows: int = 0) -> DeviceBatch:
+    """Joins parts of one task; if they are fewer than `padded_rows`, their first row is repeated to fill up."""
+    arrays = [part.arrays() for part in parts]
+    first_row = {name: array[:1] for name, array in arrays[0].items()}
+    arrays += [first_row] * (padded_rows - row_count(parts))
+    return DeviceBatch({name: [a[name] for a in arrays] for name in arrays[0]}, compute)
+
+
+def resolve(future: Future[Result], outcome: Result | Exception) -> None:
+    """Completes a future, unless it was cancelled or completed before."""
     try:
         if isinstance(outcome, Exception):
             future.set_exception(outcome)

@@ -1,4 +1,4 @@
-"""A batch that failed, taken up again: halved where memory ran out, each request alone where one spoiled it."""
+"""Runs a failed batch again: in halves if memory ran out, else each request alone, as one may have spoiled it."""
 
 from __future__ import annotations
 
@@ -7,70 +7,69 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dat_workers.batching.device_copies import Array
-from dat_workers.batching.parts import Piece, joint
+from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import OutOfMemory
 
-# by their words, for ONNX Runtime's exceptions are no RuntimeErrors
-LOST = ("CUDA error", "CUDA failure")
+# Errors are recognised by their text, because those of ONNX Runtime are no RuntimeErrors.
+DEVICE_LOST = ("CUDA error", "CUDA failure")
 NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def is_lost(error: object) -> bool:
-    """Whether nothing more can be computed on this device: CUDA's errors stay, its lack of memory passes."""
+def is_device_lost(error: object) -> bool:
+    """Whether the device can compute nothing more: CUDA errors are permanent, a lack of memory is not."""
     if not isinstance(error, Exception) or is_out_of_memory(error):
         return False
-    lost = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, lost) or any(said in str(error) for said in LOST)
+    accelerator_error = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_LOST)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the GPU or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
-    return any(said in str(error) for said in NO_MEMORY)
+    return any(text in str(error) for text in NO_MEMORY)
 
 
 def run_in_parts(
-    discretizer: Discretizer, pieces: Sequence[Piece], error: Exception
-) -> Iterator[tuple[list[Piece], dict[str, Array] | Exception]]:
-    """Computes a batch's pieces again, after `error`: parts of it, each with its results or its own error.
+    discretizer: Discretizer, parts: Sequence[Part], error: Exception
+) -> Iterator[tuple[list[Part], dict[str, Array] | Exception]]:
+    """Computes a batch that failed with `error` again, in smaller groups of its parts.
 
-    Out of memory: two halves, each once more. Anything else: each request's rows alone, for one may have spoiled
-    the others' batch. Nothing is tried a third time.
+    Yields each group with its results or its own error. After out of memory there are two groups of half the rows;
+    after any other error each request is a group. Nothing is tried a third time.
     """
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    parts = halves(pieces) if is_out_of_memory(error) else [[piece] for piece in pieces]
-    for part in parts:
+    groups = halves(parts) if is_out_of_memory(error) else [[part] for part in parts]
+    for group in groups:
         try:
-            yield part, run_alone(discretizer, part)
-        except Exception as again:
-            if is_out_of_memory(again):
-                rows = sum(piece.count for piece in part)
-                said = str(again).splitlines()[0][:200]
-                yield part, OutOfMemory(f"no memory for {rows} images at once: {said}")
+            yield group, run_alone(discretizer, group)
+        except Exception as second:
+            if is_out_of_memory(second):
+                reason = str(second).splitlines()[0][:200]
+                yield group, OutOfMemory(f"no memory for {row_count(group)} images at once: {reason}")
             else:
-                yield part, again
+                yield group, second
 
 
-def halves(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The rows of a batch in two parts; one row stays one part."""
-    room = max(1, sum(piece.count for piece in pieces) // 2)
-    first: list[Piece] = []
-    second: list[Piece] = []
-    for piece in pieces:
-        count = min(room, piece.count)
+def halves(parts: Sequence[Part]) -> list[list[Part]]:
+    """Splits the rows of a batch into two groups; a single row stays one group."""
+    room = max(1, row_count(parts) // 2)
+    first: list[Part] = []
+    second: list[Part] = []
+    for part in parts:
+        count = min(room, part.count)
         room -= count
         if count:
-            first.append(Piece(piece.request, piece.start, count))
-        if piece.count > count:
-            second.append(Piece(piece.request, piece.start + count, piece.count - count))
+            first.append(Part(part.queued, part.start, count))
+        if part.count > count:
+            second.append(Part(part.queued, part.start + count, part.count - count))
     return [first, second] if second else [first]
 
 
-def run_alone(discretizer: Discretizer, pieces: Sequence[Piece]) -> dict[str, Array]:
-    """The results of some pieces, nothing else on its way meanwhile."""
-    compute = discretizer.compute(pieces[0].request.work.task)
-    (made,) = discretizer.stream([joint(pieces, compute)])
-    return made
+def run_alone(discretizer: Discretizer, parts: Sequence[Part]) -> dict[str, Array]:
+    """Computes parts of one task while nothing else is on the device."""
+    compute = discretizer.compute(parts[0].queued.request.task)
+    (results,) = discretizer.stream([device_batch(parts, compute)])
+    return results

@@ -1,4 +1,4 @@
-"""How an engine is chosen and run: the one place where engine settings are named, defaulted and checked."""
+"""Names, defaults and checks of the settings that choose an engine and how it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENGINE_DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: enco
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which engine runs a codec, on which device, how exactly and how fast.
+    """Chooses the engine that runs a codec, its device, its precision and its optimisations.
 
     >>> EngineConfig("torch", device="cuda", tricks="all,-graphs")
     EngineConfig(engine='torch', device='cuda', dtype='auto', tricks='all,-graphs', threads=0)

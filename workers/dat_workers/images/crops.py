@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dat_client.wire.vocabulary import PICTURE_SUFFIXES
 from dat_workers.errors import InvalidInput
-from dat_workers.images.encoded import SUFFIXES, as_image, decode_picture, pixels
+from dat_workers.images.encoded import as_image, decode_picture, pixels
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image
 
@@ -21,17 +22,17 @@ def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
 
     Raises InvalidInput for a shard that is no tar file, FileNotFoundError.
     """
-    if source.suffix.lower() in SUFFIXES and source.is_file():
+    if source.suffix.lower() in PICTURE_SUFFIXES and source.is_file():
         yield source.name, source.read_bytes()
         return
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES):
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
             yield str(path.relative_to(source)), path.read_bytes()
         return
     try:
         with tarfile.open(source) as tar:
             for member in tar:
-                if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                if member.isfile() and member.name.lower().endswith(PICTURE_SUFFIXES):
                     file = tar.extractfile(member)
                     assert file is not None
                     yield member.name, file.read()

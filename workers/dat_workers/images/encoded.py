@@ -16,7 +16,6 @@ from dat_workers.errors import InvalidInput, TooLarge
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 27  # where the caller sets no limit; Pillow has its own a little above
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def open_picture(data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:

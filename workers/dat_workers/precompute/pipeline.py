@@ -24,7 +24,6 @@ from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import encode_indices, encode_picture, replace_sample_tokens, views_of
-from dat_workers.request import Work
 
 MAX_VIEW_PIXELS = 2048 * 2048  # of a view that goes through the codec; its picture may be larger
 
@@ -97,11 +96,8 @@ class SamplePipeline:
         outputs = ["indices"] if recipe.replace_fraction or "indices" in recipe.outputs else []
         if "reconstruction" in recipe.outputs and not recipe.replace_fraction:
             outputs.append("reconstruction")
-        work = self.discretizer.work(x[None], outputs=outputs)
-        return PendingView(x, description, original, self._submit_work(work))
-
-    def _submit_work(self, work: Work) -> Future[Result]:
-        return finished(Result(work.result)) if work.result is not None else self.batcher.submit(work)
+        request = self.discretizer.prepare(x[None], outputs=outputs)
+        return PendingView(x, description, original, self.batcher.submit(request))
 
     def _make_variants(self, sample: Sample, views: Future[list[PendingView]], recipe: Recipe) -> list[PendingView]:
         """Replaces tokens of each view once for every variant, and submits the new tokens for decoding."""
@@ -113,7 +109,7 @@ class SamplePipeline:
                 replaced = replace_sample_tokens(indices, recipe, sample.key, i, variant, codebook_size)
                 result = finished(Result({}))
                 if "reconstruction" in recipe.outputs:
-                    result = self._submit_work(self.discretizer.decode_work(replaced[None]))
+                    result = self.batcher.submit(self.discretizer.prepare_decode(replaced[None]))
                 description = view.description | {"variant": variant}
                 variants.append(PendingView(view.x, description, view.original, result, replaced))
         return variants

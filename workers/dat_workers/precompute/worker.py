@@ -63,16 +63,6 @@ class WorkerCounts:
         return WorkerCounts(self.images + more.images, self.nbytes + more.nbytes, self.skipped + more.skipped)
 
 
-def load(codec: str, config: EngineConfig) -> Discretizer:
-    """Loads a codec and warms it up; must be called in the thread that will run it."""
-    import torch
-
-    torch.set_num_threads(config.cpu_threads)
-    discretizer = Discretizer.from_store(codec, config)
-    discretizer.warm_up()
-    return discretizer
-
-
 class Worker:
     """Holds a codec and makes shards with it, in several threads at once.
 
@@ -82,7 +72,7 @@ class Worker:
 
     def __init__(self, codec: str, config: EngineConfig) -> None:
         self.batcher = Batcher(max_wait_s=MAX_WAIT_S, max_queue_s=float("inf"), watchdog_s=WATCHDOG_S)
-        self.discretizer = self.batcher.start(lambda: load(codec, config))
+        self.discretizer = self.batcher.start(lambda: Discretizer.warm_from_store(codec, config))
         self.config = config
         engine = self.discretizer.describe()
         self.on_gpu = engine["device"] != "cpu" or engine.get("provider", CPU_PROVIDER) != CPU_PROVIDER
@@ -163,8 +153,8 @@ class Worker:
 
     def decode(self, indices: Array) -> Array:
         """Returns the pictures uint8 [N,3,H,W] of tokens [N,h,w]."""
-        work = self.discretizer.decode_work(indices)
-        return self.batcher.submit(work).result().outputs["reconstruction"]
+        request = self.discretizer.prepare_decode(indices)
+        return self.batcher.submit(request).result().outputs["reconstruction"]
 
     def stop(self) -> None:
         """Ends all work; `make_shard` raises Stopped."""
