@@ -1,4 +1,4 @@
-"""The name under which `dat_client.integrations.lightning` was published first."""
+"""An alias of `dat_client.integrations.lightning`, under its first published name."""
 
 from dat_client.integrations.lightning import DiscreteAdversarialTraining
 

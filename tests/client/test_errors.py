@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 
-import dat_client
 from dat_client import errors
 
 SAMPLES = [
@@ -47,27 +46,6 @@ def test_the_tree_is_the_one_drawn_and_every_leaf_is_sampled():
     assert all(name in (errors.__doc__ or "") for name in tree)
     assert issubclass(errors.InvalidRequest, ValueError)
     assert not issubclass(errors.Unauthorized, ValueError)
-
-
-def test_exported_names():
-    assert dat_client.__all__ == [
-        "AsyncClient",
-        "Client",
-        "CodecChanged",
-        "DatError",
-        "Discretized",
-        "InvalidDataset",
-        "InvalidRequest",
-        "Overloaded",
-        "ProtocolError",
-        "TooLarge",
-        "Unauthorized",
-        "Unavailable",
-        "UnknownCodec",
-        "WireError",
-        "__version__",
-    ]
-    assert all(hasattr(dat_client, name) for name in dat_client.__all__)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
     attack = DiscreteAdversarialTraining(client, lambda module, x, y: F.cross_entropy(module(x), y))
     trainer = Trainer(callbacks=[attack])
 
-It waits for the codec at every batch (depth 0). To hide the codec's time, return a
-`dat_client.torch.AdversarialLoader` from `train_dataloader` instead; Lightning takes it as it is. Two things differ
-from a DataLoader there: with several devices the inner loader needs a DistributedSampler of its own (Lightning
-puts one into DataLoaders only), and of a loader without a length Lightning fetches one batch ahead (depth 0 is 1).
+The callback waits for the codec at every batch (depth 0). To hide the codec's time, return a
+`dat_client.torch.AdversarialLoader` from `train_dataloader` instead; Lightning accepts it as it is. Two things
+differ from a DataLoader there. With several devices the inner loader needs a DistributedSampler of its own,
+because Lightning adds one to DataLoaders only. And Lightning fetches one batch ahead from a loader without a
+length, so that depth 0 becomes depth 1.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from typing import Any
 try:
     from pytorch_lightning import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("dat_client.lightning needs Lightning: pip install pytorch-lightning") from error
+    raise ImportError(f"{__name__} needs Lightning: pip install pytorch-lightning") from error
 
 from dat_client.client import Client
-from dat_client.errors import InvalidRequest
+from dat_client.errors import invalid
 from dat_client.torch import adversarial
 
 
 class DiscreteAdversarialTraining(Callback):
-    """Puts Q(x + δ) in the place of x before `training_step` sees the batch (Algorithm 1, lines 2-5).
+    """Replaces x by Q(x + δ) before `training_step` receives the batch (Algorithm 1, lines 2-5).
 
-    Batches must be lists, the images first, as DataLoader's own collation gives them. `loss_fn(module, images,
-    *rest)` is the loss that is attacked. `options` as for `dat_client.torch.adversarial`. The share of tokens
-    changed is logged as `tokens_changed`. Raises InvalidRequest for other batches, else as `adversarial`.
+    Batches must be lists with the images first, as DataLoader's own collation makes them. `loss_fn(module, images,
+    *rest)` is the loss that is attacked. `options` are those of `dat_client.torch.adversarial`. The share of tokens
+    changed is logged as `tokens_changed`. Raises InvalidRequest for other batches, and what `adversarial` raises.
     """
 
     def __init__(self, client: Client, loss_fn: Callable[..., Any], **options: Any) -> None:
@@ -40,10 +41,9 @@ class DiscreteAdversarialTraining(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called by Lightning between moving a batch to the device and the training step."""
+        """Called by Lightning after a batch was moved to the device and before the training step."""
         if not isinstance(batch, list) or not batch:
-            found = type(batch).__name__
-            raise InvalidRequest(f"batch: must be a list, images first, got {found}", field="batch", value=found)
+            raise invalid("batch", "a list with the images first", found=type(batch).__name__)
         rest = batch[1:]
         with trainer.precision_plugin.forward_context():  # the autocast of the training step
             q = adversarial(

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from dat_client.aio import AsyncClient
+from dat_client.calls.checks import share
 from dat_client.client import Client
-from dat_client.errors import InvalidRequest, shown
+from dat_client.errors import invalid, shown
+from dat_client.torch._gradient import checked_modules, checked_reduction, loss_gradient
+from dat_client.torch._images import checked_images, checked_reconstruction, float_dtype, from_wire, to_wire
+from dat_client.wire.vocabulary import DEFAULTS, PRESETS
 
-from ._gradient import check_reduction, checked_modules, loss_gradient
-from ._pictures import check_reconstruction, checked, float_dtype, from_wire, to_wire
-
-ALPHA = 0.1  # of both presets
-EASYROBUST_START = 0.8  # how often the authors' code starts at a random point
+EASYROBUST_START = 0.8  # the probability with which the authors' code starts at a random point
 
 
 @dataclass(frozen=True)
 class Adversarial:
-    """What `adversarial` made of a batch; pictures are float [N,3,H,W] in 0..1 on the device of x.
+    """The result of `adversarial` for a batch; images are float [N,3,H,W] in 0..1 on the device of x.
 
     Attributes:
         reconstruction: x̂ = Q(x).
         adversarial: Q(x + δ).
-        loss: what `loss_fn` gave where the gradient was taken (the mean of one value an image), detached.
-        tokens_changed: the share of the tokens that the step changed; None where the codec has no tokens.
+        loss: the loss at the point where the gradient was taken (the mean of one value for each image), detached.
+        tokens_changed: the share of the tokens that the step changed; None if the codec has no tokens.
     """
 
     reconstruction: Tensor
@@ -54,92 +54,125 @@ def adversarial(
     timeout_s: float | None = None,
     **parameters: Any,
 ) -> Adversarial:
-    """Algorithm 1, lines 3-5: x̂ = Q(x), g = ∇L at x̂ (Eq. 7), Q(x + δ); minimising is left to the caller.
+    """Algorithm 1, lines 3-5: x̂ = Q(x), g = ∇L at x̂ (Eq. 7), Q(x + δ); minimising the loss is left to the caller.
 
         q = adversarial(client, x, lambda x_hat: F.cross_entropy(model(x_hat), labels), model=model)
         loss = F.cross_entropy(model(q.adversarial), labels)
 
-    The extra pass leaves `model` as it was: buffers (BatchNorm statistics), `.grad`, the random number generators
-    of torch; its mode too, so BatchNorm normalises by the batch and dropout drops in `train()`. It runs under the
-    caller's autocast; a GradScaler is not needed for it. Gradient checkpointing must be use_reentrant=False.
+    The additional pass leaves `model` as it was: buffers (BatchNorm statistics), `.grad`, and the random number
+    generators of torch. It does not change the model's mode either, so in `train()` BatchNorm normalises by the
+    batch and dropout drops. It runs under the caller's autocast and needs no GradScaler. Gradient checkpointing
+    must have use_reentrant=False.
 
     Args:
         x: [N,3,H,W] in 0..1 before normalisation, or uint8, on any device.
-        loss_fn: from x̂, float [N,3,H,W] in 0..1 on the device of x, to the loss: a scalar, or [N]. Normalise in it.
-        model: the module, or modules, that `loss_fn` calls; [] protects nothing.
-        reconstruction: Q(x) where it is known already, as x; saves one of the two requests.
-        reduction: what a scalar loss is over the batch, `mean` or `sum`. `normalize="none"` steps along the
-            gradient of the sum, so that a sample's δ does not depend on how many others there are.
-        random_start: how often, 0..1, the gradient is taken at x̂ + r, r of random direction and of L2 length α,
-            and δ is r + α·g/‖g‖₂ brought back to length α at most. None: 0.8 for preset `easyrobust`, as in the
-            authors' code, else 0. Only with normalize="l2".
+        loss_fn: returns the loss, a scalar or [N], of x̂, float [N,3,H,W] in 0..1 on the device of x. Normalise
+            in it.
+        model: the module, or modules, that `loss_fn` calls; with [] nothing is protected.
+        reconstruction: Q(x), if it is known already, in the form of x; this saves one of the two requests.
+        reduction: how a scalar loss is reduced over the batch, `mean` or `sum`. `normalize="none"` steps along the
+            gradient of the sum, so that a sample's δ does not depend on the batch size.
+        random_start: the probability, 0..1, with which the gradient is taken at x̂ + r, where r has a random
+            direction and the L2 length α; δ is then r + α·g/‖g‖₂, shortened to length α. None: 0.8 for preset
+            `easyrobust`, as in the authors' code, else 0. Only with normalize="l2".
         generator: draws the random starts, on the device of x; None for one seeded by `torch.initial_seed()`.
         gradient_dtype, timeout_s: as in `Client.discretize`.
-        output_dtype: how pictures travel back: UINT8 (a quarter of the bytes), FP16 or FP32.
+        output_dtype: the datatype in which images are sent back: UINT8 (a quarter of the bytes), FP16 or FP32.
         parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed, as in `Client.discretize`.
 
-    Raises as `Client.discretize`, and InvalidRequest for a loss that is none.
+    Raises as `Client.discretize`, and InvalidRequest for a loss that cannot be used.
     """
-    check_client(client)
-    check_reduction(reduction)
-    modules = checked_modules(model)
-    sent = to_wire(checked(x))
-    start = RandomStart.from_parameters(random_start, parameters)
+    answer_options: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
+    attack = Attack(client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters)
+    sent = to_wire(checked_images(x))
     if reconstruction is None:
-        answer = client.discretize(sent, output_dtype=output_dtype, timeout_s=timeout_s)
-        reconstruction = answer.reconstruction
+        reconstruction = client.discretize(sent, **answer_options).reconstruction
     else:
-        check_reconstruction(reconstruction, x)
+        checked_reconstruction(reconstruction, x)
     x_hat = from_wire(reconstruction, x.device, float_dtype(x))
-    step = attack(x_hat, loss_fn, modules, reduction, start, generator, parameters)
-    answer = client.discretize(
-        sent,
-        step.gradients,
-        gradient_dtype=gradient_dtype,
-        outputs=["adversarial"],
-        output_dtype=output_dtype,
-        timeout_s=timeout_s,
-        **step.parameters,
-    )
-    made = from_wire(answer.adversarial, x.device, float_dtype(x))
-    return Adversarial(x_hat, made, step.loss, answer.tokens_changed)
+    request, loss = attack.request(x_hat, loss_fn)
+    answer = client.discretize(sent, **request)
+    adversarial_images = from_wire(answer.adversarial, x.device, float_dtype(x))
+    return Adversarial(x_hat, adversarial_images, loss, answer.tokens_changed)
 
 
-def check_client(client: Any) -> None:
-    """Raises InvalidRequest for an address or an AsyncClient in the place of a Client."""
-    if isinstance(client, (str, AsyncClient)):
-        found = type(client).__name__
-        raise InvalidRequest(f"client: must be a dat_client.Client, got {found}", field="client", value=found)
+class Attack:
+    """Lines 3 and 4 of Algorithm 1 with one set of options; the arguments as for `adversarial`.
+
+    `answer_options` are the output_dtype and timeout_s of every request. Raises InvalidRequest for wrong arguments.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: nn.Module | Iterable[nn.Module],
+        reduction: str,
+        random_start: float | None,
+        generator: torch.Generator | None,
+        gradient_dtype: str,
+        answer_options: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+    ) -> None:
+        if isinstance(client, str | AsyncClient):
+            raise invalid("client", "a dat_client.Client", found=type(client).__name__)
+        self.modules = checked_modules(model)
+        self.generator = generator
+        self._reduction = checked_reduction(reduction)
+        self._start = RandomStart.from_parameters(random_start, parameters)
+        self._gradient_dtype = gradient_dtype
+        self._answer_options = answer_options
+        self._parameters = parameters
+
+    def request(self, x_hat: Tensor, loss_fn: Callable[[Tensor], Any]) -> tuple[dict[str, Any], Tensor]:
+        """Takes the gradient at x̂, or at a random start beside it (line 3).
+
+        Returns the arguments of the request for Q(x + δ) beside the images (line 4), and the loss.
+        """
+        start = self._start.draw(x_hat, self.generator)
+        point = x_hat if start is None else start.to(x_hat.dtype)
+        gradients, loss = loss_gradient(loss_fn, point, self.modules, self._reduction)
+        parameters = self._parameters
+        if start is not None:
+            # The service takes one step from x̂, so the way from x̂ to the start becomes part of δ.
+            gradients = self._start.delta(start - x_hat.float(), gradients)
+            parameters = {**parameters, "normalize": "none", "alpha": 1.0}
+        request = dict(
+            gradients=gradients,
+            gradient_dtype=self._gradient_dtype,
+            outputs=["adversarial"],
+            **self._answer_options,
+            **parameters,
+        )
+        return request, loss
 
 
 @dataclass(frozen=True)
 class RandomStart:
     """The authors' random start: with `probability` the batch begins at L2 distance |α| from x̂."""
 
-    probability: float = 0.0
-    alpha: float = ALPHA
+    probability: float
+    alpha: float
 
     @classmethod
     def from_parameters(cls, probability: float | None, parameters: Mapping[str, Any]) -> RandomStart:
-        """Raises InvalidRequest for a probability outside 0..1, or beside a `normalize` that is not `l2`."""
-        easyrobust = parameters.get("preset") == "easyrobust"
-        normalize = parameters.get("normalize") or ("l2" if easyrobust else "none")
+        """Raises InvalidRequest for a probability outside 0..1, or one above 0 without normalize="l2"."""
+        given = {name: value for name, value in parameters.items() if value is not None}
+        preset = str(given.get("preset", DEFAULTS["preset"]))
+        step = {**PRESETS.get(preset, {}), **given}  # the service refuses unknown presets
+        normalize, alpha = step.get("normalize"), step.get("alpha")
         if probability is None:
-            probability = EASYROBUST_START if easyrobust and normalize == "l2" else 0.0
-        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-            message = f"random_start: must be a probability, 0..1, got {shown(probability)}"
-            raise InvalidRequest(message, field="random_start", value=probability, limit="0..1")
-        if probability and normalize != "l2":
-            message = f"random_start: {probability:g} beside normalize={shown(normalize)}, needs normalize='l2'"
-            raise InvalidRequest(message, field="random_start", value=probability, limit="normalize='l2'")
-        alpha = parameters.get("alpha")
-        if probability and alpha is not None and not (isinstance(alpha, Real) and math.isfinite(alpha)):
-            message = f"alpha: must be a finite number, got {shown(alpha)}"
-            raise InvalidRequest(message, field="alpha", value=alpha, limit="a finite number")
-        return cls(probability, ALPHA if alpha is None or not probability else float(alpha))
+            probability = EASYROBUST_START if preset == "easyrobust" and normalize == "l2" else 0.0
+        if not share("random_start", probability):
+            return cls(0.0, 0.0)
+        if normalize != "l2":
+            found = f"{probability:g} with normalize={shown(normalize)}"
+            raise invalid("random_start", "0 without normalize='l2'", found=found)
+        if not isinstance(alpha, Real) or not math.isfinite(alpha):
+            raise invalid("alpha", "a finite number", value=alpha)
+        return cls(probability, float(alpha))
 
     def draw(self, x_hat: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """clip(x̂ + r, 0, 1), or None where the coin says no. One coin for the whole batch, as the authors do."""
+        """Returns clip(x̂ + r, 0, 1), or None if no start is drawn. As the authors do, draws once for the batch."""
         if not self.probability or not self.alpha:
             return None
         generator = generator or _own_generator(x_hat.device)
@@ -148,43 +181,15 @@ class RandomStart:
         noise = torch.randn(x_hat.shape, generator=generator, device=x_hat.device)
         return (x_hat.float() + abs(self.alpha) * _unit(noise)).clamp_(0, 1)
 
-    def delta(self, moved: Tensor, gradients: Tensor) -> Tensor:
-        """δ of a batch that started elsewhere: `moved` = start - x̂, plus the step, at most |α| long."""
-        delta = moved + self.alpha * _unit(gradients)
+    def delta(self, displacement: Tensor, gradients: Tensor) -> Tensor:
+        """Returns δ: the displacement of the start from x̂ plus the step from there, shortened to length |α|."""
+        delta = displacement + self.alpha * _unit(gradients)
         flat: Tensor = delta.flatten(1).renorm(2, 0, abs(self.alpha))
         return flat.view_as(delta)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a gradient pass leaves for the service to do."""
-
-    gradients: Tensor
-    parameters: Mapping[str, Any]
-    loss: Tensor
-
-
-def attack(
-    x_hat: Tensor,
-    loss_fn: Callable[[Tensor], Any],
-    modules: list[nn.Module],
-    reduction: str,
-    start: RandomStart,
-    generator: torch.Generator | None,
-    parameters: Mapping[str, Any],
-) -> Step:
-    """Line 3 of Algorithm 1 at x̂, or at a random start beside it, and the parameters of the request for line 4."""
-    begun = start.draw(x_hat, generator)
-    gradients, loss = loss_gradient(loss_fn, x_hat if begun is None else begun.to(x_hat.dtype), modules, reduction)
-    if begun is None:
-        return Step(gradients, parameters, loss)
-    # The service takes one step from x̂; from elsewhere, the way there is part of δ.
-    delta = start.delta(begun - x_hat.float(), gradients)
-    return Step(delta, {**parameters, "normalize": "none", "alpha": 1.0}, loss)
-
-
 def _unit(batch: Tensor) -> Tensor:
-    """Each sample divided by its L2 norm (+ 1e-10, as in the authors' code)."""
+    """Returns each sample divided by its L2 norm (+ 1e-10, as in the authors' code)."""
     norms = torch.linalg.vector_norm(batch, dim=(1, 2, 3), keepdim=True)
     unit: Tensor = batch / (norms + 1e-10)
     return unit
@@ -194,7 +199,7 @@ _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
 
 
 def _own_generator(device: torch.device) -> torch.Generator:
-    """A generator beside the global one, which the attack must leave alone; a new one when that has a new seed."""
+    """Returns a generator seeded as torch's global one, which the attack must not advance."""
     seed = torch.initial_seed()
     if device not in _generators or _generators[device][0] != seed:
         _generators[device] = (seed, torch.Generator(device).manual_seed(seed))

@@ -1,4 +1,4 @@
-"""A data loader whose batches come with Q(x) and Q(x + δ), the codec's time hidden behind the training steps."""
+"""A data loader whose batches have Q(x) and Q(x + δ), with the codec's time hidden behind the training steps."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dat_client.calls.checks import integer, share
 from dat_client.calls.core import Discretized
 from dat_client.client import Client
-from dat_client.errors import InvalidRequest, shown
-
-from ._adversarial import RandomStart, attack, check_client
-from ._gradient import check_reduction, checked_modules
-from ._pictures import check_reconstruction, checked, float_dtype, from_wire, moved, to_wire
+from dat_client.errors import invalid
+from dat_client.torch._adversarial import Attack
+from dat_client.torch._images import (
+    checked_images,
+    checked_reconstruction,
+    float_dtype,
+    from_wire,
+    to_device,
+    to_wire,
+)
 
 
 class AdversarialBatch(NamedTuple):
-    """One batch, on the trainer's device; pictures are float [N,3,H,W] in 0..1.
+    """One batch on the trainer's device; images are float [N,3,H,W] in 0..1.
 
     Attributes:
         images: x.
         reconstruction: Q(x).
-        adversarial: Q(x + δ); Q(x) where the batch was not attacked (`mix`).
-        rest: what followed the images in the loader's batch, in its order (labels, targets, a second view).
+        adversarial: Q(x + δ); Q(x) if the batch was not attacked (`mix`).
+        rest: the elements after the images in the loader's batch, in their order (labels, targets, a second view).
         position: 0 for the first batch of this pass over the loader.
-        tokens_changed: the share of the tokens that the step changed; None where the codec has no tokens.
-        loss: what `loss_fn` gave where the gradient was taken, detached; None where the batch was not attacked.
-        waited_s: seconds for which the loop stood still because the codec had not answered.
+        tokens_changed: the share of the tokens that the step changed; None if the codec has no tokens.
+        loss: the loss at the point where the gradient was taken, detached; None if the batch was not attacked.
+        waited_s: seconds for which the training loop waited for the codec's answers.
     """
 
     images: Tensor
@@ -47,40 +53,40 @@ class AdversarialBatch(NamedTuple):
 
 
 class AdversarialLoader:
-    """Iterates over `loader`, each batch with its discrete adversarial examples (Algorithm 1, lines 2-5).
+    """Iterates over `loader` and adds to each batch its discrete adversarial examples (Algorithm 1, lines 2-5).
 
         loader = AdversarialLoader(data, client, lambda x, y: F.cross_entropy(model(x), y), model=model, depth=1)
         for batch in loader:
             loss = F.cross_entropy(model(batch.adversarial), *batch.rest)
 
-    `depth=0` is Algorithm 1 to the letter: a batch is attacked at the weights that it then trains, and the loop
-    waits for the codec. `depth=k` attacks each batch k training steps before its turn, so that the codec
-    works while the model trains; the attack is k steps old, all else is the same. The weights are only read
-    between the steps, in the loop's own thread. Q(x), which no weights change, is asked for `prefetch` batches
-    further ahead, and that far the loader is read ahead.
+    `depth=0` is exactly Algorithm 1: a batch is attacked at the weights that it then trains, and the loop waits for
+    the codec. `depth=k` attacks each batch k training steps before its turn, so that the codec works while the
+    model trains; the attack uses weights that are k steps old, and nothing else changes. The weights are only
+    read between the steps, in the thread of the training loop. Q(x), which does not depend on the weights, is
+    requested for `prefetch` further batches, and the loader is read ahead that far.
 
-    What goes wrong with a batch is raised when its turn has come, with its position in the exception's notes;
-    the batches before it come whole. Leaving the loop early drops what was asked for. Every pass over this
+    An error in a batch is raised when the batch's turn has come, with its position in the exception's notes; the
+    batches before it are complete. Leaving the loop early cancels the requests that wait. Every pass over this
     object is a new pass over `loader`.
 
     Args:
         loader: gives tuples or lists, the images first: [N,3,H,W], uint8 or float in 0..1 before normalisation.
-            It is read ahead, so each batch must have memory of its own. With several ranks it shards the data
+            It is read ahead, so each batch must have memory of its own. With several ranks it must shard the data
             itself (DistributedSampler), under Lightning too.
-        client: a Client; it needs `depth + prefetch + 1` connections at most.
-        loss_fn: from x̂ and what followed the images (on the device) to the loss to be attacked, as for
-            `adversarial`. It is called between the steps: where it needs autocast, it enters it itself.
-        model: the module, or modules, that `loss_fn` calls; they come out as they went in.
+        client: a Client, of which at most `depth + prefetch + 1` connections are used.
+        loss_fn: returns the loss to be attacked, as for `adversarial`, of x̂ and the elements after the images (on
+            the device). It is called between the training steps, so it must enter autocast itself if it needs it.
+        model: the module, or modules, that `loss_fn` calls; they are left as they were.
         depth: training steps between the attack on a batch and its turn.
-        prefetch: batches whose Q(x) is asked for beyond those.
-        precomputed: the second of each batch is Q(x) already (`dat precompute`): nothing is asked for twice.
-        mix: the share of the batches that are attacked, spread evenly and alike on all ranks. The others come
-            with Q(x) in the place of Q(x + δ); precomputed, they cost no request.
-        device: where pictures and the rest go; None: where the model's first parameter is.
+        prefetch: further batches whose Q(x) is requested ahead.
+        precomputed: the second element of each batch is Q(x) already (`dat precompute`), so it is not requested.
+        mix: the share of the batches that are attacked, spread evenly and equally on all ranks. The others have
+            Q(x) in place of Q(x + δ); precomputed, they need no request.
+        device: the device of the batches; None for that of the model's first parameter.
         reduction, random_start, generator, gradient_dtype, output_dtype, timeout_s, parameters: as for
             `adversarial`.
 
-    Raises InvalidRequest for arguments that are wrong; while iterating, what `adversarial` and `loader` raise.
+    Raises InvalidRequest for wrong arguments; iterating raises what `adversarial` and `loader` raise.
     """
 
     def __init__(
@@ -103,155 +109,126 @@ class AdversarialLoader:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> None:
-        for name, value in (("depth", depth), ("prefetch", prefetch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                message = f"{name}: must be an integer of 0 or more, got {shown(value)}"
-                raise InvalidRequest(message, field=name, value=value, limit=">= 0")
-        if isinstance(mix, bool) or not isinstance(mix, (int, float)) or not 0 <= mix <= 1:
-            message = f"mix: must be a share, 0..1, got {shown(mix)}"
-            raise InvalidRequest(message, field="mix", value=mix, limit="0..1")
-        check_client(client)
-        check_reduction(reduction)
         self.loader = loader
         self.client = client
         self.loss_fn = loss_fn
-        self.modules = checked_modules(model)
-        self.depth = depth
-        self.prefetch = prefetch
+        self.depth = integer("depth", depth, 0)
+        self.prefetch = integer("prefetch", prefetch, 0)
         self.precomputed = precomputed
-        self.mix = mix
-        self.reduction = reduction
-        self.generator = generator
-        self.parameters = parameters
+        self.mix = share("mix", mix)
         self._device = device
-        self._start = RandomStart.from_parameters(random_start, parameters)
-        self._asking: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
-        self._gradient_dtype = gradient_dtype
+        self._answer_options: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
+        self._attack = Attack(
+            client, model, reduction, random_start, generator, gradient_dtype, self._answer_options, parameters
+        )
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[AdversarialBatch]:
         source = iter(self.loader)
-        window: deque[_Turn] = deque()
+        window: deque[_PendingBatch] = deque()
         position, ended = 0, False
         try:
             while True:
-                # Q(x + δ) of the batch that is attacked now is needed before any Q(x) further ahead, so it is
-                # asked for first, and a slow `loader` is read while the codec works on it.
-                for ahead in (self.depth + 1, self.depth + 1 + self.prefetch):
-                    while not ended and len(window) < ahead:
-                        turn = _Turn(position)
-                        ended = not self._read(source, turn) or turn.error is not None
-                        if not ended or turn.error is not None:
-                            window.append(turn)
+                # The batch that is attacked now needs its Q(x) before all batches further ahead, so its request is
+                # sent first, and while the codec works on it, a slow `loader` is read.
+                for length in (self.depth + 1, self.depth + 1 + self.prefetch):
+                    while not ended and len(window) < length:
+                        batch = _PendingBatch(position)
+                        ended = not self._read(source, batch) or batch.error is not None
+                        if not ended or batch.error is not None:
+                            window.append(batch)
                         position += 1
-                    for turn in itertools.islice(window, self.depth + 1):
-                        self._attack(turn)
-                        if turn.error is not None:
+                    for batch in itertools.islice(window, self.depth + 1):
+                        self._request_adversarial(batch)
+                        if batch.error is not None:
                             break
                 if not window:
                     return
                 yield self._finish(window[0])
                 window.popleft()
         finally:
-            for turn in window:
-                if turn.asked is not None:
-                    turn.asked.cancel()
+            for batch in window:
+                if batch.future is not None:
+                    batch.future.cancel()
 
-    def _read(self, source: Iterator[Any], turn: _Turn) -> bool:
-        """The loader's next batch, and Q(x) asked for; False at the end."""
-        with turn.noting("reading it from the loader"):
+    def _read(self, source: Iterator[Any], pending: _PendingBatch) -> bool:
+        """Reads the loader's next batch and requests its Q(x); returns False at the end."""
+        with pending.noting_errors("reading it from the loader"):
             try:
                 batch = next(source)
             except StopIteration:
                 return False
-            lead = 2 if self.precomputed else 1
-            if not isinstance(batch, (tuple, list)) or len(batch) < lead:
-                limit = "(images, Q(x), ...)" if self.precomputed else "(images, ...)"
-                found = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-                message = f"loader: a batch must be a tuple or list {limit}, got {found}"
-                raise InvalidRequest(message, field="loader", value=found, limit=limit)
-            turn.images, turn.rest = checked(batch[0]).detach(), tuple(batch[lead:])
-            turn.sent = to_wire(turn.images)
+            leading = 2 if self.precomputed else 1
+            is_sequence = isinstance(batch, tuple | list)
+            if not is_sequence or len(batch) < leading:
+                limit = f"a tuple or list ({'images, Q(x)' if self.precomputed else 'images'}, ...) for each batch"
+                found = type(batch).__name__ + (f" of {len(batch)}" if is_sequence else "")
+                raise invalid("loader", limit, found=found)
+            pending.images, pending.rest = checked_images(batch[0]).detach(), tuple(batch[leading:])
+            pending.sent = to_wire(pending.images)
             if self.precomputed:
-                turn.reconstruction = check_reconstruction(batch[1], turn.images)
+                pending.reconstruction = checked_reconstruction(batch[1], pending.images)
             else:
-                turn.asked = self.client.submit(turn.sent, **self._asking)
+                pending.future = self.client.submit(pending.sent, **self._answer_options)
         return True
 
-    def _attack(self, turn: _Turn) -> None:
-        """Line 3 of Algorithm 1 for one batch, and the request for line 4 sent."""
-        if turn.attacked or turn.error is not None:
+    def _request_adversarial(self, batch: _PendingBatch) -> None:
+        """Takes the gradient for one batch (Algorithm 1, line 3) and sends the request for Q(x + δ) (line 4)."""
+        if batch.attacked or batch.error is not None:
             return
-        with turn.noting("Q(x) and the gradient there"):
+        with batch.noting_errors("Q(x) and the gradient there"):
             device = self.device
-            turn.images = from_wire(turn.images, device, float_dtype(turn.images))
-            if turn.asked is not None:
-                turn.reconstruction = turn.answer().reconstruction
-            turn.reconstruction = from_wire(turn.reconstruction, device, turn.images.dtype)
-            turn.rest = _moved(turn.rest, device)
-            turn.asked, turn.attacked = None, True
-            if int((turn.position + 1) * self.mix) == int(turn.position * self.mix):
+            batch.images = from_wire(batch.images, device, float_dtype(batch.images))
+            if batch.future is not None:
+                batch.reconstruction = batch.answer().reconstruction
+            batch.reconstruction = from_wire(batch.reconstruction, device, batch.images.dtype)
+            batch.rest = _moved(batch.rest, device)
+            batch.future, batch.attacked = None, True
+            if int((batch.position + 1) * self.mix) == int(batch.position * self.mix):
                 return
-            step = attack(
-                turn.reconstruction,
-                lambda x_hat: self.loss_fn(x_hat, *turn.rest),
-                self.modules,
-                self.reduction,
-                self._start,
-                self._generator(device),
-                self.parameters,
+            if self._attack.generator is None:  # seeded at the first batch, used in all passes
+                self._attack.generator = torch.Generator(device).manual_seed(torch.initial_seed())
+            request, batch.loss = self._attack.request(
+                batch.reconstruction, lambda x_hat: self.loss_fn(x_hat, *batch.rest)
             )
-            turn.loss = step.loss
-            turn.asked = self.client.submit(
-                turn.sent,
-                step.gradients,
-                gradient_dtype=self._gradient_dtype,
-                outputs=["adversarial"],
-                **self._asking,
-                **step.parameters,
-            )
+            batch.future = self.client.submit(batch.sent, **request)
 
-    def _finish(self, turn: _Turn) -> AdversarialBatch:
-        """The batch whose turn it is; raises what went wrong with it."""
-        with turn.noting("Q(x + δ)"):
-            if turn.error is None:
-                adversarial, tokens_changed = turn.reconstruction, None
-                if turn.asked is not None:
-                    answer = turn.answer()
-                    adversarial = from_wire(answer.adversarial, turn.images.device, turn.images.dtype)
+    def _finish(self, batch: _PendingBatch) -> AdversarialBatch:
+        """Returns the batch whose turn has come, or raises its error."""
+        with batch.noting_errors("Q(x + δ)"):
+            if batch.error is None:
+                adversarial, tokens_changed = batch.reconstruction, None
+                if batch.future is not None:
+                    answer = batch.answer()
+                    adversarial = from_wire(answer.adversarial, batch.images.device, batch.images.dtype)
                     tokens_changed = answer.tokens_changed
                 return AdversarialBatch(
-                    turn.images,
-                    turn.reconstruction,
+                    batch.images,
+                    batch.reconstruction,
                     adversarial,
-                    turn.rest,
-                    turn.position,
+                    batch.rest,
+                    batch.position,
                     tokens_changed,
-                    turn.loss,
-                    turn.waited_s,
+                    batch.loss,
+                    batch.waited_s,
                 )
-        assert turn.error is not None
-        raise turn.error
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """The one given, or one of this loader's own, seeded as torch was at its first batch."""
-        if self.generator is None:
-            self.generator = torch.Generator(device).manual_seed(torch.initial_seed())
-        return self.generator
+        assert batch.error is not None
+        raise batch.error
 
     @property
     def device(self) -> torch.device:
-        """Where the batches go."""
+        """The device of the batches."""
         if self._device is not None:
             return torch.device(self._device)
-        first = next((p for module in self.modules for p in module.parameters()), None)
+        parameters = (parameter for module in self._attack.modules for parameter in module.parameters())
+        first = next(parameters, None)
         return torch.device("cpu") if first is None else first.device
 
 
-class _Turn:
-    """A batch on its way through the window."""
+class _PendingBatch:
+    """A batch on its way through the window of batches that were read but not yet trained on."""
 
     images: Tensor
     sent: Tensor
@@ -260,39 +237,39 @@ class _Turn:
 
     def __init__(self, position: int) -> None:
         self.position = position
-        self.asked: Future[Discretized] | None = None
-        self.attacked = False  # or passed by, by `mix`
+        self.future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
+        self.attacked = False  # also set if `mix` spares the batch
         self.loss: Tensor | None = None
         self.error: Exception | None = None
         self.waited_s = 0.0
 
     def answer(self) -> Discretized:
-        """The codec's, waited for."""
-        assert self.asked is not None
+        """Waits for the codec's answer and returns it."""
+        assert self.future is not None
         begun = time.perf_counter()
         try:
-            return self.asked.result()
+            return self.future.result()
         finally:
             self.waited_s += time.perf_counter() - begun
 
     @contextmanager
-    def noting(self, what: str) -> Iterator[None]:
-        """Keeps an exception until the batch's turn, with a note on where it happened."""
+    def noting_errors(self, activity: str) -> Iterator[None]:
+        """Keeps an exception until the batch's turn, with a note on the batch and the activity."""
         try:
             yield
         except Exception as error:
-            error.add_note(f"AdversarialLoader: batch {self.position}, {what}")
+            error.add_note(f"AdversarialLoader: batch {self.position}, {activity}")
             self.error = error
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and dicts on the device; all else as it is."""
+    """Returns `value` with all tensors inside tuples, lists and dicts on the device."""
     if isinstance(value, Tensor):
-        return moved(value, device)
+        return to_device(value, device)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple | list):
         return type(value)(_moved(item, device) for item in value)
     return value

@@ -1,4 +1,4 @@
-"""Q with the identity for a gradient (Eq. 7)."""
+"""Q as a differentiable function, with the identity for its gradient (Eq. 7)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dat_client.client import Client
-
-from ._pictures import checked, float_dtype, from_wire, to_wire
+from dat_client.torch._images import checked_images, float_dtype, from_wire, to_wire
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -26,14 +25,15 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(
     client: Client, x: Tensor, *, output_dtype: str = "UINT8", timeout_s: float | None = None
 ) -> Tensor:
-    """Q(x) forward, the identity backward: ∂Q(x)/∂x ≈ I (Eq. 7).
+    """Computes Q(x) forward and the identity backward: ∂Q(x)/∂x ≈ I (Eq. 7).
 
         loss = F.cross_entropy(model(straight_through(client, x)), labels)
         loss.backward()                       # x.grad is the gradient at Q(x)
 
     Args:
         x: float [N,3,H,W] in 0..1 (before normalisation) on any device, or uint8.
-        output_dtype: how Q(x) travels: UINT8 (Q(x) in 256 levels, a quarter of the bytes), FP16, FP32.
+        output_dtype: the datatype in which Q(x) is sent back: UINT8 (256 levels, a quarter of the bytes), FP16,
+            FP32.
         timeout_s: as in `Client.discretize`.
 
     Returns:
@@ -41,7 +41,7 @@ def straight_through(
 
     Raises as `Client.discretize`.
     """
-    answer = client.discretize(to_wire(checked(x)), output_dtype=output_dtype, timeout_s=timeout_s)
+    answer = client.discretize(to_wire(checked_images(x)), output_dtype=output_dtype, timeout_s=timeout_s)
     q = from_wire(answer.reconstruction, x.device, float_dtype(x))
-    passed: Tensor = _StraightThrough.apply(x, q)
-    return passed
+    differentiable: Tensor = _StraightThrough.apply(x, q)
+    return differentiable

@@ -1,65 +1,59 @@
-"""The JSON part of a message: parsing it and taking typed values out of it, or WireError."""
+"""The JSON part of a message: parses it and takes typed values out of it, or raises WireError."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dat_client.errors import WireError, shown
 from dat_client.wire.tensors import malformed
 
+T = TypeVar("T")
+
+_NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or false"}
+
 
 def parse(view: memoryview) -> dict[str, Any]:
-    """The JSON object in these bytes."""
+    """Returns the JSON object in these bytes."""
     try:
-        parsed = json.loads(str(view, "utf-8"), parse_constant=_no_constant)
+        parsed = json.loads(str(view, "utf-8"), parse_constant=_refuse_constant)
     except WireError:
         raise
     except RecursionError:
-        malformed("body: JSON nested too deep")
+        malformed("body: the JSON is nested too deep")
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more than 4300 digits
-        malformed(f"body: not JSON ({shown(str(error))})", None, bytes(view[:80]))
+        malformed(f"body: not JSON ({shown(str(error))})", value=bytes(view[:80]))
     if not isinstance(parsed, dict):
-        malformed("body: the JSON is not an object", None, parsed)
+        malformed("body: the JSON is not an object", value=parsed)
     return parsed
 
 
-def _no_constant(name: str) -> NoReturn:
-    malformed("body: not JSON", None, name)
+def _refuse_constant(name: str) -> NoReturn:
+    malformed("body: not JSON", value=name)  # NaN and Infinity, which Python reads by default
 
 
-def as_list(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        malformed("not a list", field, value)
+def typed(value: Any, kind: type[T], field: str) -> T:
+    """Returns a JSON value if it is of a type."""
+    if not isinstance(value, kind):
+        malformed(f"not {_NAMES[kind]}", field, value)
     return value
 
 
 def get_object(parent: dict[str, Any], key: str) -> dict[str, Any]:
+    """Returns the object under a key, an empty one if the key is missing or null."""
     value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        malformed("not an object", key, value)
-    return value
-
-
-def get_name(entry: Any, field: str) -> str:
-    if not isinstance(entry, dict):
-        malformed("not an object", field, entry)
-    name = get_text(entry, "name")
-    if name is None:
-        malformed("name missing", field)
-    return name
+    return {} if value is None else typed(value, dict, key)
 
 
 def get_text(parent: dict[str, Any], key: str) -> str | None:
+    """Returns the string under a key, None if the key is missing or null."""
     value = parent.get(key)
-    if value is not None and not isinstance(value, str):
-        malformed("not a string", key, value)
-    return value
+    return None if value is None else typed(value, str, key)
 
 
-def as_flag(value: Any, field: str) -> bool:
-    if not isinstance(value, bool):
-        malformed("neither true nor false", field, value)
-    return value
+def get_name(entry: Any, field: str) -> str:
+    """Returns the name of a tensor's entry."""
+    name = get_text(typed(entry, dict, field), "name")
+    if name is None:
+        malformed("name missing", field)
+    return name

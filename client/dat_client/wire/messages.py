@@ -1,7 +1,8 @@
-"""Open Inference Protocol v2 with the binary tensor data extension, as pure functions: both ends of the wire.
+"""Open Inference Protocol v2 with the binary tensor data extension, as pure functions for both ends of the wire.
 
-A message is a JSON header and, after it, the raw bytes of every tensor that is not in the JSON, in its
-order. The HTTP header `Inference-Header-Content-Length` says where the JSON ends; without it all is JSON.
+A message is a JSON header, followed by the raw bytes of every tensor that is not in the JSON, in the JSON's
+order. The HTTP header `Inference-Header-Content-Length` gives the length of the JSON; without it the whole body
+is JSON.
 
     >>> import numpy as np
     >>> images = np.zeros((2, 3, 8, 8), np.uint8)
@@ -10,8 +11,8 @@ order. The HTTP header `Inference-Header-Content-Length` says where the JSON end
     >>> request.id, request.inputs["images"].shape
     ('7', (2, 3, 8, 8))
 
-Encoding gives a list of buffers and never joins or copies a tensor that is C-contiguous and little endian;
-decoding gives views of the body. Whatever the bytes are, decoding raises WireError or nothing.
+Encoding returns a list of buffers and never joins or copies a tensor that is C-contiguous and little endian;
+decoding returns views of the body. Whatever the bytes are, decoding raises no exception but WireError.
 
 Specification: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and its
 binary tensor data extension.
@@ -27,7 +28,7 @@ from typing import Any, TypeAlias
 
 from dat_client.errors import WireError, plain, shown
 from dat_client.wire.headers import HEADER_LENGTH
-from dat_client.wire.json import as_flag, as_list, get_name, get_object, get_text, parse
+from dat_client.wire.json import get_name, get_object, get_text, parse, typed
 from dat_client.wire.tensors import (
     Array,
     datatype_of,
@@ -41,7 +42,7 @@ from dat_client.wire.tensors import (
     to_json,
 )
 
-_ALIGN = 16  # the JSON is padded with spaces to this, so that float tensors start aligned
+_ALIGN = 16  # bytes; the JSON is padded with spaces to a multiple, so that float tensors start aligned
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Encoded: TypeAlias = tuple[list[bytes | memoryview], int]
@@ -49,7 +50,7 @@ Encoded: TypeAlias = tuple[list[bytes | memoryview], int]
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output that a request names, and whether it wants it as binary data (else as JSON)."""
+    """An output that a request names, and whether it is to be sent as binary data (else as JSON)."""
 
     name: str
     binary: bool = True
@@ -59,9 +60,9 @@ class RequestedOutput:
 class Request:
     """A decoded inference request.
 
-    `parameters` are the codec's own: `binary_data_output` is taken out of them. `inputs` are views of the
-    body (read-only where the body is). `outputs` is empty when none was named; then `binary_default`, the
-    request parameter `binary_data_output`, holds for all.
+    `parameters` are those of the codec; `binary_data_output` has been taken out. `inputs` are views of the body
+    (read-only if the body is). `outputs` is empty if the request named none; then `binary_default`, its parameter
+    `binary_data_output`, holds for all outputs.
     """
 
     inputs: dict[str, Array]
@@ -71,8 +72,8 @@ class Request:
     binary_default: bool = False
 
     def wants_binary(self, name: str) -> bool:
-        """Whether output `name` goes back as binary data: what was said of it, else the request's default."""
-        return next((o.binary for o in self.outputs if o.name == name), self.binary_default)
+        """Whether output `name` is to be sent as binary data: as requested for it, else the request's default."""
+        return next((output.binary for output in self.outputs if output.name == name), self.binary_default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody:
-    """What an error answer says: OIP requires `error`; the others name what offended and its limit."""
+    """The body of an error answer. OIP requires `error`; `field`, `value` and `limit` name what is wrong."""
 
     error: str
     field: str | None = None
@@ -102,24 +103,22 @@ def encode_request(
     id: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     outputs: Sequence[RequestedOutput] = (),
-    binary: bool | Mapping[str, bool] = True,
+    binary: bool = True,
     binary_default: bool = True,
 ) -> Encoded:
-    """The buffers of an inference request and the length of its JSON part.
+    """Returns the buffers of an inference request and the length of its JSON part.
 
-    `binary` says which inputs travel as binary data (of a mapping, those that it says so of);
-    `binary_default` is sent as `binary_data_output` when no `outputs` are named. Raises WireError for a
-    dtype, or a parameter, that the protocol cannot carry.
+    `binary` says whether the inputs are sent as binary data; `binary_default` is sent as `binary_data_output` if no
+    `outputs` are named. Raises WireError for a dtype, or a parameter, that the protocol cannot express.
     """
-    header: dict[str, Any] = {} if id is None else {"id": id}
-    sent = dict(parameters or {})
-    if not outputs:
-        sent["binary_data_output"] = binary_default
-    if sent:
-        header["parameters"] = sent
-    header["inputs"], tail = _encode_tensors(inputs, binary)
-    if outputs:
-        header["outputs"] = [{"name": o.name, "parameters": {"binary_data": o.binary}} for o in outputs]
+    defaults = {} if outputs else {"binary_data_output": binary_default}
+    entries, tail = _encode_tensors(inputs, dict.fromkeys(inputs, binary))
+    header = {
+        "id": id,
+        "parameters": {**(parameters or {}), **defaults} or None,
+        "inputs": entries,
+        "outputs": [{"name": o.name, "parameters": {"binary_data": o.binary}} for o in outputs] or None,
+    }
     return _encode(header, tail)
 
 
@@ -132,56 +131,57 @@ def encode_response(
     parameters: Mapping[str, Any] | None = None,
     binary: bool | Mapping[str, bool] = True,
 ) -> Encoded:
-    """The buffers of an inference response and the length of its JSON part.
+    """Returns the buffers of an inference response and the length of its JSON part.
 
         binary = {name: request.wants_binary(name) for name in outputs}
         chunks, header_length = encode_response(codec, outputs, id=request.id, binary=binary)
 
-    Raises WireError for a dtype that the protocol lacks, and for NaN or non-text BYTES asked for as JSON.
+    `binary` says which outputs are sent as binary data. Raises WireError for a dtype that the protocol lacks, and
+    for JSON outputs with NaN, infinity or BYTES that are not text.
     """
-    header: dict[str, Any] = {"model_name": model_name}
-    if model_version is not None:
-        header["model_version"] = model_version
-    if id is not None:
-        header["id"] = id
-    if parameters:
-        header["parameters"] = dict(parameters)
-    header["outputs"], tail = _encode_tensors(outputs, binary)
+    entries, tail = _encode_tensors(outputs, dict.fromkeys(outputs, binary) if isinstance(binary, bool) else binary)
+    header = {
+        "model_name": model_name,
+        "model_version": model_version,
+        "id": id,
+        "parameters": dict(parameters or {}) or None,
+        "outputs": entries,
+    }
     return _encode(header, tail)
 
 
 def decode_request(
     body: Buffer, header_length: int | str | None = None, *, max_strings: int | None = None
 ) -> Request:
-    """An inference request from its body and `Inference-Header-Content-Length`, as text or number.
+    """Returns the inference request in a body; `header_length` is the HTTP header, as text or number.
 
-    None, or the length of the body, means that all is JSON. Raises WireError and nothing else: `malformed`
-    for HTTP 400, otherwise 422.
-    `max_strings` is the most elements of a BYTES tensor: each becomes an object of its own.
+    None, or the length of the body, means that all of it is JSON. `max_strings` is the largest number of elements
+    of a BYTES tensor, each of which becomes a Python object. Raises WireError and nothing else: `malformed` for
+    HTTP 400, otherwise for 422.
     """
     header, rest = _split(body, header_length)
     parameters = get_object(header, "parameters")
-    binary_default = as_flag(parameters.pop("binary_data_output", False), "binary_data_output")
+    binary_default = typed(parameters.pop("binary_data_output", False), bool, "binary_data_output")
     for name, value in parameters.items():
-        if isinstance(value, float) and not math.isfinite(value):  # 1e999 is legal JSON
+        if isinstance(value, float) and not math.isfinite(value):  # 1e999 is legal JSON and becomes infinity
             refuse("parameter is not finite", shown(name), value)
     outputs: list[RequestedOutput] = []
-    for index, entry in enumerate(as_list(header.get("outputs", []), "outputs")):
+    for index, entry in enumerate(typed(header.get("outputs", []), list, "outputs")):
         name = get_name(entry, f"outputs[{index}]")
-        wants = get_object(entry, "parameters").get("binary_data", binary_default)
-        outputs.append(RequestedOutput(name, as_flag(wants, f"outputs[{index}].binary_data")))
-    if len({o.name for o in outputs}) != len(outputs):
-        malformed("output named twice", "outputs", [o.name for o in outputs])
+        binary = get_object(entry, "parameters").get("binary_data", binary_default)
+        outputs.append(RequestedOutput(name, typed(binary, bool, f"outputs[{index}].binary_data")))
+    if len({output.name for output in outputs}) != len(outputs):
+        malformed("an output is named twice", "outputs", [output.name for output in outputs])
     inputs = _decode_tensors(header, "inputs", rest, max_strings)
     return Request(inputs, get_text(header, "id"), parameters, outputs, binary_default)
 
 
 def decode_response(body: Buffer, header_length: int | str | None = None) -> Response:
-    """An inference response from its body and `Inference-Header-Content-Length`; raises WireError."""
+    """Returns the inference response in a body, as `decode_request`; raises WireError."""
     header, rest = _split(body, header_length)
     model_name = get_text(header, "model_name")
     if model_name is None:
-        malformed("key missing", "model_name")
+        malformed("the key is missing", "model_name")
     return Response(
         model_name,
         _decode_tensors(header, "outputs", rest),
@@ -192,43 +192,42 @@ def decode_response(body: Buffer, header_length: int | str | None = None) -> Res
 
 
 def encode_error(message: str, field: str | None = None, value: Any = None, limit: Any = None) -> bytes:
-    """The JSON body of an error answer; a value that is not short JSON is shown as text of 80 characters.
+    """Returns the JSON body of an error answer. A value that is not short JSON becomes text of 80 characters.
 
     >>> encode_error("images: 5 axes", "images", 5, 4)
     b'{"error": "images: 5 axes", "field": "images", "value": 5, "limit": 4}'
     """
-    body: dict[str, Any] = {"error": message}
-    if field is not None:
-        body["field"] = field
-    if value is not None:
-        body["value"] = plain(value)
-    if limit is not None:
-        body["limit"] = plain(limit)
-    return json.dumps(body).encode()
+    value, limit = (None if item is None else plain(item) for item in (value, limit))
+    body = {"error": message, "field": field, "value": value, "limit": limit}
+    return json.dumps(_without_none(body)).encode()
 
 
 def decode_error(body: Buffer) -> ErrorBody | None:
-    """What an error answer says, or None when the body is not OIP's `{"error": ...}`. Never raises."""
+    """Returns the body of an error answer, None if it is not OIP's `{"error": ...}`. Never raises."""
     try:
         parsed = parse(memoryview(body).cast("B"))
     except WireError:
         return None
     if not isinstance(parsed.get("error"), str):
         return None
-    named = parsed.get("field")
-    named = named if isinstance(named, str) else None
-    return ErrorBody(parsed["error"], named, parsed.get("value"), parsed.get("limit"))
+    field = parsed.get("field")
+    field = field if isinstance(field, str) else None
+    return ErrorBody(parsed["error"], field, parsed.get("value"), parsed.get("limit"))
+
+
+def _without_none(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _encode_tensors(
-    tensors: Mapping[str, Array], binary: bool | Mapping[str, bool]
+    tensors: Mapping[str, Array], binary: Mapping[str, bool]
 ) -> tuple[list[dict[str, Any]], list[bytes | memoryview]]:
     entries: list[dict[str, Any]] = []
     tail: list[bytes | memoryview] = []
     for name, array in tensors.items():
         datatype = datatype_of(array, name)
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
-        if binary if isinstance(binary, bool) else binary.get(name, False):
+        if binary.get(name, False):
             buffer = to_buffer(array, name)
             entry["parameters"] = {"binary_data_size": len(buffer)}
             tail.append(buffer)
@@ -240,9 +239,9 @@ def _encode_tensors(
 
 def _encode(header: dict[str, Any], tail: list[bytes | memoryview]) -> Encoded:
     try:
-        text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
+        text = json.dumps(_without_none(header), allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
-        raise WireError(f"parameters: not JSON: {error}", "parameters", header.get("parameters")) from None
+        refuse(f"not JSON ({error})", "parameters", header.get("parameters"))
     if tail:
         text = text.ljust(-len(text) % _ALIGN + len(text))
     return [text, *tail], len(text)
@@ -252,7 +251,7 @@ def _split(body: Buffer, header_length: int | str | None) -> tuple[dict[str, Any
     view = memoryview(body).cast("B")
     length = len(view) if header_length is None else _header_length(header_length)
     if length > len(view):
-        malformed("larger than the body", HEADER_LENGTH, length, len(view))
+        malformed("the JSON part is longer than the body", HEADER_LENGTH, length, len(view))
     return parse(view[:length]), view[length:]
 
 
@@ -260,10 +259,10 @@ def _header_length(value: int | str) -> int:
     if isinstance(value, str):
         text = value.strip()
         if not (text.isascii() and text.isdigit() and len(text) < 20):
-            malformed("not a number of bytes", HEADER_LENGTH, value)
+            malformed("it is not a number of bytes", HEADER_LENGTH, value)
         value = int(text)
     if value < 0:
-        malformed("negative", HEADER_LENGTH, value)
+        malformed("it is negative", HEADER_LENGTH, value)
     return value
 
 
@@ -271,20 +270,20 @@ def _decode_tensors(
     header: dict[str, Any], key: str, rest: memoryview, max_strings: int | None = None
 ) -> dict[str, Array]:
     if key not in header:
-        malformed("key missing", key)
+        malformed("the key is missing", key)
     tensors: dict[str, Array] = {}
     offset = 0
-    for index, entry in enumerate(as_list(header[key], key)):
+    for index, entry in enumerate(typed(header[key], list, key)):
         name = get_name(entry, f"{key}[{index}]")
         label = name if len(name) <= 80 else shown(name)
         if name in tensors:
-            malformed("tensor named twice", label)
-        for needed in ("datatype", "shape"):
-            if needed not in entry:
-                malformed(f"{needed} missing", label)
+            malformed("a tensor is named twice", label)
+        for member in ("datatype", "shape"):
+            if member not in entry:
+                malformed(f"{member} is missing", label)
         size = get_object(entry, "parameters").get("binary_data_size")
         if (size is None) == ("data" not in entry):
-            malformed("needs either data or binary_data_size", label)
+            malformed("it must have either data or binary_data_size", label)
         if size is not None and (type(size) is not int or not 0 <= size <= len(rest) - offset):
             malformed("binary_data_size does not fit the body", label, size, len(rest) - offset)
         dtype = dtype_of(entry["datatype"], label)
@@ -297,5 +296,5 @@ def _decode_tensors(
             tensors[name] = from_buffer(rest[offset : offset + size], dtype, shape, label)
             offset += size
     if offset != len(rest):
-        malformed("bytes after the JSON that belong to no tensor", key, len(rest) - offset)
+        malformed("the body has bytes after the JSON that belong to no tensor", key, len(rest) - offset)
     return tensors

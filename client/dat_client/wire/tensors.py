@@ -1,7 +1,7 @@
-"""One tensor between numpy and the Open Inference Protocol v2: datatypes, shapes, raw bytes and JSON lists.
+"""Converts one tensor between numpy and the Open Inference Protocol v2: datatypes, shapes, bytes and JSON lists.
 
-Nothing here allocates by a size that the other side merely claims: every array is a view of bytes, or a copy
-of list elements, that exist.
+Nothing here allocates memory for a size that the other side merely claims: every array is a view of bytes, or a
+copy of list elements, that were received.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dat_client.errors import WireError, shown
 
 Array: TypeAlias = npt.NDArray[Any]
 
-MAX_AXES = 32  # numpy 1's own limit
+MAX_AXES = 32  # the limit of numpy 1
 _MAX_BYTES = 2**63 - 1
 
 #: OIP datatype -> numpy dtype, little endian; BYTES is an object array of `bytes`.
@@ -40,41 +40,38 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DATATYPES.items()}
 
 
-def refuse(problem: str, field: str, value: Any = None, limit: Any = None) -> NoReturn:
-    """Raise the 422 kind of WireError, with the field, the offending value and the limit in its message."""
-    message = f"{field}: {problem}"
-    if value is not None:
-        message += f", got {shown(value)}"
-    if limit is not None:
-        message += f", limit {shown(limit)}"
-    raise WireError(message, field, value, limit)
-
-
-def malformed(problem: str, field: str | None = None, value: Any = None, limit: Any = None) -> NoReturn:
-    """Raise the 400 kind of WireError."""
+def refuse(
+    problem: str, field: str | None = None, value: Any = None, limit: Any = None, *, malformed: bool = False
+) -> NoReturn:
+    """Raises the 422 kind of WireError, whose message has the field, the problem, the value and the limit."""
     message = problem if field is None else f"{field}: {problem}"
     if value is not None:
         message += f", got {shown(value)}"
     if limit is not None:
         message += f", limit {shown(limit)}"
-    raise WireError(message, field, value, limit, malformed=True)
+    raise WireError(message, field, value, limit, malformed=malformed)
+
+
+def malformed(problem: str, field: str | None = None, value: Any = None, limit: Any = None) -> NoReturn:
+    """Raises the 400 kind of WireError."""
+    refuse(problem, field, value, limit, malformed=True)
 
 
 def datatype_of(array: Array, field: str = "tensor") -> str:
-    """The OIP name of an array's dtype; raises WireError for one that the protocol lacks.
+    """Returns the OIP name of an array's dtype; raises WireError for a dtype that the protocol lacks.
 
     >>> datatype_of(np.zeros(3, np.float16))
     'FP16'
     """
     name = _NAMES.get((array.dtype.kind, array.dtype.itemsize))
     if name is None:
-        hint = "; BYTES is an object array of bytes" if array.dtype.kind in "SU" else ""
+        hint = "; for BYTES make an object array of bytes" if array.dtype.kind in "SU" else ""
         refuse(f"dtype without an OIP datatype{hint}", field, str(array.dtype), ", ".join(DATATYPES))
     return name
 
 
 def dtype_of(datatype: Any, field: str = "tensor") -> np.dtype[Any]:
-    """The numpy dtype of an OIP datatype name; raises WireError for an unknown one.
+    """Returns the numpy dtype of an OIP datatype; raises WireError for an unknown name.
 
     >>> dtype_of("UINT16").itemsize
     2
@@ -88,7 +85,7 @@ def dtype_of(datatype: Any, field: str = "tensor") -> np.dtype[Any]:
 
 
 def parse_shape(shape: Any, dtype: np.dtype[Any], field: str) -> tuple[int, ...]:
-    """A shape that numpy can hold, in Python ints that cannot overflow."""
+    """Returns a shape that numpy can hold. Its product is computed in Python ints, which cannot overflow."""
     if not isinstance(shape, list) or any(type(dim) is not int for dim in shape):
         malformed("shape is not a list of integers", field, shape)
     if len(shape) > MAX_AXES:
@@ -97,14 +94,14 @@ def parse_shape(shape: Any, dtype: np.dtype[Any], field: str) -> tuple[int, ...]
         refuse("negative dimension in shape", field, shape)
     if any(dim > _MAX_BYTES for dim in shape):
         refuse("dimension too large in shape", field, shape, _MAX_BYTES)
-    # numpy multiplies the non-zero dimensions even of an empty array
+    # numpy multiplies the non-zero dimensions of an empty array, too
     if math.prod(dim or 1 for dim in shape) * dtype.itemsize > _MAX_BYTES:
         refuse("shape holds more bytes than can be addressed", field, shape, _MAX_BYTES)
     return tuple(shape)
 
 
 def from_buffer(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
-    """A view of `buffer` (format B) as a tensor; BYTES elements are copied out."""
+    """Returns a view of `buffer` (format B) as a tensor; BYTES elements are copied."""
     count = math.prod(shape)
     if dtype.kind == "O":
         return _bytes_from_buffer(buffer, shape, count, field)
@@ -126,7 +123,7 @@ def _bytes_from_buffer(buffer: memoryview, shape: tuple[int, ...], count: int, f
     for index in range(count):
         start = offset + 4
         if start > len(buffer):
-            refuse(f"BYTES data ends before element {index} of {count}", field, len(buffer))
+            refuse(f"the BYTES data ends before element {index} of {count}", field, len(buffer))
         (length,) = struct.unpack_from("<I", buffer, offset)
         offset = start + length
         if offset > len(buffer):
@@ -144,7 +141,7 @@ def _objects(elements: list[bytes], shape: tuple[int, ...]) -> Array:
 
 
 def to_buffer(array: Array, field: str) -> bytes | memoryview:
-    """The bytes of a tensor. A C-contiguous little endian array is not copied; BYTES elements are joined."""
+    """Returns a tensor's bytes. A C-contiguous little endian array is not copied; BYTES elements are joined."""
     if array.dtype.kind == "O":
         parts: list[bytes] = []
         for element in array.reshape(-1):
@@ -169,7 +166,7 @@ _JSON_TYPES: dict[str, set[type]] = {
 
 
 def from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
-    """A tensor from `data`, flat or nested as its shape says (OIP v2, "Tensor Data")."""
+    """Returns a tensor from JSON `data`, which is flat or nested as its shape (OIP v2, "Tensor Data")."""
     flat = _flatten(data, shape, field)
     wrong = set(map(type, flat)) - _JSON_TYPES[dtype.kind]
     if wrong:
@@ -178,7 +175,7 @@ def from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], field: st
     if dtype.kind == "O":
         try:
             return _objects([text.encode() for text in flat], shape)
-        except UnicodeEncodeError:  # "\ud800" is legal JSON and no character
+        except UnicodeEncodeError:  # "\ud800" is legal JSON but not a character
             refuse("BYTES string that is not Unicode", field)
     if dtype.kind in "ui" and flat:
         limits = np.iinfo(dtype)
@@ -217,7 +214,7 @@ def _flatten(data: Any, shape: tuple[int, ...], field: str) -> list[Any]:
 
 
 def to_json(array: Array, field: str) -> list[Any]:
-    """The elements of a tensor as a flat list for JSON; raises WireError for what JSON cannot say."""
+    """Returns the elements of a tensor as a flat list; raises WireError for those that JSON cannot express."""
     if array.dtype.kind == "O":
         try:
             return [bytes(element).decode() for element in array.reshape(-1)]

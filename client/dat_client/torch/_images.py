@@ -1,0 +1,74 @@
+"""Converts a trainer's images to what is sent, and the answer back to what the trainer works with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_client.errors import invalid
+
+# The distance from a grey level, in grey levels, below which a value counts as that level. k/255 computed in fp32
+# lies within 2e-5 of level k; the shortest step in use (α = 0.1, l2, 224x224) moves a pixel by 7e-2 levels.
+LEVEL_TOLERANCE = 1e-4
+
+
+def checked_images(images: Any, field: str = "images") -> Tensor:
+    """Returns `images` itself if it is a tensor of 4 axes, as in [N,3,H,W]; raises InvalidRequest."""
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise invalid(field, "a torch tensor [N,3,H,W], uint8 or float in 0..1", found=found)
+    return images
+
+
+def checked_reconstruction(reconstruction: Any, images: Tensor) -> Tensor:
+    """Returns a Q(x) that the trainer already has, if it is uint8 or float in 0..1 and has the shape of x."""
+    checked_images(reconstruction, "reconstruction")
+    found = None
+    if reconstruction.shape != images.shape:
+        found = f"shape {list(reconstruction.shape)}"
+    elif reconstruction.dtype.is_floating_point and reconstruction.numel():
+        low, high = (float(value) for value in reconstruction.aminmax())
+        found = None if low >= 0 and high <= 1 else f"values from {low:g} to {high:g}"
+    elif not reconstruction.dtype.is_floating_point and reconstruction.dtype != torch.uint8:
+        found = f"dtype {reconstruction.dtype}"
+    if found:
+        raise invalid("reconstruction", f"uint8 or float in 0..1 of shape {list(images.shape)}", found=found)
+    checked: Tensor = reconstruction
+    return checked
+
+
+def to_wire(images: Tensor) -> Tensor:
+    """Returns the images as uint8 if each value is one of the 256 levels, else unchanged (bfloat16, fp64 as fp32).
+
+    Crops and flips leave values at k/255, and uint8 has a quarter of the bytes; interpolation and jitter of float
+    images do not.
+    """
+    images = images.detach()
+    if images.dtype == torch.bfloat16 or images.dtype == torch.float64:
+        images = images.float()
+    if images.dtype != torch.float32:
+        return images
+    levels = images * 255
+    rounded = levels.round()
+    exact = ((levels - rounded).abs_() <= LEVEL_TOLERANCE).all() & (rounded >= 0).all() & (rounded <= 255).all()
+    return rounded.to(torch.uint8) if bool(exact) else images
+
+
+def float_dtype(images: Tensor) -> torch.dtype:
+    """Returns the dtype in which the trainer works with these images: their own float dtype, fp32 for uint8."""
+    return images.dtype if images.dtype.is_floating_point else torch.float32
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on `device`. The copy to a CPU blocks, because it may be read before it has arrived."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def from_wire(images: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns uint8 or float images (a tensor) as floats in 0..1 on `device`."""
+    on_device: Tensor = to_device(images, device)
+    if on_device.dtype == torch.uint8:
+        return on_device.to(torch.float32).div_(255).to(dtype)
+    return on_device.to(dtype)
