@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import warnings
 from importlib.util import find_spec
@@ -24,6 +22,8 @@ from tests.docs.pages import OTHERS, PAGES, Block, anchors, blocks, commands, li
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 MOST_NOT_RUN = 0  # blocks marked `not-run`: raise it only for a block that no machine of ours could run
 WITH_CODE = ("README.md", "client.md", "codecs.md", "precompute.md", "safety.md", "serving.md", "training.md")
+
+CHANGELOG = Path("CHANGELOG.md")  # names removed commands too
 
 _namespaces: dict[Path, dict[str, Any]] = {}
 _finished: set[Block] = set()
@@ -73,7 +73,7 @@ def test_commands_parse(page: Path) -> None:
             assert words[0] in ("curl", "kill"), f"{words}: add a check for this program"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=str)
+@pytest.mark.parametrize("page", [*PAGES, *(page for page in OTHERS if page != CHANGELOG)], ids=str)
 def test_named_commands_exist(page: Path) -> None:
     for span in spans(page):
         words = span.split()
@@ -135,12 +135,18 @@ def test_serving_lists_every_setting() -> None:
 
 def test_a_wrong_flag_or_verb_is_found() -> None:
     parse(["dat", "serve", "--port", "8000"])
-    for wrong in ("dat serve --prot 8000", "dat serv", "dat serve --port many", "dat precompute only-one"):
+    for wrong in (
+        "dat serve --prot 8000",
+        "dat serv",
+        "dat serve --port many",
+        "dat precompute only-one",
+        "dat bench",
+    ):
         with pytest.raises((typer.BadParameter, AssertionError)):
             parse(wrong.split())
-    for wrong in ("dat codecs lst", "dat bench client --bach 3", "dat bench"):
+    for wrong in ("python benchmarks/none.py", "python -m benchmarks.none", "python -m benchmarks.service --jsn x"):
         with pytest.raises(AssertionError):
-            find([*wrong.split(), "--none-such"])
+            check_script(wrong.split())
 
 
 def targets() -> set[str]:
@@ -158,8 +164,6 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
         assert rest[0] in command.commands, f"{' '.join(words)}: no such command"
         command, rest = command.commands[rest[0]], rest[1:]
     known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {"--help"}
-    if command.context_settings.get("allow_extra_args"):  # argparse reads its flags
-        known = set(re.findall(r"--?[a-z][\w-]*", help_of(words[1 : len(words) - len(rest)])))
     for word in rest:
         if re.match(r"--?[a-zA-Z]", word):
             assert word.partition("=")[0] in known, f"{' '.join(words)}: no such flag as {word}"
@@ -173,18 +177,14 @@ def parse(words: list[str]) -> None:
     command.make_context(words[1], list(rest))
 
 
-def help_of(verbs: list[str]) -> str:
-    """What `dat VERBS --help` prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        app([*verbs, "--help"])
-    return printed.getvalue()
-
-
 def check_script(words: list[str]) -> None:
-    """Checks that the script exists and that it, or the parser that it shares, has the flags."""
-    script = ROOT / words[1]
-    source = script.read_text() + (ROOT / "examples/training/arguments.py").read_text()
-    for word in words[2:]:
+    """Checks that `python FILE ...` or `python -m MODULE ...` exists and that its parser has the flags."""
+    is_module = words[1] == "-m"
+    script = ROOT / (words[2].replace(".", "/") if is_module else words[1])
+    files = list(script.glob("*.py")) if script.is_dir() else [script.with_suffix(".py")]
+    assert all(file.is_file() for file in files), words
+    assert not script.is_dir() or (script / "__main__.py") in files, words
+    source = "".join(file.read_text() for file in [*files, ROOT / "examples/training/arguments.py"])
+    for word in words[3 if is_module else 2 :]:
         if word.startswith("--"):
-            assert f'"{word}"' in source, f"{words[1]} has no flag {word}"
+            assert f'"{word}"' in source, f"{words}: no flag {word}"
