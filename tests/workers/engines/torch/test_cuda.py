@@ -1,10 +1,10 @@
 """The CUDA engine, which nothing else in the tests runs. All of it, on a machine with a GPU:
 
-    python -m pytest tests/workers/engines/test_cuda.py
+    python -m pytest tests/workers/engines/torch/test_cuda.py
 
 or, where only torch, triton, numpy and pytest are installed (--noconftest), with client and workers on PYTHONPATH:
 
-    python -m pytest -c /dev/null --rootdir . --noconftest tests/workers/engines/test_cuda.py
+    python -m pytest -c /dev/null --rootdir . --noconftest tests/workers/engines/torch/test_cuda.py
 
 Weights are random and images are noise: fp32 is held to fp32, half precision to bounds that a wrong kernel would
 pass by far. They say nothing of a codec's fidelity; that is `dat codecs verify`.
@@ -36,7 +36,7 @@ from dat_workers.perturbation import Step
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
 if torch.cuda.is_available():
-    from tests.workers.engines.kernel_checks import *  # noqa: F403  the kernels, on the GPU
+    from tests.workers.engines.torch.kernel_checks import *  # noqa: F403  the kernels, on the GPU
 
 EACH = [field.name for field in fields(Tricks)]
 F8 = {"ch_mult": (1, 2, 2, 4), "attn_resolutions": (32,), "latent_dim": 4}

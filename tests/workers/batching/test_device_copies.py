@@ -1,4 +1,4 @@
-"""Arrays through a function on a device; the overlapped way needs CUDA and is tested in engines/test_cuda.py."""
+"""Arrays through a function on a device; the overlapped way needs CUDA and is tested in engines/torch/test_cuda.py."""
 
 from __future__ import annotations
 
