@@ -36,7 +36,7 @@ from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
 from dat_workers.precompute import JobProgress, Summary, precompute
-from dat_workers.system.timing import Timing, alternate, ratio
+from dat_workers.system.timing import Timing, ratio, time_in_turns
 
 SIDE = 224
 SHARDS, SAMPLES = 1000, 10
@@ -76,7 +76,7 @@ def compared(contestants: dict[str, Callable[[], float]], rounds: int, images: i
     def told(call: Callable[[], Any], calls: int) -> float:
         return float(sum(call() for _ in range(calls)))
 
-    timings = alternate(contestants, rounds=rounds, warmup=1, clock=told, least_s=0)
+    timings = time_in_turns(contestants, rounds=rounds, warmup=1, clock=told, least_s=0)
     first = next(iter(timings.values()))
     rows = [["", "images/s", "lowest", "highest", "the job is times as fast"]]
     for name, timing in timings.items():

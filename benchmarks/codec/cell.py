@@ -18,7 +18,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
-from dat_workers.system.timing import alternate, clock_for, cpu_clock, one_line, rates, ratio
+from dat_workers.system.timing import clock_for, cpu_clock, one_line, rates, ratio, time_in_turns
 
 OPERATIONS = ("q", "encode", "decode", "host")
 
@@ -94,7 +94,7 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
         calls = _calls(operation, built, images, host, indices, model)
         plan.say(f"{batch} of {size}²: timing {operation} of {len(calls)} contestants")
         clock = cpu_clock if operation == "host" else clock_for(plan.device)  # host answers are numpy: waited for
-        timings = alternate(calls, rounds=plan.rounds, warmup=plan.warmup, clock=clock)
+        timings = time_in_turns(calls, rounds=plan.rounds, warmup=plan.warmup, clock=clock)
         for name, timing in timings.items():
             result = rates(timing, batch)
             if baseline in timings and (times := ratio(timing, timings[baseline])):

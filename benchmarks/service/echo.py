@@ -24,7 +24,7 @@ from dat_client import Client
 from dat_client.transports.connections import Connections
 from dat_service.launch import StartFailed, running_process
 from dat_service.ports import free_port
-from dat_workers.system.timing import alternate, one_line, ratio
+from dat_workers.system.timing import one_line, ratio, time_in_turns
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Call = Callable[[], object]
@@ -58,7 +58,7 @@ def run(rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls
                 out["left_out"][name] = one_line(error)
                 say(f"bytes: {name} is left out: {one_line(error)}")
         say(f"bytes: {rounds} rounds of {len(calls)} contestants")
-        timings = alternate(calls, rounds=rounds, warmup=5, least_s=0.5)
+        timings = time_in_turns(calls, rounds=rounds, warmup=5, least_s=0.5)
         if timings[SERVE].error:
             raise RuntimeError(f"{SERVE}: {timings[SERVE].error}")
         say(f"bytes: {tail_calls} calls each for the tail")

@@ -22,7 +22,7 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs, pick_device
 from dat_workers.images.crops import sample_crops
-from dat_workers.system.timing import Timing, alternate, one_line, ratio
+from dat_workers.system.timing import Timing, one_line, ratio, time_in_turns
 
 REFERENCE = "reference fp32"
 PHOTOGRAPHS = 16  # distinct ones; larger batches repeat them
@@ -82,7 +82,7 @@ def measure(
         except Exception as error:  # a package that is missing, too little memory, ...: the others go on
             errors[name] = one_line(error)
     report(f"timing {len(discretizers)} engines")
-    timings = alternate(
+    timings = time_in_turns(
         {name: lambda d=d: d.discretize(images) for name, d in discretizers.items()},  # type: ignore[misc]
         rounds=rounds,
         warmup=1,

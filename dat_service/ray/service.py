@@ -17,7 +17,7 @@ from dat_service.ray import haproxy
 from dat_service.ray.processes import descendants, end, mentioning
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings
-from dat_workers.system.signals import interrupted_later
+from dat_workers.system.signals import delayed_signals
 
 if TYPE_CHECKING:
     from dat_service.ray.replica import CodecReplica
@@ -171,7 +171,7 @@ class RayService:
 
         before = set(psutil.Process().children())
         try:
-            with interrupted_later():
+            with delayed_signals():
                 ray.init(
                     address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
                     namespace="dat",

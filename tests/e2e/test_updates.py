@@ -14,7 +14,7 @@ from dat_service.cli.serve import no_updates, updates
 from dat_service.ports import BLOCK, is_free, take_block
 from dat_service.ray.service import RayService, ServeFailed
 from dat_service.settings import Settings
-from dat_workers.system.signals import interrupted_later
+from dat_workers.system.signals import delayed_signals
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_neither_ctrl_c_nor_a_closed_terminal_interrupts_rays_start(
 
     def start(why: Exception | None) -> None:
         with no_updates():
-            with interrupted_later():
+            with delayed_signals():
                 os.kill(os.getpid(), number)
                 started.append("ray")
                 if why is not None:

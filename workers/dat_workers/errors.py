@@ -1,14 +1,14 @@
-"""What can be wrong with a request, apart from how it arrived.
+"""The exceptions of the codec side; none of them knows how the request arrived.
 
 ValueError
-└── InvalidInput        the caller's: field, value, limit
-    └── TooLarge        a limit on size or number is passed
+└── InvalidInput        the caller's mistake: field, value, limit
+    └── TooLarge        a limit on size or number is exceeded
 RuntimeError
-├── EngineError         the codec's own: non-finite pictures, a device that fails
-│   ├── OutOfMemory     of the device, also with half the batch
+├── EngineError         the codec's own failure: images that are not finite, a device that fails
+│   ├── OutOfMemory     the device has no memory for the request, not even for half the batch
 │   └── Unhealthy       nothing can be computed here any more
-├── Full                no more work is taken now: retry_after_s
-└── DeadlinePassed      nobody waits for the answer any longer
+├── Full                no more requests are taken now: retry_after_s
+└── DeadlinePassed      the caller no longer waits for the answer
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ class InvalidInput(ValueError):
         super().__init__(message or f"{field}: {self.value} is not usable; expected {limit}")
 
     def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str, str]]:
-        """It travels between processes; an exception by itself only with what it gave to `Exception`."""
+        """Makes it picklable: by default an exception is rebuilt from the arguments of `Exception` alone."""
         return type(self), (self.field, self.value, self.limit, str(self))
 
 
 class TooLarge(InvalidInput):
-    """More or larger than the service takes."""
+    """The request has more or larger parts than the service takes."""
 
 
 class EngineError(RuntimeError):
-    """The engine could not give a right answer, so it gives none."""
+    """The engine could not compute a correct answer, so there is none."""
 
 
 class OutOfMemory(EngineError):
-    """The device has no room for this, not even for half of it at a time."""
+    """The device has no memory for this request, not even for half of it at a time."""
 
 
 class Unhealthy(EngineError):
-    """The engine is lost or hangs: this process must be replaced, and another one may well give the answer."""
+    """The engine is lost or hangs. This process must be replaced; another one may well give the answer."""
 
 
 class Full(RuntimeError):
-    """As much is held or waits as may; come again in `retry_after_s`.
+    """As many requests are held or wait as may; come again in `retry_after_s`.
 
     >>> str(Full("64 requests are held", "at most 64", 1))
     '64 requests are held, at most 64; try again in 1 s'
     """
 
-    def __init__(self, what: str, limit: str, retry_after_s: int) -> None:
-        self.value, self.limit, self.retry_after_s = what, limit, retry_after_s
-        super().__init__(f"{what}, {limit}; try again in {retry_after_s} s")
+    def __init__(self, value: str, limit: str, retry_after_s: int) -> None:
+        self.value, self.limit, self.retry_after_s = value, limit, retry_after_s
+        super().__init__(f"{value}, {limit}; try again in {retry_after_s} s")
 
 
 class DeadlinePassed(RuntimeError):
-    """The time that the caller gave is over; what was not computed yet is not computed."""
+    """The caller's time is over; whatever was not computed yet is not computed."""

@@ -1,4 +1,4 @@
-"""Arrays through a function on a device; the overlapped way needs CUDA and is tested in engines/torch/test_cuda.py."""
+"""Batches on a device; the overlapped copies need CUDA and are tested in engines/torch/test_cuda.py."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dat_workers.system.threads import Threads
+from dat_workers.system.threads import DaemonThreads
 
 
 def test_items_are_computed_beside_each_other_and_keep_their_order() -> None:
@@ -20,11 +20,11 @@ def test_items_are_computed_beside_each_other_and_keep_their_order() -> None:
         both.wait(60)
         return item
 
-    assert Threads(2, "two").map(compute, range(4)) == [0, 1, 2, 3]
+    assert DaemonThreads(2, "two").map(compute, range(4)) == [0, 1, 2, 3]
 
 
 def test_an_error_reaches_the_caller_and_ends_no_thread() -> None:
-    threads = Threads(2, "two")
+    threads = DaemonThreads(2, "two")
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             threads.map(lambda x: 1 // x, [1, 0, 1])
@@ -32,7 +32,7 @@ def test_an_error_reaches_the_caller_and_ends_no_thread() -> None:
 
 
 def test_they_end_with_their_object() -> None:
-    threads = Threads(2, "ending")
+    threads = DaemonThreads(2, "ending")
     assert threads.map(str, [1, 2, 3]) == ["1", "2", "3"]
     del threads
     gc.collect()
@@ -45,12 +45,12 @@ def test_they_end_with_their_object() -> None:
 def test_one_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
     script = (
         "import threading\n"
-        "from dat_workers.system.threads import Threads\n"
+        "from dat_workers.system.threads import DaemonThreads\n"
         "hung = threading.Event()\n"
         "def hang(_):\n"
         "    hung.set()\n"
         "    threading.Event().wait()\n"
-        "threads = Threads(2, 'two')\n"
+        "threads = DaemonThreads(2, 'two')\n"
         "threading.Thread(target=threads.map, args=[hang, [0]], daemon=True).start()\n"
         "assert hung.wait(60)\n"
         "print('ends', flush=True)\n"

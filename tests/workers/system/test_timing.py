@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dat_workers.system.timing import Timing, alternate, cpu_clock, rates, ratio
+from dat_workers.system.timing import Timing, cpu_clock, rates, ratio, time_in_turns
 
 
 def fake(order: list[str], cost: dict[str, list[float]]) -> tuple[dict[str, Callable[[], object]], object]:
@@ -25,7 +25,7 @@ def fake(order: list[str], cost: dict[str, list[float]]) -> tuple[dict[str, Call
 def test_contestants_take_turns_forwards_and_backwards() -> None:
     order: list[str] = []
     calls, clock = fake(order, {name: [9.0, 9.0, 1.0, 2.0, 3.0] for name in "abc"})
-    timings = alternate(calls, rounds=3, warmup=2, clock=clock, least_s=0)  # type: ignore[arg-type]
+    timings = time_in_turns(calls, rounds=3, warmup=2, clock=clock, least_s=0)  # type: ignore[arg-type]
     assert "".join(order) == "aabbcc" + "abc" + "cba" + "abc"
     assert timings["b"] == Timing((1.0, 2.0, 3.0), 1)
     assert timings["b"].median == 2.0
@@ -34,7 +34,7 @@ def test_contestants_take_turns_forwards_and_backwards() -> None:
 def test_short_calls_are_joined_to_one_sample() -> None:
     order: list[str] = []
     calls, clock = fake(order, {"a": [0.01, 0.02, 0.03]})
-    timings = alternate(calls, rounds=2, warmup=1, clock=clock, least_s=0.05)  # type: ignore[arg-type]
+    timings = time_in_turns(calls, rounds=2, warmup=1, clock=clock, least_s=0.05)  # type: ignore[arg-type]
     assert len(order) == 1 + 5 + 5
     assert timings["a"].calls == 5
     assert timings["a"].seconds == pytest.approx((0.02, 0.03))
@@ -47,7 +47,7 @@ def test_one_that_fails_is_listed_and_the_others_go_on() -> None:
         if next(left, None) is None:
             raise RuntimeError("CUDA out of\n memory")
 
-    timings = alternate(
+    timings = time_in_turns(
         {"good": lambda: None, "never": lambda: 1 / 0, "tires": tires}, rounds=5, warmup=1, least_s=0
     )
     assert timings["never"].error == "ZeroDivisionError: division by zero"

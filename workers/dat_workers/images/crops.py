@@ -1,4 +1,4 @@
-"""Centre crops of pictures in files, folders and shards."""
+"""Reads pictures from files, folders and shards, and crops them to squares."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-imag
 
 
 def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, encoded bytes) of every picture in a tar shard, under a folder, or in the one file, in stored order.
+    """Yields (name, encoded bytes) of every picture in a tar shard, under a folder, or of one file.
 
-    Raises InvalidInput for a shard that is no tar file, FileNotFoundError.
+    Shards are read in their own order, folders by name. Raises InvalidInput for a shard that is not a tar file, and
+    FileNotFoundError.
     """
-    if source.suffix.lower() in PICTURE_SUFFIXES and source.is_file():
-        yield source.name, source.read_bytes()
-        return
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
             yield str(path.relative_to(source)), path.read_bytes()
+        return
+    if source.suffix.lower() in PICTURE_SUFFIXES and source.is_file():
+        yield source.name, source.read_bytes()
         return
     try:
         with tarfile.open(source) as tar:
@@ -41,7 +42,10 @@ def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
-    """uint8 [N,3,size,size]: the middle of every picture; smaller ones are enlarged first."""
+    """Returns the middle of every picture, at most `limit` of them, as uint8 [N,3,size,size].
+
+    Smaller pictures are enlarged first. Raises InvalidInput if there is no picture.
+    """
     crops = []
     for source in sources:
         for name, data in encoded_pictures(source):
@@ -54,9 +58,9 @@ def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -
 
 
 def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
-    """uint8 [N,3,size,size]: centre crops of pictures, or where none are named of photographs inside scikit-image.
+    """Returns centre crops of pictures, or without any of photographs inside scikit-image: uint8 [N,3,size,size].
 
-    Raises as `centre_crops` does, and RuntimeError where scikit-image would be needed and is not there.
+    Raises as `centre_crops` does, and RuntimeError if scikit-image is needed and not installed.
     """
     if sources:
         return centre_crops(sources, size, limit)
@@ -69,14 +73,14 @@ def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.N
 
 
 def centre_crop(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """uint8 [3,size,size]: the middle of a picture, which is enlarged first where it is smaller."""
+    """Returns the middle of a picture, uint8 [3,size,size]; a smaller picture is enlarged first."""
     picture = enlarge(picture, size)
     top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
     return picture[:, top : top + size, left : left + size]
 
 
 def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """The picture itself, or scaled up so that its shorter side is `size`."""
+    """Returns a picture whose shorter side is at least `size`: itself, or scaled up to just that."""
     _, height, width = picture.shape
     if min(height, width) >= size:
         return picture

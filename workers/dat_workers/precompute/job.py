@@ -26,7 +26,7 @@ from dat_workers.precompute.sources import (
 )
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions
 from dat_workers.precompute.worker_pool import LocalWorkers, WorkerLost, WorkerPool
-from dat_workers.system.threads import Threads
+from dat_workers.system.threads import DaemonThreads
 
 log = logging.getLogger("dat_workers")
 
@@ -232,7 +232,7 @@ class Job:
 
     def _missing_shards(self) -> list[Shard]:
         """Returns the shards that are not finished, and keeps the others."""
-        shards, threads = self.source.shards, Threads(LOOKUP_THREADS, "look")
+        shards, threads = self.source.shards, DaemonThreads(LOOKUP_THREADS, "look")
         for start in range(0, len(shards), LOOKUP_THREADS):
             some = shards[start : start + LOOKUP_THREADS]
             for shard, entry in zip(some, threads.map(self._finished_entry, some), strict=True):

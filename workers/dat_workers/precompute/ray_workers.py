@@ -18,7 +18,7 @@ from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts
 from dat_workers.precompute.worker_pool import WorkerLost
-from dat_workers.system.signals import interrupted_later
+from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_workers")
 
@@ -45,7 +45,7 @@ class RayWorkers:
 
         self._ray: Any = ray
         cluster = os.environ.get("RAY_ADDRESS")
-        with interrupted_later():
+        with delayed_signals():
             ray.init(
                 address=cluster or "local", include_dashboard=False, configure_logging=False, log_to_driver=False,
                 namespace="dat",

@@ -17,7 +17,7 @@ from dat_client.dataset_format.naming import expand, output_name
 from dat_client.errors import shown
 from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
 from dat_workers.errors import InvalidInput
-from dat_workers.system.threads import Threads
+from dat_workers.system.threads import DaemonThreads
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
 NOT_STORAGE = ("builtins", "dat_workers", "ray")  # packages whose exceptions do not come from a storage
@@ -71,7 +71,7 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     shards: list[Shard] = []
     tars: dict[str, int] = {}
     folders = []
-    for fs, path, info in Threads(LOOKUP_THREADS, "look").map(look_up, addresses):
+    for fs, path, info in DaemonThreads(LOOKUP_THREADS, "look").map(look_up, addresses):
         if info["type"] != "directory":
             tars[fs.unstrip_protocol(path)] = info.get("size") or 0
             continue

@@ -1,4 +1,4 @@
-"""Signals while a library starts that does not take them."""
+"""Delays signals while a library starts that does not survive them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def interrupted_later() -> Iterator[None]:
-    """Keeps Ctrl-C, SIGTERM and what a closed terminal says until the block has ended.
+def delayed_signals() -> Iterator[None]:
+    """Delivers Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only when the block has ended.
 
     Ray, interrupted while it starts, crashes when it is shut down; and it sets a handler of its own for SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted: list[int] = []
-    # the default, and what is ignored, stays so: neither raises
+    received: list[int] = []
+    # Only signals with a Python handler can raise in the block: the defaults and ignored ones stay as they are.
     handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
     for number in handlers:
-        signal.signal(number, lambda number, _: noted.append(number))
+        signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, handler in handlers.items():
-            if number in noted:
+            if number in received:
                 handler(number, None)

@@ -1,4 +1,4 @@
-"""Threads that compute a few things beside each other, and hold up nobody's end."""
+"""A small thread pool that never keeps the process from ending."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ R = TypeVar("R")
 Tasks: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[Any], Any], Any] | None]"
 
 
-class Threads:
-    """A number of daemon threads; they end with this object.
+class DaemonThreads:
+    """A number of daemon threads that map functions over items; they end with this object.
 
-    >>> Threads(2, "beside").map(abs, [-1, 2, -3])
+    >>> DaemonThreads(2, "example").map(abs, [-1, 2, -3])
     [1, 2, 3]
 
-    Python joins the threads of a ThreadPoolExecutor before it ends: with one of them hung it never does.
+    A ThreadPoolExecutor will not do: Python joins its threads before it exits, so with one of them hung it never
+    exits.
     """
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: Tasks = queue.SimpleQueue()
         for i in range(count):
-            threading.Thread(target=_work, args=[self._tasks], name=f"{name}-{i}", daemon=True).start()
+            threading.Thread(target=_run_tasks, args=[self._tasks], name=f"{name}-{i}", daemon=True).start()
             weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def map(self, compute: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`compute` of each item, in their order; raises what the first that fails raises, and begins no more."""
+        """Returns `compute` of each item, in their order.
+
+        Raises the exception of the first item that fails; items that have not begun by then are cancelled.
+        """
         futures: list[Future[R]] = []
         for item in items:
             futures.append(Future())
@@ -43,7 +47,7 @@ class Threads:
                 future.cancel()
 
 
-def _work(tasks: Tasks) -> None:
+def _run_tasks(tasks: Tasks) -> None:
     while (task := tasks.get()) is not None:
         future, compute, item = task
         if future.set_running_or_notify_cancel():

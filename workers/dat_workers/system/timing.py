@@ -1,4 +1,4 @@
-"""Contestants alternate in one run: what the machine does meanwhile, it does to all of them."""
+"""Times contestants in turns within one run, so that disturbances of the machine hit all of them alike."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 Clock = Callable[[Callable[[], object], int], float]
 
-LEAST_S = 0.05  # a sample shorter than this is made of several calls: clocks and launches are noisy below
+LEAST_S = 0.05  # a sample is at least this long, if need be of several calls: clocks and launches are noisy below
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call of one contestant, one number a round; or why there are none."""
+    """The seconds per call of one contestant, one number for each round; or the error that put it out."""
 
     seconds: tuple[float, ...]
     calls: int = 0  # of the contestant, behind each number
@@ -30,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as another contestant, from the rounds both have run."""
+    """The speed of a contestant relative to another one, from the rounds that both have run."""
 
     median: float
     low: float
@@ -38,7 +38,7 @@ class Ratio:
 
 
 def cpu_clock(call: Callable[[], object], calls: int) -> float:
-    """Wall-clock seconds of so many calls."""
+    """Returns the wall-clock seconds of so many calls."""
     started = time.perf_counter()
     for _ in range(calls):
         call()
@@ -46,7 +46,7 @@ def cpu_clock(call: Callable[[], object], calls: int) -> float:
 
 
 def cuda_clock(call: Callable[[], object], calls: int) -> float:
-    """Seconds between two CUDA events around so many calls, queues empty before and after.
+    """Returns the seconds between two CUDA events around so many calls, with the GPU idle before and after.
 
     A contestant that works on streams of its own must make the current one wait for them.
     """
@@ -61,16 +61,16 @@ def cuda_clock(call: Callable[[], object], calls: int) -> float:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """CUDA events on a GPU, else the wall clock."""
+    """Returns the clock for a device: CUDA events on a GPU, else the wall clock."""
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
 def one_line(error: BaseException) -> str:
-    """An error as text: kept as an exception it would keep its frames' tensors alive."""
+    """Returns an error as text; kept as an exception it would keep its frames' tensors alive."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
-def alternate(
+def time_in_turns(
     contestants: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
@@ -78,15 +78,15 @@ def alternate(
     clock: Clock = cpu_clock,
     least_s: float = LEAST_S,
 ) -> dict[str, Timing]:
-    """Times the contestants round by round, forwards and backwards in turn, so that a drift hits all alike.
+    """Times the contestants round by round, in alternating order, so that a drift affects all alike.
 
-    >>> timings = alternate({"sum": lambda: sum(range(999)), "none": lambda: None}, rounds=3, least_s=0)
+    >>> timings = time_in_turns({"sum": lambda: sum(range(999)), "none": lambda: None}, rounds=3, least_s=0)
     >>> sorted(timings), len(timings["sum"].seconds)
     (['none', 'sum'], 3)
 
-    Each is called `warmup` times before any is measured, at least once; the last of these calls decides how many
-    calls make one sample of `least_s`. One that raises (out of memory, a shape it cannot run) is out from there
-    on and carries its error; the others go on.
+    Each contestant is called `warmup` times, at least once, before any is measured; the last of these calls decides
+    how many calls make one sample of `least_s`. A contestant that raises (out of memory, a shape it cannot run) is
+    out from then on and its timing carries the error; the others go on.
     """
     calls: dict[str, int] = {}
     errors: dict[str, str] = {}
@@ -94,8 +94,8 @@ def alternate(
     for name, call in contestants.items():
         try:
             for _ in range(max(1, warmup)):
-                one = clock(call, 1)
-            calls[name] = max(1, min(1000, round(least_s / max(one, 1e-9))))
+                call_s = clock(call, 1)
+            calls[name] = max(1, min(1000, round(least_s / max(call_s, 1e-9))))
         except Exception as error:
             errors[name] = one_line(error)
     for i in range(rounds):
@@ -113,7 +113,7 @@ def alternate(
 
 
 def ratio(timing: Timing, baseline: Timing) -> Ratio | None:
-    """Times as fast as the baseline, round by round: median, lowest, highest. None where either did not run."""
+    """Returns how many times as fast as the baseline a contestant is, by rounds; None if either did not run."""
     if timing.error or baseline.error or not timing.seconds:
         return None
     each = [theirs / ours for ours, theirs in zip(timing.seconds, baseline.seconds, strict=True)]
@@ -121,7 +121,7 @@ def ratio(timing: Timing, baseline: Timing) -> Ratio | None:
 
 
 def rates(timing: Timing, images: int) -> dict[str, Any]:
-    """A timing in images/s, ready for JSON: median, lowest, highest, every round; or the error."""
+    """Returns a timing in images/s, ready for JSON: median, lowest, highest and every round; or the error."""
     if timing.error:
         return {"error": timing.error}
     each = [images / s for s in timing.seconds]

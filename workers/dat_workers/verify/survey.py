@@ -18,7 +18,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs
-from dat_workers.system.timing import alternate, clock_for, one_line
+from dat_workers.system.timing import clock_for, one_line, time_in_turns
 from dat_workers.verify.agreement import Agreement, ReferenceOutputs, compare_outputs
 from dat_workers.verify.diagnose import find_overflow
 
@@ -122,7 +122,7 @@ def _images_per_s(engines: Mapping[str, Engine], images: torch.Tensor, rounds: i
         return {}
     device = next(iter(engines.values())).device
     calls = {name: partial(_q, engine, images.to(engine.device)) for name, engine in engines.items()}
-    timings = alternate(calls, rounds=rounds, warmup=1, clock=clock_for(device), least_s=0)
+    timings = time_in_turns(calls, rounds=rounds, warmup=1, clock=clock_for(device), least_s=0)
     return {name: len(images) / timing.median for name, timing in timings.items() if not timing.error}
 
 

@@ -14,7 +14,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.cpu.engine import CpuEngine, FastDecoder, FoldedUpsample, normed
 from dat_workers.engines.factory import create
 from dat_workers.errors import EngineError
-from dat_workers.system.threads import Threads
+from dat_workers.system.threads import DaemonThreads
 from dat_workers.verify.agreement import compare
 
 
@@ -47,7 +47,7 @@ def test_two_at_a_time_are_as_one_after_the_other(engine: CpuEngine, photographs
     other = create(EngineConfig("cpu", device="cpu"), load_model("tiny-f8"))
     assert isinstance(other, CpuEngine)
     other.threads = None
-    engine.threads = engine.threads or Threads(2, "codec")
+    engine.threads = engine.threads or DaemonThreads(2, "codec")
     indices = other.encode(images)
     pictures = other.decode(indices)
     for _ in range(10):

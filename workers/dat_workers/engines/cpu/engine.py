@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dat_workers.codecs.networks.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsample
 from dat_workers.engines.base import Engine, mark_non_finite
 from dat_workers.engines.cpu.ball_search import GroupSearch
-from dat_workers.system.threads import Threads
+from dat_workers.system.threads import DaemonThreads
 
 CHANNELS_LAST = torch.channels_last
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
@@ -46,7 +46,7 @@ class CpuEngine(Engine):
         self.search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
         # torch's threads wait for each other after every layer: what one image leaves idle, another one takes
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
-        self.threads = Threads(2, "codec") if all_cores else None
+        self.threads = DaemonThreads(2, "codec") if all_cores else None
         keep_freed_memory()
 
     def encode(self, images: Tensor) -> Tensor:
