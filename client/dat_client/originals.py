@@ -10,13 +10,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from dat_client.dataset_format.naming import (
-    expand,
-    has_wildcards,
-    key_and_suffix,
-    picture_field,
-    source_name,
-)
+from dat_client.dataset_format.naming import expand, key_and_suffix, picture_field, source_name
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
 from dat_client.errors import InvalidDataset
 from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
@@ -53,13 +47,12 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
     if pictures:
         return dict.fromkeys(manifest, address(text))
     names = {shard: source_name(shard, str(entry["source"]["name"])) for shard, entry in manifest.items()}
-    is_pattern = ("{" in text or has_wildcards(text)) and not _exists(text)
-    if not is_pattern and not text.lower().endswith(TAR_SUFFIXES):
-        return {shard: f"{address(text)}/{name}" for shard, name in names.items()}
     try:
-        urls = [address(url) for _, matches in expand(text, _open) for url in matches]
+        urls = [address(url) for _, matches in expand(text, lambda url: url_to_fs(address(url))) for url in matches]
     except ValueError as error:
         raise InvalidDataset(f"source: {text} has braces that are not in pairs ({error})") from error
+    if urls == [address(text)] and not text.lower().endswith(TAR_SUFFIXES):
+        return {shard: f"{urls[0]}/{name}" for shard, name in names.items()}
     by_name: dict[str, list[str]] = {}
     for url in urls:
         by_name.setdefault(posixpath.basename(url), []).append(url)
@@ -70,16 +63,6 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
             raise InvalidDataset(f"source: {len(matches)} of {text} are named {name}, must be one")
         found[shard] = matches[0]
     return found
-
-
-def _open(text: str) -> tuple[Any, str]:
-    fs, path = url_to_fs(address(text))
-    return fs, path
-
-
-def _exists(text: str) -> bool:
-    fs, path = _open(text)
-    return bool(fs.exists(path))
 
 
 def picture_finder(origin: str, pictures: bool) -> Callable[[str], bytes | None]:

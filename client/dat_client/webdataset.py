@@ -121,13 +121,9 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
     fs, path = url_to_fs(f"{address(dst)}/{RECIPE_FILE}")
     try:
         settings = json.loads(fs.cat_file(path))
-    except FileNotFoundError as error:
-        message = f"{os.fspath(dst)}: no {RECIPE_FILE} in it, so it is not what dat precompute wrote"
-        raise InvalidDataset(message) from error
-    except ValueError as error:
-        message = (
-            f"{os.fspath(dst)}: its {RECIPE_FILE} is not JSON ({error}), so it is not what dat precompute wrote"
-        )
+    except (FileNotFoundError, ValueError) as error:
+        problem = f"not JSON ({error})" if isinstance(error, ValueError) else "missing"
+        message = f"{os.fspath(dst)}: its {RECIPE_FILE} is {problem}, so dat precompute did not write this folder"
         raise InvalidDataset(message) from error
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:

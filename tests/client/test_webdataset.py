@@ -325,6 +325,11 @@ def test_fsspec_addresses(pair: tuple[Path, Path], tmp_path: Path, address: str)
     fs.rm(fsspec.url_to_fs(base)[1], recursive=True)
 
 
+def test_chained_addresses_in_patterns(pair: tuple[Path, Path]) -> None:
+    source = f"simplecache::file://{pair[0]}/train-{{000000..000004}}.tar"
+    assert len(list(load(pair[1], source=source))) == len(KEPT)
+
+
 def test_relative_paths_and_a_home(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pair[1].parent)
     data = load("dst", source="src/train-{000000..000004}.tar")
@@ -374,9 +379,9 @@ def test_what_is_not_there_is_said(own: tuple[Path, Path], options: dict[str, An
 
 def test_what_is_no_dst_is_said(own: tuple[Path, Path]) -> None:
     src, dst = own
-    with pytest.raises(InvalidDataset, match=r"src: no precompute.json"):
+    with pytest.raises(InvalidDataset, match=r"src: its precompute.json is missing"):
         load(src)
-    with pytest.raises(InvalidDataset, match=r"nowhere: no precompute.json"):
+    with pytest.raises(InvalidDataset, match=r"nowhere: its precompute.json is missing"):
         load(f"memory://nowhere{random.randrange(1 << 60)}/nowhere")
     edited(dst, "precompute.json", format=2)
     with pytest.raises(InvalidDataset, match="format 2, this dat-client reads 1"):

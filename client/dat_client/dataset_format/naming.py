@@ -96,10 +96,6 @@ def source_name(shard: str, source_address: str) -> str:
     return stem + posixpath.basename(source_address)[len(posixpath.basename(stem)) :]
 
 
-def has_wildcards(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
 def expand(pattern: str, open_address: Callable[[str], tuple[Any, str]]) -> Iterator[tuple[str, list[str]]]:
     """Yields each address that the braces of a pattern stand for, with the addresses that its wildcards match.
 
@@ -115,7 +111,7 @@ def expand(pattern: str, open_address: Callable[[str], tuple[Any, str]]) -> Iter
 
     for address in braceexpand(pattern) if "{" in pattern and not exists(pattern) else [pattern]:
         fs, path = open_address(address)
-        if has_wildcards(path) and not fs.exists(path):
+        if any(character in path for character in "*?[") and not fs.exists(path):
             yield address, [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
         else:
             yield address, [address]

@@ -4,7 +4,7 @@
     sources.py         finds the source shards that SRC stands for
     recipe.py          the settings that decide the bytes of a shard (DST/precompute.json)
     output_folder.py   DST: finished shards and their manifest, unfinished files and locks of jobs
-    worker_pool.py     workers in this process
+    local_workers.py   workers in this process
     ray_workers.py     workers as Ray actors; notices the ones that are killed
     worker.py          one codec and the shards that go through it; skips samples that are not usable
     pipeline.py        the way of one sample: decode its picture, Q, encode its fields

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from dat_client.dataset_format.naming import INDICES_FIELD, picture_field
+from dat_client.dataset_format.naming import INDICES_FIELD, picture_field, view_prefix
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample
 from dat_workers.batching.device_copies import Array
 from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
@@ -96,7 +96,7 @@ def first_view(sample: Sample, recipe: Recipe) -> Array:
 
 def reconstruction(output: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:
     """Returns Q(x) of view 0 of an output sample, uint8 [3,H,W]."""
-    prefix = recipe.prefix(0)
+    prefix = view_prefix(0, recipe.views)
     if "reconstruction" in recipe.outputs:
         name = f"{prefix}{recipe.picture}"
         return decode_picture(output.fields[name], field=name)

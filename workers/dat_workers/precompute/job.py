@@ -14,18 +14,12 @@ from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.precompute.contact_sheet import contact_sheet
+from dat_workers.precompute.local_workers import LocalWorkers
 from dat_workers.precompute.output_folder import OutputFolder
+from dat_workers.precompute.ray_workers import RayWorkers
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import (
-    LOOKUP_THREADS,
-    PICTURES_A_SHARD,
-    Shard,
-    Source,
-    find,
-    naming_address,
-)
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions
-from dat_workers.precompute.worker_pool import LocalWorkers, WorkerLost, WorkerPool
+from dat_workers.precompute.sources import LOOKUP_THREADS, PICTURES_A_SHARD, Shard, Source, find, naming_address
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, WorkerLost
 from dat_workers.system.threads import DaemonThreads
 
 log = logging.getLogger("dat_workers")
@@ -152,12 +146,10 @@ def precompute(
     with naming_address(dst):
         folder.begin()
     try:
-        if ray:
-            from dat_workers.precompute.ray_workers import RayWorkers
-
-            pool: WorkerPool = RayWorkers(codec, engine_config, workers, gpus)
-        else:
-            pool = LocalWorkers(codec, engine_config, workers)
+        pool: LocalWorkers | RayWorkers
+        pool = (
+            RayWorkers(codec, engine_config, workers, gpus) if ray else LocalWorkers(codec, engine_config, workers)
+        )
         try:
             recipe = pool.complete(recipe)
             with naming_address(dst):
@@ -180,27 +172,24 @@ def check_apart(source: Source, folder: OutputFolder) -> None:
             raise InvalidInput("dst", folder.address, f"another folder than that of the source, {shard.address}")
 
 
+@dataclass
 class Job:
     """Gives missing shards to workers until all are finished."""
 
-    def __init__(
-        self,
-        source: Source,
-        folder: OutputFolder,
-        recipe: Recipe,
-        pool: WorkerPool,
-        skip: bool,
-        check_hashes: bool,
-        report: Callable[[JobProgress], None],
-    ) -> None:
-        self.source, self.folder, self.recipe, self.pool = source, folder, recipe, pool
-        self.check_hashes = check_hashes
-        self.options = ShardOptions(recipe, folder.full_address, folder.job, skip)
-        self.report = report
+    source: Source
+    folder: OutputFolder
+    recipe: Recipe
+    pool: LocalWorkers | RayWorkers
+    skip: bool
+    check_hashes: bool
+    report: Callable[[JobProgress], None]
+
+    def __post_init__(self) -> None:
+        self.options = ShardOptions(self.recipe, self.folder.full_address, self.folder.job, self.skip)
         self.began = time.monotonic()
         self.done: dict[str, ManifestEntry] = {}
         self.shards_kept = self.nbytes_kept = self.workers_lost = 0
-        self.nbytes = sum(shard.nbytes for shard in source.shards)
+        self.nbytes = sum(shard.nbytes for shard in self.source.shards)
 
     def run(self) -> Summary:
         missing = self._missing_shards()

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field
+from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field, view_prefix
 from dat_client.dataset_format.tar_samples import Sample
 from dat_workers.batching.batcher import Batcher
 from dat_workers.batching.device_copies import Array
@@ -122,7 +122,7 @@ class SamplePipeline:
         views = pending.result()
         for i, view in enumerate(views):
             outputs = view.result.result().outputs
-            prefix = recipe.prefix(i)
+            prefix = view_prefix(i, recipe.views)
             if "reconstruction" in recipe.outputs:
                 height, width = view.x.shape[1:]
                 reconstruction = outputs["reconstruction"][0, :, :height, :width]

@@ -16,8 +16,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts
-from dat_workers.precompute.worker_pool import WorkerLost
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts, WorkerLost
 from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_workers")
@@ -76,10 +75,12 @@ class RayWorkers:
             raise
 
     def complete(self, recipe: Recipe) -> Recipe:
+        """As `Worker.complete`."""
         completed: Recipe = self._get(self._actors[0].complete.remote(recipe))
         return completed
 
     def ready(self) -> Collection[int]:
+        """Returns the workers that accept shards. Raises what ended a worker that will never accept any."""
         for i, first_call in list(self._starting.items()):
             if not self._ray.wait([first_call], timeout=0)[0]:
                 continue
@@ -93,6 +94,7 @@ class RayWorkers:
         return [i for i in range(self.workers) if i not in self._starting]
 
     def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
+        """As `Worker.make_shard`, in its actor; the future may also raise WorkerLost."""
         actor = self._actors[worker]
         result: Future[ManifestEntry] = Future()
 
@@ -114,6 +116,7 @@ class RayWorkers:
         return result
 
     def counts(self) -> WorkerCounts:
+        """Returns the counts of all workers together."""
         calls = {actor.counts.remote(): i for i, actor in enumerate(self._actors)}
         ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=COUNTS_TIMEOUT_S)
         for call in ready:
@@ -126,10 +129,12 @@ class RayWorkers:
         return sum(self._latest, self._of_ended)
 
     def decode(self, indices: Array) -> Array:
+        """As `Worker.decode`."""
         pictures: Array = self._get(self._actors[0].decode.remote(indices))
         return pictures
 
     def stop(self) -> None:
+        """Ends all workers and their work."""
         self._ray.shutdown()
 
     def _get(self, call: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from dat_client.dataset_format.manifest import FORMAT
-from dat_client.dataset_format.naming import number_of_views, view_prefix
+from dat_client.dataset_format.naming import number_of_views
 from dat_client.errors import shown
 from dat_workers.errors import InvalidInput
 
@@ -94,10 +94,6 @@ class Recipe:
     def id(self) -> str:
         """Twelve hex digits that identify the settings: all shards of a folder have the same."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
-
-    def prefix(self, view: int) -> str:
-        """Returns what precedes the field names of a view; nothing where a sample has a single view."""
-        return view_prefix(view, self.views)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any, Self
 
 from dat_client.dataset_format.naming import key_and_suffix
-from dat_client.dataset_format.tar_samples import Readable, Sample, samples_in_tar
+from dat_client.dataset_format.tar_samples import Sample, samples_in_tar
 from dat_workers.precompute.sources import Shard, file_sha256, open_address
 
 
@@ -32,8 +32,11 @@ class ShardReader:
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def count(self, data: bytes) -> bytes:
-        """Adds bytes that were read to `nbytes` and `sha256`, and returns them."""
+    def read(self, size: int = -1, /) -> bytes:
+        """Reads, counts and hashes bytes of the tar; tarfile calls it."""
+        return self._count(self._file.read(size))
+
+    def _count(self, data: bytes) -> bytes:
         self.nbytes += len(data)
         self._digest.update(data)
         return data
@@ -51,7 +54,7 @@ class ShardReader:
         for name in self.shard.files:
             key, suffix = key_and_suffix(name)
             try:
-                data = self.count(fs.cat_file(f"{folder.rstrip('/')}/{name}"))
+                data = self._count(fs.cat_file(f"{folder.rstrip('/')}/{name}"))
             except OSError as error:
                 yield Sample(key, problem=str(error))
                 continue
@@ -63,17 +66,8 @@ class ShardReader:
     def _from_tar(self) -> Iterator[Sample]:
         fs, path = open_address(self.shard.address)
         with fs.open(path, "rb") as file:
-            yield from samples_in_tar(CountedFile(file, self))
-
-
-class CountedFile:
-    """A file whose reader counts every byte that is read from it."""
-
-    def __init__(self, file: Readable, reader: ShardReader) -> None:
-        self._file, self._reader = file, reader
-
-    def read(self, size: int = -1, /) -> bytes:
-        return self._reader.count(self._file.read(size))
+            self._file = file
+            yield from samples_in_tar(self)
 
 
 def source_sha256(shard: Shard) -> str:

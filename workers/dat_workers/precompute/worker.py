@@ -37,6 +37,10 @@ class SampleFailed(RuntimeError):
     """A sample is not usable, and none may be skipped; names the shard and the sample."""
 
 
+class WorkerLost(RuntimeError):
+    """A worker ended or can compute nothing more before its shard was finished; another one replaces it."""
+
+
 class Stopped(RuntimeError):
     """The job was stopped before the shard was finished."""
 

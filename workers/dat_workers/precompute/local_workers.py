@@ -1,11 +1,10 @@
-"""The workers that make the shards of a job: in this process, or Ray actors (ray_workers.py)."""
+"""Workers in this process; `RayWorkers` (ray_workers.py) has the same methods."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -18,42 +17,8 @@ from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts
 
 
-class WorkerLost(RuntimeError):
-    """A worker ended or can compute nothing more before its shard was finished; another one replaces it."""
-
-
-class WorkerPool(Protocol):
-    """Numbered workers, each with a codec of its own."""
-
-    workers: int
-
-    def complete(self, recipe: Recipe) -> Recipe:
-        """As `Worker.complete`."""
-        ...
-
-    def ready(self) -> Collection[int]:
-        """Returns the workers that accept shards. Raises WorkerLost where one never will again."""
-        ...
-
-    def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
-        """As `Worker.make_shard`; the future may also raise WorkerLost."""
-        ...
-
-    def counts(self) -> WorkerCounts:
-        """Returns the counts of all workers together."""
-        ...
-
-    def decode(self, indices: Array) -> Array:
-        """As `Worker.decode`."""
-        ...
-
-    def stop(self) -> None:
-        """Ends all workers and their work."""
-        ...
-
-
 class LocalWorkers:
-    """Workers in this process: with CUDA they take turns on the GPUs; on a CPU one is as fast as many."""
+    """Numbered workers, each with a codec: with CUDA they take turns on the GPUs; on a CPU one suffices."""
 
     def __init__(self, codec: str, config: EngineConfig, workers: int) -> None:
         self.workers = workers
@@ -69,21 +34,27 @@ class LocalWorkers:
             raise
 
     def complete(self, recipe: Recipe) -> Recipe:
+        """As `Worker.complete`."""
         return self._workers[0].complete(recipe)
 
     def ready(self) -> Collection[int]:
+        """Returns the workers that accept shards."""
         return range(self.workers)
 
     def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
+        """As `Worker.make_shard`, in a thread."""
         return self._threads.submit(self._workers[worker].make_shard, shard, options)
 
     def counts(self) -> WorkerCounts:
+        """Returns the counts of all workers together."""
         return sum((worker.counts() for worker in self._workers), WorkerCounts())
 
     def decode(self, indices: Array) -> Array:
+        """As `Worker.decode`."""
         return self._workers[0].decode(indices)
 
     def stop(self) -> None:
+        """Ends all workers and their work."""
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown(cancel_futures=True)
