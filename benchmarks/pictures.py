@@ -1,4 +1,4 @@
-"""What is discretized in measurements."""
+"""Images for measurements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 from dat_workers.images.crops import sample_crops
 
 
-def pictures(number: int, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 [number,3,side,side]: scikit-image's photographs, shifted; smooth noise where it is not installed.
+def shifted_photographs(number: int, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Returns uint8 [number,3,side,side]: the photographs inside scikit-image, each shifted by another distance.
 
-    >>> pictures(3, 16).shape
+    Without scikit-image it returns smooth noise.
+
+    >>> shifted_photographs(3, 16).shape
     (3, 3, 16, 16)
     """
     try:

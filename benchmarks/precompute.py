@@ -30,8 +30,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.codec.report import columns
 from benchmarks.machine import cpu_name
+from benchmarks.tables import aligned
 from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
@@ -81,7 +81,7 @@ def compared(contestants: dict[str, Callable[[], float]], rounds: int, images: i
     rows = [["", "images/s", "lowest", "highest", "the job is times as fast"]]
     for name, timing in timings.items():
         rows.append([name, *spread(timing, images), against(first, timing)])
-    return columns(rows)
+    return aligned(rows)
 
 
 def spread(timing: Timing, images: int) -> list[str]:

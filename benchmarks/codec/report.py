@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns, the first to the left, the others to the right; the first row is the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
+from benchmarks.tables import aligned, rate, times
 
 
-def rate(result: dict[str, Any] | None) -> str:
-    """Images/s, median (lowest to highest)."""
+def speed(result: dict[str, Any] | None) -> str:
+    """Returns the images/s of an operation."""
     if not result:
         return "–"
-    if "error" in result:
-        return "failed"
-    return f"{result['images_per_s']:.4g} ({result['low']:.4g}–{result['high']:.4g})"
+    return "failed" if "error" in result else rate(result["rounds"])
 
 
-def times(result: dict[str, Any] | None) -> str:
-    """How many times as fast as the baseline, median (lowest to highest)."""
-    found = (result or {}).get("times_baseline")
-    return f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
+def baseline_times(result: dict[str, Any] | None) -> str:
+    """Returns how many times as fast as the baseline."""
+    return times((result or {}).get("times_baseline"))
 
 
 def share(value: float | None, digits: int = 1) -> str:
@@ -66,13 +55,13 @@ def show_cell(cell: dict[str, Any]) -> str:
         if not r["finite"]:
             failed.append(f"{r['contestant']}: its pictures are not finite")
         q = r.get("q")
-        numbers = [rate(q), times(q), share((q or {}).get("share_of_peak"))]
-        numbers += [rate(r.get(operation)) for operation in ("encode", "decode", "host")]
+        numbers = [speed(q), baseline_times(q), share((q or {}).get("share_of_peak"))]
+        numbers += [speed(r.get(operation)) for operation in ("encode", "decode", "host")]
         rows.append([r["contestant"], *numbers, size(r["peak_bytes"]), share(r.get("token_agreement"), 3)])
     title = (
         f"\nbatch {cell['batch']}, {cell['size']} x {cell['size']}: images/s, median (lowest–highest) of the rounds"
     )
-    return "\n".join([title, columns(rows), *failed])
+    return "\n".join([title, aligned(rows), *failed])
 
 
 def show_steps(steps: dict[str, Any]) -> str:
@@ -86,12 +75,12 @@ def show_steps(steps: dict[str, Any]) -> str:
         if measured:
             q = measured.get("q")
             shown = [
-                measured.get("error") or rate(q),
-                times(q),
-                rate(measured.get("host")),
+                measured.get("error") or speed(q),
+                baseline_times(q),
+                speed(measured.get("host")),
                 size(measured.get("peak_bytes")),
             ]
         rows.append([r["tricks"], f"{predicted:.4g}", f"{predicted / none:.2f}", *shown])
     title = f"\nsteps: torch {steps['dtype']}, batch {steps['batch']}, {steps['size']} x {steps['size']}"
     why = [f"not measured: {steps['not_measured']}"] if "not_measured" in steps else []
-    return "\n".join([title, f"predicted for {steps['limits']['source']} (roofline.py)", columns(rows), *why])
+    return "\n".join([title, f"predicted for {steps['limits']['source']} (roofline.py)", aligned(rows), *why])

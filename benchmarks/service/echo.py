@@ -1,7 +1,7 @@
-"""Part `bytes`: 128 images of 224 x 224 uint8 there and back, through `identity` and through echoes.
+"""Part `bytes`: 128 images of 224 x 224 uint8 there and back, through `identity` and through echo servers.
 
-All servers are up at the same time, idle but for the one whose turn it is. MB/s are the 19.3 MB of the images over
-the time of the whole call: one way's bytes, though both ways are made.
+All servers are up at the same time, but only one is busy. MB/s are the 19.3 MB of the images over the time of the
+whole call, so they count the bytes of one direction, although both directions are travelled.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import base64
 import contextlib
 import json
 import socket
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from benchmarks.latency import alternate_calls
 from benchmarks.processes import clean_environment, dat_serve
 from benchmarks.service.peers.socket_echo import LENGTH
 from dat_client import Client
@@ -28,42 +28,44 @@ from dat_workers.system.timing import one_line, ratio, time_in_turns
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Call = Callable[[], object]
-Say = Callable[[str], None]
 
 CEILING, FASTAPI, RAY, LITSERVE = "raw socket echo", "FastAPI + uvicorn", "Ray Serve, default proxy", "LitServe"
 LOCAL, SERVE, TRITON = "dat serve --local, Client", "dat serve, Client", "dat serve, tritonclient"
-BARS = {FASTAPI: 0.95, RAY: 3.0, CEILING: 0.5}  # what dat serve must be at least, as times the other's speed
-TAIL_BAR = 2.0  # p99 over the median
-TAIL_BLOCK = 25
-WITHIN_S = 60.0
+TARGETS = {FASTAPI: 0.95, RAY: 3.0, CEILING: 0.5}  # least speed of `dat serve`, as a multiple of the peer's
+TAIL_TARGET = 2.0  # largest p99 over the median
+CALL_TIMEOUT_S = 60.0
 
 
-def run(rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls: int = 300) -> dict[str, Any]:
-    """Times every contestant, and the tail of `dat serve` and of FastAPI. Raises where ours does not run."""
+def run(
+    rounds: int, report: Callable[[str], None], *, images: int = 128, side: int = 224, tail_calls: int = 300
+) -> dict[str, Any]:
+    """Times every contestant, and single calls of `dat serve` and of FastAPI.
+
+    Peers that do not start are left out. Raises RuntimeError if `dat serve` fails.
+    """
     batch = np.random.default_rng(0).integers(0, 256, (images, 3, side, side), np.uint8)
-    out: dict[str, Any] = {"part": "bytes", "bytes": batch.nbytes, "images": images, "side": side, "left_out": {}}
+    left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         calls: dict[str, Call] = {}
-        say("bytes: starting dat serve, on Ray and --local")
+        report("bytes: starting dat serve, on Ray and --local")
         served = stack.enter_context(dat_serve("--codec", "identity")).url
         local = stack.enter_context(dat_serve("--codec", "identity", "--local")).url
-        calls[SERVE] = stack.enter_context(ours(served, batch))
-        calls[LOCAL] = stack.enter_context(ours(local, batch))
-        others = PEERS | {TRITON: lambda batch: triton(served, batch)}
-        for name, start in others.items():
-            say(f"bytes: starting {name}")
+        calls[SERVE] = stack.enter_context(dat_client_call(served, batch))
+        calls[LOCAL] = stack.enter_context(dat_client_call(local, batch))
+        for name, start in (PEERS | {TRITON: lambda batch: triton_call(served, batch)}).items():
+            report(f"bytes: starting {name}")
             try:
                 calls[name] = stack.enter_context(start(batch))
             except (StartFailed, ImportError) as error:
-                out["left_out"][name] = one_line(error)
-                say(f"bytes: {name} is left out: {one_line(error)}")
-        say(f"bytes: {rounds} rounds of {len(calls)} contestants")
+                left_out[name] = one_line(error)
+                report(f"bytes: {name} is left out: {one_line(error)}")
+        report(f"bytes: {rounds} rounds of {len(calls)} contestants")
         timings = time_in_turns(calls, rounds=rounds, warmup=5, least_s=0.5)
         if timings[SERVE].error:
             raise RuntimeError(f"{SERVE}: {timings[SERVE].error}")
-        say(f"bytes: {tail_calls} calls each for the tail")
-        tails = tail({name: calls[name] for name in (SERVE, FASTAPI) if name in calls}, tail_calls)
-    out["results"] = []
+        report(f"bytes: {tail_calls} single calls each")
+        tails = alternate_calls({name: calls[name] for name in (SERVE, FASTAPI) if name in calls}, tail_calls)
+    rows = []
     for name, timing in timings.items():
         row: dict[str, Any] = {"contestant": name}
         if timing.error:
@@ -77,40 +79,21 @@ def run(rounds: int, say: Say, *, images: int = 128, side: int = 224, tail_calls
             if name in tails:
                 row["tail"] = tails[name]
             if (times := ratio(timings[SERVE], timing)) and name != SERVE:
-                row["ours_times"] = {"median": times.median, "low": times.low, "high": times.high}
-        out["results"].append(row)
-    return out
-
-
-def tail(calls: Mapping[str, Call], number: int) -> dict[str, dict[str, float]]:
-    """Median and 99th percentile of single calls, the contestants alternating in blocks."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    while any(len(taken) < number for taken in seconds.values()):
-        for name, call in calls.items():
-            for _ in range(min(TAIL_BLOCK, number)):
-                began = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - began)
-    return {name: percentiles(taken) for name, taken in seconds.items()}
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """`calls`, `median_s`, `p99_s`, `longest_s` of call times, and p99 over the median."""
-    ordered = sorted(seconds)
-    median = statistics.median(ordered)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+                row["ours_times"] = vars(times)
+        rows.append(row)
     return {
-        "calls": len(ordered),
-        "median_s": median,
-        "p99_s": p99,
-        "longest_s": ordered[-1],
-        "p99_over_median": p99 / median,
+        "part": "bytes",
+        "bytes": batch.nbytes,
+        "images": images,
+        "side": side,
+        "left_out": left_out,
+        "results": rows,
     }
 
 
 @contextlib.contextmanager
-def socket_echo(batch: Images) -> Iterator[Call]:
-    """Both ends with one buffer each that is used again and again."""
+def socket_call(batch: Images) -> Iterator[Call]:
+    """Yields a call through plain sockets; both ends use one buffer again and again."""
     with peer("socket_echo") as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sent, back = batch.data.cast("B"), memoryview(bytearray(batch.nbytes))
@@ -118,20 +101,23 @@ def socket_echo(batch: Images) -> Iterator[Call]:
         def call() -> memoryview:
             connection.sendall(LENGTH.pack(len(sent)))
             connection.sendall(sent)
-            at = 0
-            while at < len(back):
-                read = connection.recv_into(back[at:])
-                if not read:
-                    raise ConnectionError("the echo has ended")
-                at += read
+            received = 0
+            while received < len(back):
+                count = connection.recv_into(back[received:])
+                if not count:
+                    raise ConnectionError("the echo server has ended")
+                received += count
             return back
 
         yield checked(call, batch)
 
 
 @contextlib.contextmanager
-def http_echo(module: str, batch: Images, *, as_json: bool = False, **env: str) -> Iterator[Call]:
-    """A peer over HTTP. The client is what lies under `Client`, so that it is the server that is compared."""
+def http_call(module: str, batch: Images, *, as_json: bool = False, **env: str) -> Iterator[Call]:
+    """Yields a call of a peer over HTTP.
+
+    It uses the connections under `Client`, so that servers are compared and not clients.
+    """
     body: list[bytes | memoryview] = [batch.data.cast("B")]
     headers = {"Content-Type": "application/octet-stream"}
     if as_json:  # encoded once and not in every call, in the peer's favour
@@ -142,7 +128,7 @@ def http_echo(module: str, batch: Images, *, as_json: bool = False, **env: str) 
         headers["Content-Length"] = str(sum(map(len, body)))
 
         def call() -> memoryview:
-            reply = connections.request("POST", "/echo", headers, body, time.monotonic() + WITHIN_S)
+            reply = connections.request("POST", "/echo", headers, body, time.monotonic() + CALL_TIMEOUT_S)
             if reply.status != 200:
                 raise RuntimeError(f"status {reply.status}: {bytes(reply.body[:200])!r}")
             return memoryview(reply.body)
@@ -154,32 +140,33 @@ def http_echo(module: str, batch: Images, *, as_json: bool = False, **env: str) 
 
 
 @contextlib.contextmanager
-def ours(url: str, batch: Images) -> Iterator[Call]:
+def dat_client_call(url: str, batch: Images) -> Iterator[Call]:
+    """Yields a call of this project's service by its own client."""
     with Client(url, "identity") as client:
 
         def call() -> memoryview:
-            answer: Images | None = client.discretize(batch).reconstruction
-            assert answer is not None
-            return answer.data.cast("B")
+            reconstruction: Images | None = client.discretize(batch).reconstruction
+            assert reconstruction is not None
+            return reconstruction.data.cast("B")
 
         yield checked(call, batch)
 
 
 @contextlib.contextmanager
-def triton(url: str, batch: Images) -> Iterator[Call]:
-    """Triton's own client on the service that `Client` talks to, in turn with it."""
+def triton_call(url: str, batch: Images) -> Iterator[Call]:
+    """Yields a call of the same service by Triton's own client."""
     import tritonclient.http as triton_http
 
     client = triton_http.InferenceServerClient(
-        url.removeprefix("http://"), network_timeout=WITHIN_S, connection_timeout=WITHIN_S
+        url.removeprefix("http://"), network_timeout=CALL_TIMEOUT_S, connection_timeout=CALL_TIMEOUT_S
     )
     tensor = triton_http.InferInput("images", list(batch.shape), "UINT8")
-    wanted = triton_http.InferRequestedOutput("reconstruction", binary_data=True)
+    output = triton_http.InferRequestedOutput("reconstruction", binary_data=True)
 
     def call() -> memoryview:
-        tensor.set_data_from_numpy(batch)  # joins and copies: what a user of it pays for each new batch
-        answer: Images = client.infer("identity", [tensor], outputs=[wanted]).as_numpy("reconstruction")
-        return answer.data.cast("B")
+        tensor.set_data_from_numpy(batch)  # joins and copies: its users pay for this with each new batch
+        reconstruction: Images = client.infer("identity", [tensor], outputs=[output]).as_numpy("reconstruction")
+        return reconstruction.data.cast("B")
 
     try:
         yield checked(call, batch)
@@ -189,7 +176,7 @@ def triton(url: str, batch: Images) -> Iterator[Call]:
 
 @contextlib.contextmanager
 def peer(module: str, **env: str) -> Iterator[int]:
-    """The port of `benchmarks.service.peers.<module>`, in a process of its own."""
+    """Runs `benchmarks.service.peers.<module>` in a process of its own and yields its port."""
     port = free_port()
     command = [sys.executable, "-m", f"benchmarks.service.peers.{module}", str(port)]
     with running_process(command, env=clean_environment(env)):
@@ -197,16 +184,16 @@ def peer(module: str, **env: str) -> Iterator[int]:
 
 
 def checked(call: Callable[[], memoryview], batch: Images) -> Call:
-    """`call`, once it has been seen to bring the same bytes back."""
+    """Returns `call` after it has brought the same bytes back. Raises RuntimeError for other bytes."""
     if bytes(call()) != batch.tobytes():
-        raise RuntimeError("what came back are other bytes")
+        raise RuntimeError("the server sent other bytes back than it received")
     return call
 
 
 PEERS: dict[str, Callable[[Images], contextlib.AbstractContextManager[Call]]] = {
-    CEILING: socket_echo,
-    FASTAPI: lambda batch: http_echo("fastapi_echo", batch),
+    CEILING: socket_call,
+    FASTAPI: lambda batch: http_call("fastapi_echo", batch),
     # without it Ray starts its workers with less priority, which would count against the peer
-    RAY: lambda batch: http_echo("ray_echo", batch, RAY_worker_niceness="0"),
-    LITSERVE: lambda batch: http_echo("litserve_echo", batch, as_json=True),
+    RAY: lambda batch: http_call("ray_echo", batch, RAY_worker_niceness="0"),
+    LITSERVE: lambda batch: http_call("litserve_echo", batch, as_json=True),
 }

@@ -1,52 +1,33 @@
-"""Part `scaling`: throughput of 1, 2, 4, 8 replicas whose codec is a stand-in that only sleeps (sleeping.py).
+"""Part `scaling`: throughput of 1, 2, 4, 8 replicas whose codec is the sleeping stand-in.
 
-Replicas on GPUs of their own leave the cores to the service: what is looked for is where the cores, of which the
-clients take their part here, become the limit. Where the most replicas do not fill them, the sleep is halved until
-they are full: a core has no use for a number of replicas, only for requests a second.
+Replicas on GPUs of their own leave the cores to the service. The question is at which load the cores, which the
+clients share here, become the limit. If the largest number of replicas does not fill them, the sleep is halved
+until they are full: what fills a core is requests per second, not replicas.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import CpuShare, clean_environment
+from benchmarks.processes import CpuShare
 from benchmarks.service.throughput import closed_loop
-from benchmarks.stand_ins.sleeping import BATCH, name_of
-from dat_client import Client
-from dat_service.launch import running_process
-from dat_service.ports import free_port
+from benchmarks.stand_ins.sleeping import BATCH, name_of, sleeping_service
 
 REPLICAS = (1, 2, 4, 8)
-SLEEP_MS = 100.0
+SLEEP_MS = 100.0  # for a request of BATCH images
 SIDE = 64
 CLIENTS_A_REPLICA = 3  # one batch computed, one waiting, one on its way
-BAR = 0.95  # of linear
+TARGET = 0.95  # least share of linear scaling
 FULL = 0.9  # share of the cores' time above which they count as full
 SHORTEST_MS = 3.0
 
 
-@contextlib.contextmanager
-def sleepers(replicas: int, sleep_ms: float) -> Iterator[str]:
-    """The address of the stand-in on Ray Serve, once every replica answers."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "benchmarks.stand_ins.sleeping",
-        "--replicas", str(replicas), "--sleep-ms", f"{sleep_ms:g}", "--port", str(port),
-    ]  # fmt: skip
-    with running_process(command, f"http://127.0.0.1:{port}", env=clean_environment()) as service:
-        with Client(service.url, name_of(sleep_ms)) as client:
-            client.wait_ready(120)
-        yield service.url
-
-
 def measure(url: str, replicas: int, sleep_ms: float, rounds: int, seconds: float) -> dict[str, Any]:
-    """Images/s of every round, and how full the cores were meanwhile."""
+    """Returns the images/s of every round, and how full the cores were meanwhile."""
     batches = [
         np.random.default_rng(i).integers(0, 256, (BATCH, 3, SIDE, SIDE), np.uint8)
         for i in range(CLIENTS_A_REPLICA * replicas)
@@ -54,7 +35,7 @@ def measure(url: str, replicas: int, sleep_ms: float, rounds: int, seconds: floa
     speeds, shares = [], []
     for _ in range(rounds):
         with CpuShare() as cpu:
-            speed, _ = closed_loop(url, name_of(sleep_ms), batches, seconds)
+            speed, _ = closed_loop(url, name_of(sleep_ms / BATCH), batches, seconds)
         speeds.append(speed)
         shares.append(cpu.share)
     return {
@@ -71,47 +52,41 @@ def measure(url: str, replicas: int, sleep_ms: float, rounds: int, seconds: floa
 
 def run(
     rounds: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     *,
     replicas: Sequence[int] = REPLICAS,
     sleep_ms: float = SLEEP_MS,
     seconds: float = 5.0,
 ) -> dict[str, Any]:
-    """A row for each number of replicas, then shorter sleeps until the cores are full, and where that was."""
+    """Returns a row for each number of replicas, then for shorter sleeps until the cores are full."""
     rows: list[dict[str, Any]] = []
     base: float | None = None  # images/s of one replica, times its sleep in ms
 
-    def row(number: int, ms: float) -> dict[str, Any]:
+    def add_row(number: int, ms: float) -> dict[str, Any]:
         nonlocal base
-        say(f"scaling: starting {number} sleeping stand-ins of {ms:g} ms")
-        with sleepers(number, ms) as url:
-            measured = measure(url, number, ms, rounds, seconds)
+        report(f"scaling: starting {number} sleeping stand-ins of {ms:g} ms")
+        with sleeping_service(ms / BATCH, replicas=number) as url:
+            row = measure(url, number, ms, rounds, seconds)
         if base is None:
-            base = measured["images_per_s"] * ms / number
-        measured["of_linear"] = measured["images_per_s"] * ms / number / base
-        say(
-            f"scaling: {measured['images_per_s']:.4g} images/s, {measured['of_linear']:.1%} of linear, "
-            f"cores {measured['cpu_share']:.0%} full"
+            base = row["images_per_s"] * ms / number
+        row["of_linear"] = row["images_per_s"] * ms / number / base
+        report(
+            f"scaling: {row['images_per_s']:.4g} images/s, {row['of_linear']:.1%} of linear, "
+            f"cores {row['cpu_share']:.0%} full"
         )
-        rows.append(measured)
-        return measured
+        rows.append(row)
+        return row
 
     for number in replicas:
-        last = row(number, sleep_ms)
+        last = add_row(number, sleep_ms)
     ms = sleep_ms
     while not is_full(last) and ms / 2 >= SHORTEST_MS:
         ms /= 2
-        last = row(replicas[-1], ms)
-    full = next((r for r in rows if is_full(r)), None)
-    return {
-        "part": "scaling",
-        "batch": BATCH,
-        "side": SIDE,
-        "results": rows,
-        "full_at": full,
-    }
+        last = add_row(replicas[-1], ms)
+    full = next((row for row in rows if is_full(row)), None)
+    return {"part": "scaling", "batch": BATCH, "side": SIDE, "results": rows, "full_at": full}
 
 
 def is_full(row: dict[str, Any]) -> bool:
-    """Whether the cores had no time left."""
+    """Returns whether the cores had no time left."""
     return bool(row["cpu_share"] >= FULL)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.codec.report import columns
 from benchmarks.service import echo, scaling, throughput
+from benchmarks.tables import aligned, machine_line, markdown, rate, times
 
 
 @dataclass(frozen=True)
@@ -21,43 +20,31 @@ class Table:
 
 
 def table(part: dict[str, Any]) -> Table:
-    """The table of one part's result."""
-    return {"bytes": _bytes, "codec": _codec, "small": _codec, "scaling": _scaling}[part["part"]](part)
+    """Returns the table of one part's result."""
+    makers = {"bytes": _bytes, "codec": _codec, "small": _codec, "scaling": _scaling}
+    return makers[part["part"]](part)
 
 
 def as_text(t: Table) -> str:
-    return "\n".join(["", t.title, columns(t.rows), *t.notes])
+    """Returns the table for a screen."""
+    return "\n".join(["", t.title, aligned(t.rows), *t.notes])
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    """All parts that are done, with command, date and machine above them."""
-    m = results["machine"]
-    chip = f"{m['gpu']}, " if "gpu" in m else ""
+    """Returns all parts that are done, with command, date and machine above them."""
     lines = [
-        f"`{results['command']}`, {results['date']}, dat-service {results['version']}: {chip}{m['cpu']}, "
-        f"{m['cores']} cores, Python {m['python']}, torch {m['torch']}. Medians of the rounds, "
-        "lowest to highest in brackets."
+        f"`{results['command']}`, {results['date']}, dat-service {results['version']}: "
+        f"{machine_line(results['machine'])}. Medians of the rounds, lowest to highest in brackets."
     ]
     for t in map(table, results["parts"]):
-        heading, *rows = t.rows
-        lines += ["", f"**{t.title}**", "", _row(heading), _row(["---"] + ["---:"] * (len(heading) - 1))]
-        lines += [_row(row) for row in rows]
-        lines += ["", *(f"- {note}" for note in t.notes)]
+        lines += ["", f"**{t.title}**", "", markdown(t.rows), "", *(f"- {note}" for note in t.notes)]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _times(times: dict[str, float] | None) -> str:
-    return f"{times['median']:.2f} ({times['low']:.2f}–{times['high']:.2f})" if times else "–"
-
-
-def verdict(value: float, bar: float, *, at_most: bool = False) -> str:
-    """A figure's standing, in words."""
-    met = value <= bar if at_most else value >= bar
-    return f"{value:.3g}, bar {'at most' if at_most else 'at least'} {bar:g}: {'met' if met else 'MISSED'}"
+def verdict(value: float, target: float, *, at_most: bool = False) -> str:
+    """Returns a figure, its target, and whether it is met."""
+    met = value <= target if at_most else value >= target
+    return f"{value:.3g}, target at {'most' if at_most else 'least'} {target:g}: {'met' if met else 'MISSED'}"
 
 
 def _bytes(part: dict[str, Any]) -> Table:
@@ -68,15 +55,15 @@ def _bytes(part: dict[str, Any]) -> Table:
             notes.append(f"{r['contestant']} failed: {r['error']}")
             continue
         p99 = f"{1000 * r['tail']['p99_s']:.1f} ms" if "tail" in r else "–"
-        numbers = [f"{r['mb_per_s']:.0f}", f"{1000 * r['median_s']:.1f} ms", p99, _times(r.get("ours_times"))]
+        numbers = [f"{r['mb_per_s']:.0f}", f"{1000 * r['median_s']:.1f} ms", p99, times(r.get("ours_times"))]
         rows.append([r["contestant"], *numbers])
-        bar = echo.BARS.get(r["contestant"])
-        if bar is not None:
-            notes.append(f"times {r['contestant']}: {verdict(r['ours_times']['median'], bar)}")
+        target = echo.TARGETS.get(r["contestant"])
+        if target is not None:
+            notes.append(f"times {r['contestant']}: {verdict(r['ours_times']['median'], target)}")
         if r["contestant"] == echo.SERVE:
-            tail = verdict(r["tail"]["p99_over_median"], echo.TAIL_BAR, at_most=True)
+            tail = verdict(r["tail"]["p99_over_median"], echo.TAIL_TARGET, at_most=True)
             notes.append(f"{echo.SERVE}, p99 over the median of {r['tail']['calls']} calls: {tail}")
-    notes += [f"left out: {name} ({why})" for name, why in part["left_out"].items()]
+    notes += [f"left out: {name} ({reason})" for name, reason in part["left_out"].items()]
     size = f"{part['images']} images of {part['side']} x {part['side']} uint8"
     return Table(f"bytes: {size}, {part['bytes'] / 1e6:.1f} MB each way", rows, notes)
 
@@ -84,22 +71,15 @@ def _bytes(part: dict[str, Any]) -> Table:
 def _codec(part: dict[str, Any]) -> Table:
     rows = [["contestant", "images/s", f"{throughput.SERVICE} is times as fast"]]
     notes = []
-    rows.append([throughput.SERVICE, _rate(part["images_per_s"]), "–"])
-    bar = throughput.BARS[part["part"]]
+    rows.append([throughput.SERVICE, rate(part["images_per_s"]), "–"])
+    target = throughput.TARGETS[part["part"]]
     for r in part["engines"]:
         name = f"{r['contestant']}, batches of {r['best_batch']}"
-        rows.append([name, _rate(r["images_per_s"]), _times(r["ours_times"])])
-        notes.append(f"times {r['contestant']}: {verdict(r['ours_times']['median'], bar)}")
-    sizes = sorted(set(part["clients"]))
-    each = f"batches of {', '.join(map(str, sizes))}"
-    side = part["side"]
-    return Table(
-        f"{part['part']}: {part['codec']}, {side} x {side}, {len(part['clients'])} clients, {each}", rows, notes
-    )
-
-
-def _rate(speeds: Sequence[float]) -> str:
-    return f"{statistics.median(speeds):.4g} ({min(speeds):.4g}–{max(speeds):.4g})"
+        rows.append([name, rate(r["images_per_s"]), times(r["ours_times"])])
+        notes.append(f"times {r['contestant']}: {verdict(r['ours_times']['median'], target)}")
+    batches = f"batches of {', '.join(map(str, sorted(set(part['clients']))))}"
+    side, clients = part["side"], len(part["clients"])
+    return Table(f"{part['part']}: {part['codec']}, {side} x {side}, {clients} clients, {batches}", rows, notes)
 
 
 def _scaling(part: dict[str, Any]) -> Table:
@@ -107,20 +87,20 @@ def _scaling(part: dict[str, Any]) -> Table:
     for r in part["results"]:
         ideal = r["images_per_s"] / r["linear_images_per_s"]
         rows.append([
-            str(r["replicas"]), f"{r['sleep_ms']:g} ms", str(r["clients"]), _rate(r["rounds"]),
+            str(r["replicas"]), f"{r['sleep_ms']:g} ms", str(r["clients"]), rate(r["rounds"]),
             f"{r['of_linear']:.1%}", f"{ideal:.1%}", f"{r['requests_per_s']:.0f}", f"{r['cpu_share']:.0%}",
         ])  # fmt: skip
-    before = [r["of_linear"] for r in part["results"] if not scaling.is_full(r)]
-    notes = (
-        [f"least share of linear before the cores are full: {verdict(min(before), scaling.BAR)}"] if before else []
-    )
+    before_full = [r["of_linear"] for r in part["results"] if not scaling.is_full(r)]
+    notes = []
+    if before_full:
+        notes.append(
+            f"least share of linear before the cores are full: {verdict(min(before_full), scaling.TARGET)}"
+        )
     full = part["full_at"]
     if full:
-        where = f"{full['replicas']} replicas of {full['sleep_ms']:g} ms, {full['requests_per_s']:.0f} requests/s"
-        notes.append(f"the cores, clients included, are full at {where} of {part['batch']} images")
+        load = f"{full['replicas']} replicas of {full['sleep_ms']:g} ms, {full['requests_per_s']:.0f} requests/s"
+        notes.append(f"the cores, clients included, are full at {load} of {part['batch']} images")
     else:
         notes.append("the cores were never full")
-    side = part["side"]
-    return Table(
-        f"scaling: a stand-in that only sleeps, {part['batch']} images of {side} x {side} a request", rows, notes
-    )
+    side, batch = part["side"], part["batch"]
+    return Table(f"scaling: a stand-in that only sleeps, {batch} images of {side} x {side} a request", rows, notes)

@@ -1,0 +1,1 @@
+"""Stand-ins for codecs, for measurements of everything around a codec. Their results are never a codec's."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.processes import dat_serve, samples
+from benchmarks.processes import ResourceUsage, dat_serve, resource_usage
 from dat_service.launch import RunningProcess
 from tests.fuzz.requests import CODEC, Message, good_requests, mutated
 from tests.load.traffic import show
@@ -28,7 +28,7 @@ NUMBER = int(os.environ.get("DAT_FUZZ_N", "10000"))
 GOOD_EVERY = 50
 OWED_S = 60.0  # a whole request is answered within this
 NOT_OWED_S = 0.05  # how long an answer to what is not whole is looked for
-BAR_RSS, BAR_FDS = 1.03, 3  # of each process, against the same after a fifth of the requests
+MAX_GROWTH, MAX_MORE_FILES = 1.03, 3  # of each process, since a fifth of the requests
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 
 
@@ -127,11 +127,11 @@ def body_of(reply: bytes) -> bytes:
 def fuzz_service(number: int, *arguments: str) -> dict[str, Any]:
     """A `dat serve` under fuzzing: statuses, faults, and processes that grew, ended or are new."""
     with dat_serve("--codec", CODEC, "--threads", "1", *arguments) as service:
-        early: dict[int, Any] = {}
+        early: dict[int, ResourceUsage] = {}
 
         def look(i: int) -> None:
             if i == number // 5:
-                early.update(samples(service.pid))
+                early.update(resource_usage(service.pid))
             if i and i % 1000 == 0:
                 print(f"  {i} of {number}", flush=True)
 
@@ -155,18 +155,21 @@ def fuzz_service(number: int, *arguments: str) -> dict[str, Any]:
     }
 
 
-def compare(service: RunningProcess, early: dict[int, Any]) -> list[str]:
-    """Processes beyond the bars, and those of the service's own that are no longer there."""
-    late, said = samples(service.pid), []
+def compare(service: RunningProcess, early: dict[int, ResourceUsage]) -> list[str]:
+    """Lists the processes that grew beyond the limits, and those of the service that have ended."""
+    late, changes = resource_usage(service.pid), []
     for pid, before in early.items():
         after = late.get(pid)
         if after is None:
             if before.role in ("replica", "service", "haproxy", "proxy"):
-                said.append(f"{before.role} {pid} ended")
-        elif after.rss > BAR_RSS * before.rss or after.fds > before.fds + BAR_FDS:
-            grown = f"{before.rss / 1e6:.1f} to {after.rss / 1e6:.1f} MB, {before.fds} to {after.fds} files"
-            said.append(f"{before.role} {pid}: {grown}")
-    return said
+                changes.append(f"{before.role} {pid} ended")
+        elif (
+            after.resident_bytes > MAX_GROWTH * before.resident_bytes
+            or after.open_files > before.open_files + MAX_MORE_FILES
+        ):
+            memory = f"{before.resident_bytes / 1e6:.1f} to {after.resident_bytes / 1e6:.1f} MB"
+            changes.append(f"{before.role} {pid}: {memory}, {before.open_files} to {after.open_files} files")
+    return changes
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.pictures import pictures
+from benchmarks.pictures import shifted_photographs
 from dat_client import Client
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
@@ -79,7 +79,7 @@ def same(what: str, got: Any, expected: np.ndarray) -> None:
 
 def answers(number: int = 96, side: int = 32) -> Answers:
     """Made by the codec in this process, on one thread."""
-    images = pictures(number, side)
+    images = shifted_photographs(number, side)
     images ^= np.random.default_rng(1).integers(0, 8, images.shape, np.uint8)  # no two alike, whatever `side` is
     gradients = np.random.default_rng(2).standard_normal(images.shape, np.float32)
     threads = torch.get_num_threads()

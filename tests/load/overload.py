@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pictures import pictures
-from benchmarks.processes import dat_serve, samples
-from benchmarks.service.echo import percentiles
+from benchmarks.latency import percentiles
+from benchmarks.pictures import shifted_photographs
+from benchmarks.processes import dat_serve, resource_usage
 from dat_service.launch import RunningProcess
 from tests.load.answers import CODEC, SERVE
 from tests.load.raw import RawClient, Replies, open_loop, record
@@ -34,7 +34,7 @@ WARM_SHARE = 0.25  # of the time, until memory has been taken that will be taken
 
 def overload(seconds: float = SECONDS) -> dict[str, Any]:
     """The figures, with what was not as it must be under `errors`."""
-    images = pictures(IMAGES, SIDE)
+    images = shifted_photographs(IMAGES, SIDE)
     with dat_serve(*SERVE) as service:
         alone = unloaded(service.url, images, 20)
     longest_wait_s = LONGEST_WAIT * alone["median_s"]
@@ -101,7 +101,7 @@ def flood(service: RunningProcess, images: np.ndarray, per_s: float, seconds: fl
 
 def replica_rss(service: RunningProcess) -> int:
     """Resident bytes of all replicas."""
-    return sum(sample.rss for sample in samples(service.pid).values() if sample.role == "replica")
+    return sum(u.resident_bytes for u in resource_usage(service.pid).values() if u.role == "replica")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.codec.report import columns
-from benchmarks.processes import Sample, dat_serve, samples
+from benchmarks.processes import ResourceUsage, dat_serve, resource_usage
+from benchmarks.tables import aligned
 from dat_client import AsyncClient, Client, InvalidRequest, Unavailable, UnknownCodec, wire
 from tests.load.answers import CODEC, KINDS, SERVE, Answers, answers
 from tests.load.traffic import Traffic, show
@@ -53,10 +53,10 @@ class Held:
     rss: list[int] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
 
-    def add(self, at: float, sample: Sample) -> None:
+    def add(self, at: float, usage: ResourceUsage) -> None:
         self.at.append(at)
-        self.rss.append(sample.rss)
-        self.fds.append(sample.fds)
+        self.rss.append(usage.resident_bytes)
+        self.fds.append(usage.open_files)
 
     def between(self, first: float, last: float) -> tuple[float, float] | None:
         """Medians of bytes and descriptors; None where it was not there."""
@@ -108,12 +108,15 @@ def watch(pid: int, seconds: float, held: dict[int, Held]) -> None:
     """Samples the service's processes and this one."""
     began = time.monotonic()
     while (at := time.monotonic() - began) < seconds:
-        for found in (samples(pid), {k: v for k, v in samples(os.getpid()).items() if k == os.getpid()}):
-            for process, sample in found.items():
-                role = "client" if process == os.getpid() else sample.role
+        for usages in (
+            resource_usage(pid),
+            {k: v for k, v in resource_usage(os.getpid()).items() if k == os.getpid()},
+        ):
+            for process, usage in usages.items():
+                role = "client" if process == os.getpid() else usage.role
                 one = held.setdefault(process, Held(role))
                 one.role = role  # a process may become another: dat-haproxy is Python first
-                one.add(at, sample)
+                one.add(at, usage)
         time.sleep(max(1.0, seconds / 360))
 
 
@@ -213,7 +216,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    return columns([heading, *lines])
+    return aligned([heading, *lines])
 
 
 def show_soak(figures: dict[str, Any]) -> None:

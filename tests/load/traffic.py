@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.service.echo import percentiles
+from benchmarks.latency import percentiles
 from dat_client import Client
 from tests.load.answers import CODEC, Answers, kind_of
 

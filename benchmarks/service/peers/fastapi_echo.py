@@ -1,4 +1,4 @@
-"""FastAPI under uvicorn, as a user of FastAPI writes it; uvloop and httptools as in uvicorn[standard]."""
+"""FastAPI under uvicorn, as users of FastAPI write it, with uvloop and httptools as in uvicorn[standard]."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from benchmarks.service.peers import ready_once_open
+from benchmarks.processes import print_ready_once_open
 
 app = FastAPI()
 
@@ -19,5 +19,5 @@ async def echo(request: Request) -> Response:
 
 if __name__ == "__main__":
     port = int(sys.argv[1])
-    ready_once_open(port)
+    print_ready_once_open(port)
     uvicorn.run(app, port=port, loop="uvloop", http="httptools", log_level="warning", access_log=False)

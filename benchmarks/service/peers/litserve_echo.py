@@ -1,6 +1,6 @@
-"""LitServe: bytes come as base64 in JSON, as its examples send pictures, and leave as they are.
+"""LitServe: bytes arrive as base64 in JSON, as its examples send pictures, and leave as they are.
 
-A file in a form, its other way, fails above 1 MB: starlette keeps it on disk then, and LitServe pickles it.
+Its other way, a file in a form, fails above 1 MB: Starlette then keeps the file on disk, and LitServe pickles it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import litserve as ls
 from fastapi import Response
 
-from benchmarks.service.peers import ready_once_open
+from benchmarks.processes import print_ready_once_open
 
 FIELD = "body"
 
@@ -33,6 +33,6 @@ class Echo(ls.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     port = int(sys.argv[1])
-    ready_once_open(port)
+    print_ready_once_open(port)
     server = ls.LitServer(Echo(api_path="/echo"), accelerator="cpu", timeout=60)
     server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False)

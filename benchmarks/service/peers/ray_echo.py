@@ -11,7 +11,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from benchmarks.service.peers import ready
+from benchmarks.processes import print_ready
 
 
 @serve.deployment
@@ -25,7 +25,7 @@ def main() -> None:
     ray.init(address="local", include_dashboard=False, configure_logging=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     serve.run(Echo.bind(), name="echo", route_prefix="/echo", blocking=False)  # type: ignore[attr-defined]
-    ready()
+    print_ready()
     try:
         signal.pause()
     except KeyboardInterrupt:

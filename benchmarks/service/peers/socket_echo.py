@@ -1,6 +1,6 @@
-"""Sockets, one buffer a connection, nothing parsed and nothing allocated: what this machine can do at most.
+"""Plain sockets with one buffer for each connection: nothing is parsed or allocated, so no server can be faster.
 
-A message is its length as 8 bytes, and the bytes.
+A message is its length in 8 bytes, followed by its bytes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import struct
 import sys
 import threading
 
-from benchmarks.service.peers import ready
+from benchmarks.processes import print_ready
 
 LENGTH = struct.Struct("!Q")
 
 
 def echo(connection: socket.socket) -> None:
-    """Sends every message of a connection back, until it ends."""
+    """Sends every message of a connection back, until the connection ends."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     buffer = memoryview(bytearray())
     with connection:
@@ -33,7 +33,7 @@ def echo(connection: socket.socket) -> None:
 
 def main() -> None:
     with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
-        ready()
+        print_ready()
         while True:
             threading.Thread(target=echo, args=server.accept()[:1], daemon=True).start()
 
