@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from dat_workers.batching.parts import Result
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.base import Engine
-from dat_workers.request import Work
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -87,9 +86,11 @@ class ManyGpus(Batcher):
             batcher.start(make)
         return super().start(make)
 
-    def submit(self, work: Work, flow: str = "", deadline: float | None = None) -> Future[Result]:
+    def submit(self, *arguments: Any, **options: Any) -> Future[Result]:
         batcher = next(self._turns)
-        return (super() if batcher is self else batcher).submit(work, flow, deadline)
+        if batcher is not self:
+            return batcher.submit(*arguments, **options)
+        return super().submit(*arguments, **options)
 
     def stop(self) -> None:
         for batcher in self._others:
