@@ -237,7 +237,7 @@ class Client:
         finally:
             profile.end()
             with self._lock:
-                self._profiles = tuple(other for other in self._profiles if other is not profile)
+                self._profiles = tuple(running for running in self._profiles if running is not profile)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the codec's name, inputs and outputs (`GET /v2/models/{codec}`, OIP v2)."""

@@ -244,8 +244,8 @@ def test_repr():
 
 
 def test_two_servers_at_once(server: Server, images):
-    with running() as other, Client(server.url) as one, Client(other.url) as two:
-        one.discretize(images)
-        two.discretize(images)
-        two.discretize(images)
-        assert (len(server.requests), len(other.requests)) == (1, 2)
+    with running() as server_b, Client(server.url) as client_a, Client(server_b.url) as client_b:
+        client_a.discretize(images)
+        client_b.discretize(images)
+        client_b.discretize(images)
+        assert (len(server.requests), len(server_b.requests)) == (1, 2)

@@ -15,7 +15,7 @@ from dat_client.aio import AsyncClient
 from dat_client.calls.checks import share
 from dat_client.client import Client
 from dat_client.errors import invalid, shown
-from dat_client.torch._gradient import checked_modules, checked_reduction, loss_gradient
+from dat_client.torch._gradient import check_reduction, checked_modules, loss_gradient
 from dat_client.torch._images import checked_images, checked_reconstruction, float_dtype, from_wire, to_wire
 from dat_client.wire.vocabulary import DEFAULTS, PRESETS
 
@@ -96,32 +96,28 @@ def adversarial(
     return Adversarial(x_hat, adversarial_images, loss, answer.tokens_changed)
 
 
+@dataclass
 class Attack:
     """Lines 3 and 4 of Algorithm 1 with one set of options; the arguments as for `adversarial`.
 
     `answer_options` are the output_dtype and timeout_s of every request. Raises InvalidRequest for wrong arguments.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        model: nn.Module | Iterable[nn.Module],
-        reduction: str,
-        random_start: float | None,
-        generator: torch.Generator | None,
-        gradient_dtype: str,
-        answer_options: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-    ) -> None:
-        if isinstance(client, str | AsyncClient):
-            raise invalid("client", "a dat_client.Client", found=type(client).__name__)
-        self.modules = checked_modules(model)
-        self.generator = generator
-        self._reduction = checked_reduction(reduction)
-        self._start = RandomStart.from_parameters(random_start, parameters)
-        self._gradient_dtype = gradient_dtype
-        self._answer_options = answer_options
-        self._parameters = parameters
+    client: Client
+    model: nn.Module | Iterable[nn.Module]
+    reduction: str
+    random_start: float | None
+    generator: torch.Generator | None
+    gradient_dtype: str
+    answer_options: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.client, str | AsyncClient):
+            raise invalid("client", "a dat_client.Client", found=type(self.client).__name__)
+        check_reduction(self.reduction)
+        self.modules = checked_modules(self.model)
+        self._start = RandomStart.from_parameters(self.random_start, self.parameters)
 
     def request(self, x_hat: Tensor, loss_fn: Callable[[Tensor], Any]) -> tuple[dict[str, Any], Tensor]:
         """Takes the gradient at x̂, or at a random start beside it (line 3).
@@ -130,17 +126,17 @@ class Attack:
         """
         start = self._start.draw(x_hat, self.generator)
         point = x_hat if start is None else start.to(x_hat.dtype)
-        gradients, loss = loss_gradient(loss_fn, point, self.modules, self._reduction)
-        parameters = self._parameters
+        gradients, loss = loss_gradient(loss_fn, point, self.modules, self.reduction)
+        parameters = self.parameters
         if start is not None:
             # The service takes one step from x̂, so the way from x̂ to the start becomes part of δ.
             gradients = self._start.delta(start - x_hat.float(), gradients)
             parameters = {**parameters, "normalize": "none", "alpha": 1.0}
         request = dict(
             gradients=gradients,
-            gradient_dtype=self._gradient_dtype,
+            gradient_dtype=self.gradient_dtype,
             outputs=["adversarial"],
-            **self._answer_options,
+            **self.answer_options,
             **parameters,
         )
         return request, loss
@@ -156,9 +152,9 @@ class RandomStart:
     @classmethod
     def from_parameters(cls, probability: float | None, parameters: Mapping[str, Any]) -> RandomStart:
         """Raises InvalidRequest for a probability outside 0..1, or one above 0 without normalize="l2"."""
-        given = {name: value for name, value in parameters.items() if value is not None}
-        preset = str(given.get("preset", DEFAULTS["preset"]))
-        step = {**PRESETS.get(preset, {}), **given}  # the service refuses unknown presets
+        not_none = {name: value for name, value in parameters.items() if value is not None}
+        preset = str(not_none.get("preset", DEFAULTS["preset"]))
+        step = {**PRESETS.get(preset, {}), **not_none}  # the service refuses unknown presets
         normalize, alpha = step.get("normalize"), step.get("alpha")
         if probability is None:
             probability = EASYROBUST_START if preset == "easyrobust" and normalize == "l2" else 0.0

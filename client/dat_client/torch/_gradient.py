@@ -65,11 +65,10 @@ def checked_modules(model: Any) -> list[nn.Module]:
     return modules
 
 
-def checked_reduction(reduction: str) -> str:
-    """Returns `mean` or `sum`; raises InvalidRequest for anything else."""
+def check_reduction(reduction: str) -> None:
+    """Raises InvalidRequest unless it is `mean` or `sum`."""
     if reduction not in ("mean", "sum"):
         raise invalid("reduction", "mean or sum", value=reduction)
-    return reduction
 
 
 def loss_gradient(

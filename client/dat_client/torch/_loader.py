@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -227,21 +228,20 @@ class AdversarialLoader:
         return torch.device("cpu") if first is None else first.device
 
 
+@dataclass(eq=False)
 class _PendingBatch:
     """A batch on its way through the window of batches that were read but not yet trained on."""
 
-    images: Tensor
-    sent: Tensor
-    reconstruction: Any
-    rest: tuple[Any, ...]
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-        self.future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
-        self.attacked = False  # also set if `mix` spares the batch
-        self.loss: Tensor | None = None
-        self.error: Exception | None = None
-        self.waited_s = 0.0
+    position: int
+    images: Tensor = field(init=False)
+    sent: Tensor = field(init=False)
+    reconstruction: Any = field(init=False)
+    rest: tuple[Any, ...] = field(init=False)
+    future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
+    attacked: bool = False  # also set if `mix` spares the batch
+    loss: Tensor | None = None
+    error: Exception | None = None
+    waited_s: float = 0.0
 
     def answer(self) -> Discretized:
         """Waits for the codec's answer and returns it."""

@@ -1,4 +1,4 @@
-"""What a Client requires of a transport: the way on which its calls reach a codec."""
+"""Declares the transport of a Client: the way in which its calls reach a codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a failed attempt is repeated, and for how long. Q is a pure function, so repeating it is harmless."""
+"""Decides when a failed attempt is repeated, and how often. Q is a pure function, so repeating is harmless."""
 
 from __future__ import annotations
 

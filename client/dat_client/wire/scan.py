@@ -21,9 +21,9 @@ def range_outside_0_1(images: npt.NDArray[Any]) -> tuple[float, float] | None:
     (0.0, 1.5)
     """
     native = images.astype(images.dtype.newbyteorder("="), copy=False)
-    unsigned, one = (np.uint16, 0x3C00) if native.itemsize == 2 else (np.uint32, 0x3F800000)
+    unsigned, bits_of_1 = (np.uint16, 0x3C00) if native.itemsize == 2 else (np.uint32, 0x3F800000)
     # Every bit pattern above that of 1.0 is a number above 1, NaN, or has the sign bit: a number below 0, or -0.0.
-    if native.view(unsigned).max() <= one:
+    if native.view(unsigned).max() <= bits_of_1:
         return None
     with np.errstate(invalid="ignore"):
         low, high = float(native.min()), float(native.max())

@@ -90,10 +90,8 @@ def parse_shape(shape: Any, dtype: np.dtype[Any], field: str) -> tuple[int, ...]
         malformed("shape is not a list of integers", field, shape)
     if len(shape) > MAX_AXES:
         refuse("too many axes", field, len(shape), MAX_AXES)
-    if any(dim < 0 for dim in shape):
-        refuse("negative dimension in shape", field, shape)
-    if any(dim > _MAX_BYTES for dim in shape):
-        refuse("dimension too large in shape", field, shape, _MAX_BYTES)
+    if any(not 0 <= dim <= _MAX_BYTES for dim in shape):
+        refuse("a dimension of the shape is out of range", field, shape, [0, _MAX_BYTES])
     # numpy multiplies the non-zero dimensions of an empty array, too
     if math.prod(dim or 1 for dim in shape) * dtype.itemsize > _MAX_BYTES:
         refuse("shape holds more bytes than can be addressed", field, shape, _MAX_BYTES)

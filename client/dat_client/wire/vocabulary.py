@@ -40,10 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base": "x", "normalize": "none", "alpha": 0.1, "epsilon": None},
     "easyrobust": {"base": "reconstruction", "normalize": "l2", "alpha": 0.1, "epsilon": None},
 }
-BASES = ("x", "reconstruction")
-NORMALIZATIONS = ("none", "l2", "sign")
 
-#: What a request does not say. The parameters of the step default to those of the preset.
+#: The values of parameters that a request omits. Those of the step come from the preset.
 DEFAULTS: dict[str, Any] = {"preset": "paper", "replace_fraction": 0.0, "seed": 0, "output_dtype": None}
 
 
@@ -71,9 +69,9 @@ def _number(low: float, high: float, limit: str, types: Any = int | float) -> Pa
 #: Above 1e38 a number is infinite in fp32, and infinity times a gradient of 0 is NaN.
 PARAMETERS: dict[str, Parameter] = {
     "preset": _choice(PRESETS),
-    "base": _choice(BASES),
+    "base": _choice(["x", "reconstruction"]),
     "alpha": _number(-1e38, 1e38, "a finite number, at most 1e38"),
-    "normalize": _choice(NORMALIZATIONS),
+    "normalize": _choice(["none", "l2", "sign"]),
     "epsilon": _number(0, 1e38, "a finite number, 0 or more, at most 1e38"),
     "replace_fraction": _number(0, 1, "a number, 0 to 1"),
     "seed": _number(0, 2**63 - 1, "a whole number, 0 to 2^63 - 1", int),

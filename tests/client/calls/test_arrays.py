@@ -80,8 +80,8 @@ def test_encoded_pictures_become_a_bytes_tensor(pictures):
 
 @pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.int32)])
 def test_indices_travel_in_the_smallest_type(largest, dtype):
-    made = core.decode_call(np.full((1, 2, 2), largest, np.int64), None, {})
-    assert made.inputs["indices"].dtype == dtype
+    encoded_call = core.decode_call(np.full((1, 2, 2), largest, np.int64), None, {})
+    assert encoded_call.inputs["indices"].dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ def test_what_arrives_is_what_was_meant(largest: float, dtype: type, torch: bool
         largest = 6e4
     g = (np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4)) * largest).astype(dtype)
     g[0, 0, 0, 0], g[1, 2, 3, 3] = largest, -largest
-    given = pytest.importorskip("torch").from_numpy(g) if torch else g
-    sent = gradient_tensors(given, g.shape)
+    gradients = pytest.importorskip("torch").from_numpy(g) if torch else g
+    sent = gradient_tensors(gradients, g.shape)
     assert sent["gradients"].dtype == np.float16
     back = sent["gradient_scales"][:, None, None, None] * sent["gradients"].astype(np.float32)
     assert np.isfinite(back).all()
@@ -74,8 +74,8 @@ def test_gradients_go_with_encoded_images(client, server):
 def test_int8_gradients_are_within_half_a_step(largest, torch):
     g = (np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4)) * largest).astype(np.float32)
     g[0, 0, 0, 0], g[1, 2, 3, 3] = largest, -largest
-    given = pytest.importorskip("torch").from_numpy(g) if torch else g
-    sent = gradient_tensors(given, g.shape, "INT8")
+    gradients = pytest.importorskip("torch").from_numpy(g) if torch else g
+    sent = gradient_tensors(gradients, g.shape, "INT8")
     assert sent["gradients"].dtype == np.int8
     assert sent["gradients"].min() >= -127
     assert (sent["gradient_scales"] > 0).all()
@@ -89,5 +89,8 @@ def test_int8_gradients_are_within_half_a_step(largest, torch):
 def test_numpy_and_torch_make_the_same_int8_gradients():
     torch = pytest.importorskip("torch")
     g = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
-    one, other = gradient_tensors(g, g.shape, "INT8"), gradient_tensors(torch.from_numpy(g), g.shape, "INT8")
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    by_numpy, by_torch = (
+        gradient_tensors(g, g.shape, "INT8"),
+        gradient_tensors(torch.from_numpy(g), g.shape, "INT8"),
+    )
+    assert all(np.array_equal(by_numpy[name], by_torch[name]) for name in by_numpy)

@@ -15,7 +15,7 @@ def test_a_codec_that_changes_is_told_once_for_each_change(client, server, image
     answers: list[str] = []
     server.change = lambda answer: {**answer, "parameters": {"fingerprint": answers.pop(0)}}
 
-    def told(*fingerprints: str) -> list[str]:
+    def warnings_for(*fingerprints: str) -> list[str]:
         answers.extend(fingerprints)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -25,10 +25,10 @@ def test_a_codec_that_changes_is_told_once_for_each_change(client, server, image
         assert {warning.category for warning in caught} <= {CodecChanged}
         return [str(warning.message) for warning in caught]
 
-    assert told("a", "a") == []
-    said = "codec 'tiny-f8' changed: it answered with fingerprint a before, with b now"
-    assert told("b", "b", "b") == [said]
-    assert len(told("c", "b", "c", "b", "c", "b")) == 2  # b to c and back, as while replicas are replaced
+    assert warnings_for("a", "a") == []
+    message = "codec 'tiny-f8' changed: it answered with fingerprint a before, with b now"
+    assert warnings_for("b", "b", "b") == [message]
+    assert len(warnings_for("c", "b", "c", "b", "c", "b")) == 2  # b to c and back, as while replicas are replaced
     answers.append("d")
     with pytest.warns(CodecChanged, match="with d now"):
         client.decode(np.zeros((1, 2, 2), int))

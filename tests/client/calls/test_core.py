@@ -32,8 +32,8 @@ def test_bad_outputs_are_refused(images, outputs):
 
 
 def test_parameters_are_plain_numbers_and_none_is_left_out(images):
-    made = call(images, alpha=np.float32(0.5), seed=None, preset="paper", output_dtype="FP16")
-    assert made.parameters == {"alpha": 0.5, "preset": "paper", "output_dtype": "FP16"}
+    checked = call(images, alpha=np.float32(0.5), seed=None, preset="paper", output_dtype="FP16")
+    assert checked.parameters == {"alpha": 0.5, "preset": "paper", "output_dtype": "FP16"}
     assert call(images).parameters == {}
 
 

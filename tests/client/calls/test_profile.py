@@ -1,4 +1,4 @@
-"""Where the time of a client's calls goes."""
+"""Profiles split the time of a client's calls into stages."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_profiles_may_overlap_and_be_empty(server, images):
 def test_profiles_of_many_threads_do_not_lose_each_other(client):
     def work(_: int) -> bool:
         with client.profile() as profile:
-            return any(other is profile for other in client._profiles)
+            return any(running is profile for running in client._profiles)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

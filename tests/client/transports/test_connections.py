@@ -79,16 +79,16 @@ def test_every_request_names_itself_its_client_its_attempt_and_its_time(client, 
     ],
 )
 def test_the_address_is_that_of_the_url(url, address, monkeypatch) -> None:
-    asked: list[tuple[str, int]] = []
+    addresses: list[tuple[str, int]] = []
 
     def nobody(address: tuple[str, int], *_: object) -> socket.socket:
-        asked.append(address)
+        addresses.append(address)
         raise ConnectionRefusedError
 
     monkeypatch.setattr(socket, "create_connection", nobody)
     with Client(url) as client:
         assert not client.live()
-    assert asked == [address]
+    assert addresses == [address]
 
 
 def test_two_clients_have_two_names(server, images) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong on the way: every fault is ordered from the loopback server, none depends on timing."""
+"""Faults between client and server. The loopback server produces each on command, none depends on timing."""
 
 from __future__ import annotations
 

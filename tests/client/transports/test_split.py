@@ -124,7 +124,7 @@ def test_a_part_that_gets_no_thread_stops_the_others(images):
     stops: list[threading.Event] = []
     begun: Future[core.Exchange] = Future()
 
-    def one(part: core.Call, stop: threading.Event) -> core.Exchange:
+    def send_part(part: core.Call, stop: threading.Event) -> core.Exchange:
         stops.append(stop)
         raise Unavailable("repeated until it is stopped")
 
@@ -136,7 +136,7 @@ def test_a_part_that_gets_no_thread_stops_the_others(images):
         return begun
 
     with pytest.raises(RuntimeError, match="new thread"):
-        infer(call, 2, one, spawn)
+        infer(call, 2, send_part, spawn)
     assert [stop.is_set() for stop in stops] == [True]
     assert begun.cancelled()
 

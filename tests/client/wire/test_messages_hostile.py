@@ -153,15 +153,17 @@ def test_mutated_bodies_raise_nothing_but_wire_error(data):
     body = bytearray(original)
     for _ in range(data.draw(st.integers(1, 4))):
         where = data.draw(st.integers(0, max(0, len(body) - 1)))
-        what = data.draw(st.sampled_from(["set", "cut", "insert", "digit"]))
-        if what == "cut":
+        mutation = data.draw(st.sampled_from(["set", "cut", "insert", "digit"]))
+        if mutation == "cut":
             del body[where : where + data.draw(st.integers(1, 40))]
-        elif what == "insert":
+        elif mutation == "insert":
             body[where:where] = data.draw(
                 st.binary(max_size=8) | st.sampled_from([b"-", b"null", b"[", b"{}", b"9" * 20])
             )
         elif body:
-            body[where] = data.draw(st.sampled_from(b"0123456789-e") if what == "digit" else st.integers(0, 255))
+            body[where] = data.draw(
+                st.sampled_from(b"0123456789-e") if mutation == "digit" else st.integers(0, 255)
+            )
     header_length = data.draw(
         st.sampled_from([length, None]) | st.integers(-2, len(body) + 2) | st.text(max_size=4)
     )
