@@ -1,36 +1,34 @@
-"""TCP ports that nobody listens on."""
+"""Finds free TCP ports."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
-BLOCK = 100  # ports a service keeps for its replicas, and one that holds them
+BLOCK = 100  # ports that a service reserves: one to hold the block, the others for its replicas
 
 
 def take_block(port: int) -> socket.socket:
-    """100 free ports for the service on `port`, which are its own until this socket is closed.
+    """Reserves 100 free ports for the service on `port`, until the returned socket is closed.
 
-    The socket is bound to the first of them and the others are for replicas; raises OSError where there are none.
-    Ray numbers replicas' ports from 30000 in every cluster and opens them with SO_REUSEPORT: of two clusters on
-    one machine, each would get some of the other's requests. Blocks lie below the ports that Linux gives to
-    connections.
+    The socket is bound to the first port of the block; the others are for replicas. Raises OSError if no block is
+    free. Ray numbers the ports of replicas from 30000 in every cluster and opens them with SO_REUSEPORT, so two
+    clusters on one machine would get some of each other's requests. Blocks lie below the ports that Linux assigns
+    to outgoing connections.
     """
     for i in range(200):
         first = 10_000 + (port + i) % 200 * BLOCK
-        held = socket.socket()
-        try:
-            held.bind(("", first))  # which one process can do
-        except OSError:
-            held.close()
-            continue
-        if all(is_free(p) for p in range(first + 1, first + BLOCK)):
-            return held
-        held.close()
+        holder = socket.socket()
+        with contextlib.suppress(OSError):
+            holder.bind(("", first))  # only one process can
+            if all(is_free(p) for p in range(first + 1, first + BLOCK)):
+                return holder
+        holder.close()
     raise OSError("no 100 free ports in a row between 10000 and 30000 for the replicas")
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody on this machine listens on a TCP port."""
+    """Whether no process on this machine listens on a TCP port."""
     with socket.socket() as s:
         try:
             s.bind(("", port))
@@ -40,7 +38,7 @@ def is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """Returns a TCP port that no process listens on at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""How many replicas the images that wait ask for."""
+"""Chooses the number of replicas by the number of images that wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class ByQueuedImages:
-    """An autoscaling policy of Ray Serve: one replica for every `images_per_replica` images that wait.
+    """An autoscaling policy for Ray Serve: one replica for every `images_per_replica` waiting images.
 
-    Images and not requests, as Serve's own policy counts: a request is one image or a thousand. Replicas report
-    theirs (`CodecReplica.record_autoscaling_stats`), Serve takes the mean over a few seconds, keeps MIN and MAX,
-    and waits before it scales down.
+    It counts images where Serve's own policy counts requests, because a request may have one image or a thousand.
+    Replicas report their numbers (`CodecReplica.record_autoscaling_stats`); Serve averages them over a few seconds,
+    respects MIN and MAX, and delays scaling down.
     """
 
     def __init__(self, images_per_replica: float) -> None:
@@ -22,8 +22,8 @@ class ByQueuedImages:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         queued = (context.aggregated_metrics or {}).get("queued_images", {})
-        if not queued:  # no replica has reported yet: no reason to change anything
+        if not queued:  # no replica has reported yet
             return context.target_num_replicas, {}
-        # replicas that have not reported have as much to do as the others
+        # assume that replicas that have not reported are as busy as the others
         waiting = sum(queued.values()) / len(queued) * max(len(queued), len(context.running_replicas))
         return math.ceil(waiting / self.images_per_replica), {}

@@ -1,4 +1,4 @@
-"""What Ray Serve is told about HAProxy and its replicas' ports, in the variables that it reads."""
+"""The environment variables by which Ray Serve is told about HAProxy and about the replicas' ports."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from pathlib import Path
 
 from dat_service.ports import BLOCK, free_port
 
-# The same for every service, on a Ray of its own or on another's; `dat serve --serve-config` names them too.
+# The same for every service, on a Ray of its own or on a shared cluster, whose nodes need them when Ray is started.
 SERVE = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # the app is awaited with uvicorn's own receive and send: 19.9 ms instead of 23.4 for 2 x 19 MB
+    # With 0 the app is awaited with uvicorn's own receive and send: 19.9 ms instead of 23.4 ms for 2 x 19 MB.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # a replica that says it is unhealthy has failed its requests already; on a GPU the next one waits for its place
+    # An unhealthy replica has failed its requests already, and on a GPU its successor waits for its place.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # what autoscale.py sees is at most so old
+    # How old the numbers may be that autoscale.py gets.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    # a replica that leaves answers for so long before it closes its port: by then HAProxy has to be reloaded
+    # How long a stopping replica still answers before it closes its port: HAProxy must be reloaded by then.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
-    # an HAProxy that died is started anew after three of these: after 6 s instead of 30
+    # A dead HAProxy is started again after three of these periods: after 6 s instead of 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # A host that was cut off is seen by these checks, after at most 2 + 3 x 2 s. Faster ones take a replica whose
-    # machine is busy for a dead one.
+    # These checks notice a host that was cut off after at most 2 + 3 x 2 s. Faster checks would take a replica on a
+    # busy machine for a dead one.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "500ms",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
-    # Three refused connections in a row would also count as a dead replica, and its last answers be cut off
-    # (haproxy_wrapper.py), in an HAProxy that was replaced but still has requests: a replica that leaves refuses.
+    # Otherwise three refused connections in a row would also mark a replica as dead, and cut off its last responses
+    # (haproxy_wrapper.py). A stopping replica does refuse connections: those of an HAProxy that was replaced, but
+    # still has requests.
     "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
 }
 
 
-LOOPBACK = "127.0.0.1"  # where Serve is told to listen on a Ray of one's own
+LOOPBACK = "127.0.0.1"  # where Serve is told to listen on a Ray of its own
 
 
-def environment(folder: Path, host: str, port: int, first: int) -> dict[str, str]:
-    """Variables for a Ray of one's own, whose HAProxy keeps its files in `folder` and serves on `host` and `port`.
+def environment(folder: Path, host: str, port: int, first_port: int) -> dict[str, str]:
+    """Returns the variables for a Ray of its own, whose HAProxy keeps its files in `folder`.
 
-    `first` is the first port for replicas, of those that ports.take_block holds.
-    Every path and port is this service's own, so that two services run side by side. Serve would have its replicas
-    listen where HAProxy does, open to strangers: it is told LOOPBACK, and dat-haproxy the real host. Writes the
-    executable that Ray starts as its HAProxy.
+    `first_port` is the first port for replicas, from the block that ports.take_block reserves. Every path and port
+    belongs to this service alone, so that two services can run side by side. Serve would let its replicas listen on
+    the same address as HAProxy, open to other machines; so Serve is told LOOPBACK, and only dat-haproxy the real
+    `host` and `port`. Writes the executable that Ray starts as its HAProxy.
     """
     binary = folder / "dat-haproxy"
     command = shlex.join([sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "--listen", f"{host}:{port}"])
@@ -54,11 +55,11 @@ def environment(folder: Path, host: str, port: int, first: int) -> dict[str, str
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        # Ray's own choice is 5: on a busy machine it takes a proxy for dead that has not begun, and the start fails
+        # With Ray's default of 5, the start fails on a busy machine: a proxy that is still starting counts as dead.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),  # left out itself
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 1),  # exclusive
     }

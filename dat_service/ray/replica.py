@@ -1,4 +1,4 @@
-"""The app as a Ray Serve deployment: the replica is itself the HTTP ingress, behind HAProxy."""
+"""The app as a Ray Serve deployment: each replica is itself the HTTP ingress behind HAProxy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class CodecReplica:
-    """One Ray Serve replica: loads the codec, then builds the app, in a process of its own."""
+    """One Ray Serve replica: a process that loads the codec, then builds the app."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.worker = self.make_worker(Settings(**settings))
-        # in a thread: Serve's own messages are answered by this loop, and a codec takes a minute on a GPU
+        # In a thread: this event loop must answer Serve's messages, and loading takes a minute on a GPU.
         await asyncio.to_thread(self.worker.load)
 
     def make_worker(self, settings: Settings) -> CodecWorker:
-        """The worker; a stand-in for load tests overrides this."""
+        """Creates the worker; a stand-in for load tests overrides this."""
         from ray import serve
 
         from dat_service.worker import CodecWorker
@@ -39,10 +39,10 @@ class CodecReplica:
         return create_app(self.worker, all_metrics=SharedMetrics(self.worker.metrics, application))
 
     async def check_health(self) -> None:
-        """Raises where the codec has hung or died: Serve then replaces the replica."""
+        """Raises RuntimeError if the codec has hung or died; Serve then replaces the replica."""
         if not self.worker.healthy:
             raise RuntimeError(f"codec {self.worker.settings.codec}: {self.worker.why_unhealthy}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What autoscale.py counts."""
+        """Reports the number of waiting images, for autoscale.py."""
         return {"queued_images": float(self.worker.queued_images)}

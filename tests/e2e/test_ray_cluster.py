@@ -96,7 +96,7 @@ def test_beside_what_serve_runs(cluster: dict[str, str], tmp_path: Path) -> None
         check(url, "identity")
         again = subprocess.run([*DAT, "serve"], env=cluster, capture_output=True, text=True, timeout=120)
         assert again.returncode == 1
-        assert "tiny-f8 is served on this cluster already" in again.stderr
+        assert "tiny-f8 is already served on this cluster" in again.stderr
         check(f"{url}/tiny-f8", "tiny-f8")
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0

@@ -34,7 +34,7 @@ def rays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_nothing_but_start_starts_a_ray(rays: list[str]) -> None:
     service = RayService(Settings(codec="identity"))
-    assert service._why() is None
+    assert service._why(RuntimeError("the first error")) == "the first error"
     with pytest.raises(ServeFailed, match="stopping"):
         service.update()
     service.stop()

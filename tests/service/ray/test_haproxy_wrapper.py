@@ -310,7 +310,7 @@ def test_another_ray_has_its_say(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path = ray_config(tmp_path, free_port(), free_port())
     path.write_text(path.read_text().replace("http-check expect status 200", "http-check expect rstatus 2.."))
     prepare(binary(), path)
-    assert "no place for: servers" in capsys.readouterr().err
+    assert "do not fit this Ray's configuration: servers" in capsys.readouterr().err
     assert "shutdown-sessions" not in path.read_text()  # without the other half of it, no replica could leave
     assert "option forwardfor" in path.read_text()
 
@@ -323,4 +323,4 @@ def test_configuration_that_haproxy_refuses_is_left_alone(
     before = path.read_text()
     prepare(binary(), path)
     assert path.read_text() == before
-    assert "does not take" in capsys.readouterr().err
+    assert "HAProxy rejects" in capsys.readouterr().err
