@@ -30,7 +30,7 @@ class FairShares:
         return True
 
     def change(self, holder: str, old: int, new: int) -> bool:
-        """Replaces `old`, taken before, by `new` if `take` would allow it anew; else changes nothing."""
+        """Replaces `old`, taken before, by `new` if `take` would allow `new` afterwards; else changes nothing."""
         self._add(holder, -old)
         if self.take(holder, new):
             return True

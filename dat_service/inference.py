@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import dat_client.wire as wire
-from dat_client.wire.vocabulary import INPUTS, OUTPUTS, PARAMETERS
+from dat_client.wire.vocabulary import INPUTS, OUTPUTS
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.batching.device_copies import Array
@@ -19,7 +19,7 @@ from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
 from dat_workers.images.encoded import decode_pictures
-from dat_workers.request import CodecRequest, Task, check_outputs, default_outputs, parse_parameters
+from dat_workers.request import CodecRequest, Parameters, Task, check_outputs, default_outputs, parse_parameters
 
 JSON_BYTES_PER_NUMBER = 20  # a number of a tensor in JSON, with its comma
 
@@ -47,36 +47,60 @@ class Answer:
     codec_s: float
 
 
-async def infer(worker: CodecWorker, request: wire.Request, caller: Caller, reservation: Reservation) -> Answer:
-    """Computes an admitted request whose names were checked.
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A decoded message whose names and parameters are valid."""
+
+    message: wire.Request
+    parameters: Parameters
+
+    @property
+    def output_names(self) -> list[str]:
+        """The outputs that the request names, often none."""
+        return [output.name for output in self.message.outputs]
+
+
+def check_request(message: wire.Request) -> CheckedRequest:
+    """Raises InvalidInput for inputs, outputs and parameters that no codec has, and for unusable parameters."""
+    parameters = parse_parameters(message.parameters)
+    names = list(message.inputs)
+    if names != ["indices"] and not ("images" in names and set(names) <= set(INPUTS)):
+        raise InvalidInput("inputs", sorted(names[:9]), f"either indices alone, or {', '.join(INPUTS)}")
+    request = CheckedRequest(message, parameters)
+    check_outputs(request.output_names, OUTPUTS)
+    return request
+
+
+async def infer(worker: CodecWorker, request: CheckedRequest, caller: Caller, reservation: Reservation) -> Answer:
+    """Computes an admitted request.
 
     Raises InvalidInput and TooLarge for an unusable request; Full, DeadlinePassed and EngineError as
     `Batcher.submit`. Cancelling the call takes the request out of the queue.
     """
-    images = request.inputs.get("images")
-    if images is not None and images.dtype == np.uint8 and len(request.inputs) == 1:
-        work = prepare(worker, request, reservation)  # too quick to be worth a thread
+    inputs = request.message.inputs
+    if len(inputs) == 1 and "images" in inputs and inputs["images"].dtype == np.uint8:
+        codec_request = prepare(worker, request, reservation)  # too quick to be worth a thread
     else:
-        work = await worker.run_in_thread(lambda: prepare(worker, request, reservation))
-    return await compute(worker, work, caller)
+        codec_request = await worker.run_in_thread(lambda: prepare(worker, request, reservation))
+    return await compute(worker, codec_request, caller)
 
 
-async def compute(worker: CodecWorker, work: CodecRequest, caller: Caller) -> Answer:
+async def compute(worker: CodecWorker, request: CodecRequest, caller: Caller) -> Answer:
     """Returns the answer to a request, waiting until the caller's deadline, and counts it."""
     assert worker.discretizer is not None
-    result = await _queued(worker, work, caller) if work.result is None else Result(work.result)
+    result = await _queued(worker, request, caller) if request.result is None else Result(request.result)
     outputs = dict(result.outputs)
     parameters: dict[str, Any] = {"fingerprint": worker.discretizer.fingerprint}
     changed = outputs.pop("tokens_changed", None)
     if changed is not None:
         parameters["tokens_changed"] = float(changed.mean())
-    kind = "decode" if work.task.decodes else "adversarial" if work.task.adversarial else "plain"
-    worker.metrics.answered(kind, work.rows, result.queue_s, parameters.get("tokens_changed"))
+    kind = "decode" if request.task.decodes else "adversarial" if request.task.adversarial else "plain"
+    worker.metrics.answered(kind, request.rows, result.queue_s, parameters.get("tokens_changed"))
     return Answer(outputs, parameters, result.queue_s, result.codec_s)
 
 
-async def _queued(worker: CodecWorker, work: CodecRequest, caller: Caller) -> Result:
-    future = worker.batcher.submit(work, caller.flow, caller.deadline)
+async def _queued(worker: CodecWorker, request: CodecRequest, caller: Caller) -> Result:
+    future = worker.batcher.submit(request, caller.flow, caller.deadline)
     left_s = None if caller.deadline is None else max(0.0, caller.deadline - time.monotonic())
     try:
         async with asyncio.timeout(left_s):
@@ -85,64 +109,49 @@ async def _queued(worker: CodecWorker, work: CodecRequest, caller: Caller) -> Re
         raise DeadlinePassed("the deadline passed before the codec had the answer") from None
 
 
-def prepare(worker: CodecWorker, request: wire.Request, reservation: Reservation) -> CodecRequest:
+def prepare(worker: CodecWorker, request: CheckedRequest, reservation: Reservation) -> CodecRequest:
     """Checks every limit and value of a request and reserves the bytes of its outputs."""
-    discretizer, settings = worker.discretizer, worker.settings
+    discretizer = worker.discretizer
     assert discretizer is not None
-    factor = discretizer.spec.factor
-    if "images" in request.inputs:
-        work = images_work(discretizer, request, settings, reservation)
+    if "images" in request.message.inputs:
+        codec_request = _prepare_images(discretizer, request, worker.settings, reservation)
     else:
-        names = [o.name for o in request.outputs]
-        others = sorted(set(request.parameters) - {"output_dtype"})
-        if others:
-            raise InvalidInput("parameters", others, "output_dtype alone, where tokens are decoded")
-        if names not in ([], ["reconstruction"]):
-            raise InvalidInput("outputs", names, "reconstruction alone, where tokens are decoded")
-        indices = request.inputs["indices"]
-        check_limits(indices, settings, scale=factor)
-        check_json_outputs(request, ["reconstruction"], indices.size * factor**2, factor, settings)
-        work = discretizer.prepare_decode(indices, output_dtype=request.parameters.get("output_dtype"))
-    if work.result is None:
-        reservation.grow(work.rows * output_bytes(work.task, factor))
-    return work
+        codec_request = _prepare_indices(discretizer, request, worker.settings)
+    if codec_request.result is None:
+        reservation.grow(codec_request.rows * output_bytes(codec_request.task, discretizer.spec.factor))
+    return codec_request
 
 
-def check_names(request: wire.Request) -> None:
-    """Raises InvalidInput for inputs, outputs and parameters that no codec has, and for lists as parameters."""
-    for name, value in request.parameters.items():
-        if name not in PARAMETERS:
-            raise InvalidInput("parameters", repr(name), f"of {', '.join(PARAMETERS)}")
-        if isinstance(value, list | dict):
-            raise InvalidInput(name, "a JSON " + ("list" if isinstance(value, list) else "object"), "one value")
-    inputs = list(request.inputs)
-    if inputs != ["indices"] and not ("images" in inputs and set(inputs) <= set(INPUTS)):
-        raise InvalidInput("inputs", sorted(inputs[:9]), f"either indices alone, or {', '.join(INPUTS)}")
-    check_outputs([o.name for o in request.outputs], OUTPUTS)
-
-
-def images_work(
-    discretizer: Discretizer, request: wire.Request, settings: Settings, reservation: Reservation
+def _prepare_images(
+    discretizer: Discretizer, request: CheckedRequest, settings: Settings, reservation: Reservation
 ) -> CodecRequest:
-    """Checks a request with `images`; encoded pictures are decoded."""
-    parameters, inputs = request.parameters, request.inputs
-    names = [o.name for o in request.outputs]
+    inputs, names = request.message.inputs, request.output_names
     check_outputs(names, discretizer.outputs)
     images = inputs["images"]
     check_limits(images, settings)
     if images.dtype == object:
         images = decode_pictures(images, max_image_pixels=settings.max_image_pixels, max_pixels=settings.max_pixels)
         reservation.grow(images.nbytes)
-    parsed = parse_parameters(parameters)
-    names = names or list(default_outputs("gradients" in inputs or parsed.replace_fraction > 0))
-    check_json_outputs(request, names, images.size // 3, discretizer.spec.factor, settings)
+    names = names or list(default_outputs("gradients" in inputs or request.parameters.replace_fraction > 0))
+    check_json_outputs(request.message, names, images.size // 3, discretizer.spec.factor, settings)
     return discretizer.prepare(
         images,
         inputs.get("gradients"),
         gradient_scales=inputs.get("gradient_scales"),
-        parameters=parsed,
+        parameters=request.parameters,
         outputs=names,
     )
+
+
+def _prepare_indices(discretizer: Discretizer, request: CheckedRequest, settings: Settings) -> CodecRequest:
+    if others := sorted(set(request.message.parameters) - {"output_dtype"}):
+        raise InvalidInput("parameters", others, "output_dtype alone if tokens are decoded")
+    if request.output_names not in ([], ["reconstruction"]):
+        raise InvalidInput("outputs", request.output_names, "reconstruction alone if tokens are decoded")
+    indices, factor = request.message.inputs["indices"], discretizer.spec.factor
+    check_limits(indices, settings, scale=factor)
+    check_json_outputs(request.message, ["reconstruction"], indices.size * factor**2, factor, settings)
+    return discretizer.prepare_decode(indices, output_dtype=request.parameters.output_dtype)
 
 
 def nbytes_of(array: Array) -> int:

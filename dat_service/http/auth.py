@@ -114,7 +114,7 @@ class KeyRing:
             log.error("the changed API key file is not used, the old keys stay valid: %s", error)
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """Returns what differs between two versions of the file, None if there is no file."""
+        """Returns what differs between two versions of the file, None without a file."""
         try:
             stat = self.path.stat() if self.path else None
         except OSError:

@@ -16,7 +16,7 @@ from dat_client.wire.headers import HEADER_LENGTH
 from dat_service import __version__
 from dat_service.http.auth import require_key
 from dat_service.http.exchange import Reply, exchange
-from dat_service.inference import Answer, Caller, check_names, infer, nbytes_of
+from dat_service.inference import Answer, Caller, CheckedRequest, check_request, infer, nbytes_of
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import TooLarge
@@ -141,16 +141,16 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
     worker = worker_of(request, codec, version)
 
     async def inference(body: memoryview, caller: Caller, reservation: Reservation) -> Reply:
-        decoded = await decode(worker, body, request.headers.get(HEADER_LENGTH), reservation)
-        return await encode(worker, decoded, await infer(worker, decoded, caller, reservation))
+        checked = await decode(worker, body, request.headers.get(HEADER_LENGTH), reservation)
+        return await encode(worker, checked.message, await infer(worker, checked, caller, reservation))
 
     return await exchange(request, worker, inference)
 
 
 async def decode(
     worker: CodecWorker, body: memoryview, header_length: str | None, reservation: Reservation
-) -> wire.Request:
-    """Decodes the request in a body, in a thread if its JSON part is long, and checks the names in it.
+) -> CheckedRequest:
+    """Decodes the request in a body, in a thread if its JSON part is long, and checks its names and parameters.
 
     Parsed JSON takes up to 24 times the memory of its text. The decoded request is small apart from its tensors;
     the bytes of those that are not views of the body are reserved.
@@ -161,11 +161,11 @@ async def decode(
     if settings.max_json_bytes < json_bytes <= len(body):
         raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
 
-    def parse() -> wire.Request:
-        request = wire.decode_request(body, header_length, max_strings=settings.max_images)
-        # Here and not in the next thread: on the way there, the parsed JSON would wait beside that of all others.
-        check_names(request)
-        copies = [array for array in request.inputs.values() if not np.may_share_memory(array, body)]
+    def parse() -> CheckedRequest:
+        message = wire.decode_request(body, header_length, max_strings=settings.max_images)
+        # Checked here and not in the next thread: on the way there, large parsed JSON of many requests would wait.
+        request = check_request(message)
+        copies = [array for array in message.inputs.values() if not np.may_share_memory(array, body)]
         reservation.grow(sum(map(nbytes_of, copies)))
         return request
 
@@ -174,18 +174,18 @@ async def decode(
     return parse() if quick else await worker.run_in_thread(parse)
 
 
-async def encode(worker: CodecWorker, request: wire.Request, answer: Answer) -> Reply:
+async def encode(worker: CodecWorker, message: wire.Request, answer: Answer) -> Reply:
     """Encodes the answer as the request wants it, in a thread if tensors are written as JSON."""
     assert worker.discretizer is not None
     version = model_version(worker.discretizer)
-    binary = {name: request.wants_binary(name) for name in answer.outputs}
+    binary = {name: message.wants_binary(name) for name in answer.outputs}
 
     def write() -> wire.Encoded:
         return wire.encode_response(
             worker.settings.codec,
             answer.outputs,
             model_version=version,
-            id=request.id,
+            id=message.id,
             parameters=answer.parameters,
             binary=binary,
         )

@@ -1,4 +1,4 @@
-"""What the middleware notes of each request, for metrics, logs and spans."""
+"""The record of a request that metrics, logs and spans share."""
 
 from __future__ import annotations
 

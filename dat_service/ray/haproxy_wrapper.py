@@ -106,7 +106,7 @@ def _servers(config: str, _: Path) -> tuple[str, int]:
     replica answers health checks with 503 and is only taken out of the balance (L7OKC); a replica that does not
     answer them is dead. The backup server is removed: it is Serve's own proxy, which would read bodies of any size.
     """
-    # before Serve's first application there is no backend, and nothing to amend
+    # none before Serve's first application, when there is nothing to amend
     backends = len(re.findall(r"^backend http-", config, flags=re.M))
     shutdown = r"\1 on-marked-down shutdown-sessions"
     config = _replace(r"^(    server SERVE_REPLICA\S+ \S+ check\b.*)$", shutdown, config)[0]

@@ -35,6 +35,7 @@ LIMITS: dict[str, Any] = {
     "codec": "identity",
     "max_images": 16,
     "max_image_pixels": 1_000_000,
+    "max_pixels": 2_000_000,
     "max_body_bytes": 8 << 20,
 }
 
@@ -158,6 +159,11 @@ def test_ten_thousand_by_ten_thousand_announced(identity: str) -> None:
 def test_one_image_with_too_many_pixels(identity: str) -> None:
     images = np.zeros((1, 3, 1200, 900), np.uint8)
     refused(infer_images(identity, images, "UINT8"), 413, "images", "1080000 pixels", "1000000")
+
+
+def test_many_images_with_too_many_pixels_together(identity: str) -> None:
+    images = np.zeros((3, 3, 900, 800), np.uint8)
+    refused(infer_images(identity, images, "UINT8"), 413, "images", "2160000 pixels", "2000000")
 
 
 def test_body_without_length_that_goes_on_and_on(identity: str) -> None:
