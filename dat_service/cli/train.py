@@ -103,5 +103,5 @@ def train_codec(
             scores = trainer.evaluate(model=load_model(read(path)).to(trainer.device))
             typer.echo(
                 f"validation: {scores.psnr_db:.2f} dB on {scores.pictures} pictures, "
-                f"{scores.used:.1%} of {codebook_size} codebook entries in use"
+                f"{scores.codebook_share:.1%} of {codebook_size} codebook entries in use"
             )

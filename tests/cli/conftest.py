@@ -1,4 +1,4 @@
-"""Gives the tests of `dat codecs` the toy codec and the loopback server of tests/workers/codecs."""
+"""Gives the tests of `dat codecs` and `dat train-codec` the fixtures of the codecs and of the training."""
 
 from __future__ import annotations
 
@@ -10,3 +10,4 @@ from tests.workers.codecs.conftest import (  # noqa: F401
     spec,
     weights,
 )
+from tests.workers.training.conftest import pictures  # noqa: F401

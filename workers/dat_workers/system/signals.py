@@ -1,13 +1,25 @@
-"""Delays signals while a library starts that does not survive them."""
+"""Handles signals for the time of a block, or delays them while a library starts that does not survive them."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Calls `handler` on these signals until the block has ended, and then restores the earlier handlers."""
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, restored in earlier.items():
+            signal.signal(number, restored)
 
 
 @contextmanager

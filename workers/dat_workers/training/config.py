@@ -1,4 +1,4 @@
-"""Everything that decides a codec's training run."""
+"""The settings of a codec's training run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dat_workers.codecs.spec import CodecSpec
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; `frozen_part` is what a resumed run must not change.
+    """The settings of one run; a resumed run must not change those of `frozen_part`.
 
-    The defaults of the spec are `tiny-f8`'s. Starts of phases are shares of the run, 0..1.
+    The starts of phases are shares of the run, 0..1. Raises ValueError for a value out of range and for a source
+    that does not exist.
     """
 
     spec: CodecSpec
@@ -23,18 +24,17 @@ class TrainConfig:
     batch: int = 32
     crop: int = 64  # pixels a side
     learning_rate: float = 5e-4
-    codebook_start: float = 0.05  # before: a plain autoencoder, so that k-means sees settled latents
+    codebook_start: float = 0.05  # a plain autoencoder is trained before, so that k-means gets settled latents
     discriminator_start: float = 0.85
     discriminator_weight: float = 0.1
     perceptual: str = "structure"  # or "lpips"
     perceptual_weight: float = 0.02
     commitment_weight: float = 0.25  # β of Eq. 8
-    ema_decay: float = 0.999  # of the weights that are kept
+    ema_decay: float = 0.999  # of the averaged weights, which become the codec
     pool: int = 2000  # decoded pictures held in memory
     validation: tuple[Path, ...] = ()
     validation_crop: int = 224
-    save_every_s: float = 300.0
-    init: Path | None = None  # a codec file of the same geometry to start from; its codebook is used at once
+    init: Path | None = None  # codec file of the same geometry to start from; its codebook is used from the start
     seed: int = 0
     device: str = "cpu"
 
@@ -47,20 +47,20 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not 0 <= self.codebook_start <= self.discriminator_start or self.codebook_start >= 1:
             raise ValueError(
-                f"codebook_start is {self.codebook_start} and discriminator_start {self.discriminator_start}: "
-                "the codebook must start before the end, and not after the discriminator"
+                f"codebook_start is {self.codebook_start} and discriminator_start is {self.discriminator_start}: "
+                "the codebook must start before the end of the run (1), and not after the discriminator"
             )
         if self.perceptual not in ("structure", "lpips"):
             raise ValueError(f"perceptual is {self.perceptual!r}, must be 'structure' or 'lpips'")
         for path in (*self.sources, *self.validation, *([self.init] if self.init else [])):
             if not path.exists():
-                raise ValueError(f"no such shard or folder: {path}")
+                raise ValueError(f"{path}: no such file or folder")
         if not self.sources:
-            raise ValueError("no shards or folders to train on")
+            raise ValueError("no shards or folders to train on: name at least one")
 
     def frozen_part(self) -> dict[str, object]:
-        """What must be equal for a checkpoint to be continued."""
-        free = {"spec", "sources", "out", "init", "validation", "validation_crop", "save_every_s", "device"}
+        """Returns the settings that must equal those of the checkpoint that the run continues."""
+        free = {"spec", "sources", "out", "init", "validation", "validation_crop", "device"}
         fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {
             "geometry": geometry(self.spec),

@@ -1,4 +1,4 @@
-"""Random crops for training a codec, from WebDataset shards or folders of pictures."""
+"""Draws random crops for training a codec from WebDataset shards or folders of pictures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from dat_workers.images.crops import encoded_pictures, enlarge
 from dat_workers.images.encoded import decode_picture
 
 
-class CropPool:
-    """A pool of decoded pictures that crops are drawn from, while a stream slowly replaces them.
+def to_float(images: Tensor) -> Tensor:
+    """Maps uint8 images to fp32 in -1..1."""
+    return images.float().div_(127.5).sub_(1)
 
-    A data set that fits in `capacity` pictures is decoded once; a larger one is streamed, `turnover` new
-    pictures a batch. Draws depend on `seed` and the batch number alone, so a resumed run goes on as if
-    nothing had happened while the pool holds the whole set.
+
+class CropPool:
+    """A pool of decoded pictures from which crops are drawn, while a stream slowly replaces the pictures.
+
+    A data set of at most `capacity` pictures is decoded once; a larger one is streamed, `turnover` new pictures a
+    batch. Draws depend only on `seed` and the batch number, so that a resumed run continues as if it had never
+    stopped, as long as the pool holds the whole data set. Raises ValueError if there are no pictures.
     """
 
     def __init__(self, sources: Sequence[Path], crop: int, capacity: int, seed: int, turnover: int = 4) -> None:
@@ -46,10 +51,10 @@ class CropPool:
                     yield f"{source}:{name}", enlarge(decode_picture(data, field=name), self.crop)
                     count += 1
             if not count:
-                raise ValueError(f"no pictures in {[str(s) for s in self.sources]}")
+                raise ValueError(f"there are no pictures in {[str(s) for s in self.sources]}")
 
     def batch(self, number: int, size: int) -> Tensor:
-        """fp32 [size,3,crop,crop] in -1..1: random places, half of them mirrored."""
+        """Returns crops fp32 [size,3,crop,crop] in -1..1 from random places; half of them are mirrored."""
         rng = random.Random(zlib.crc32(f"{self.seed}/{number}".encode()))
         out = np.empty((size, 3, self.crop, self.crop), np.uint8)
         for i in range(size):
@@ -61,4 +66,4 @@ class CropPool:
         if not self.complete:
             for _ in range(self.turnover):
                 self.pool[rng.randrange(len(self.pool))] = next(self.stream)[1]
-        return torch.from_numpy(out).float().div_(127.5).sub_(1)
+        return to_float(torch.from_numpy(out))

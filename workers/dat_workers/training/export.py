@@ -1,4 +1,4 @@
-"""From a trained network to the weights that are kept."""
+"""Turns a trained network into the weights of a codec file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 
-EXACT = ("quantize.", "quant_conv.", "post_quant_conv.")  # fp16 is coarser than the codebook's spacing
+FP32_PREFIXES = ("quantize.", "quant_conv.", "post_quant_conv.")  # fp16 is coarser than the codebook's spacing
 
 
 @torch.no_grad()
 def exported_weights(model: VQGAN, *, half: bool) -> dict[str, Tensor]:
-    """The state dict of the same codec with its codebook centred, as fp16 where `half` (codebook and its 1x1
-    convolutions stay fp32).
+    """Returns the state dict of the same codec with a centred codebook.
 
-    Centring moves latents, codebook and what the decoder adds by the same vector, which changes nothing but
-    rounding: distances of smaller vectors lose fewer digits, so fewer tokens are near-ties.
+    With `half` the weights are fp16, except for the codebook and its 1x1 convolutions. Centring moves the latent
+    vectors, the codebook and the decoder's bias by the same vector, which changes nothing but rounding: distances
+    between smaller vectors lose fewer digits, so fewer tokens are near-ties.
     """
     centred = copy.deepcopy(model).cpu().float()
     codebook = centred.quantize.embedding.weight
@@ -30,6 +30,6 @@ def exported_weights(model: VQGAN, *, half: bool) -> dict[str, Tensor]:
     quant_bias -= mean
     post_bias += centred.post_quant_conv.weight[:, :, 0, 0] @ mean
     return {
-        name: tensor.half() if half and not name.startswith(EXACT) else tensor
+        name: tensor.half() if half and not name.startswith(FP32_PREFIXES) else tensor
         for name, tensor in centred.state_dict().items()
     }

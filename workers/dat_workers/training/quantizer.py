@@ -1,4 +1,4 @@
-"""The codebook while it learns: exponential moving averages and revival of dead entries."""
+"""Trains a codebook by exponential moving averages, and revives dead entries."""
 
 from __future__ import annotations
 
@@ -7,39 +7,43 @@ from torch import Tensor, nn
 
 from dat_workers.codecs.networks.vqgan import Codebook
 
+DEAD_BELOW = 0.05  # an entry used less than this times the mean is dead
+KMEANS_ITERATIONS = 10
+
 
 class EmaQuantizer(nn.Module):
     """Vector quantization with a codebook that follows its own tokens (van den Oord et al., 2017, App. A.1).
 
-    The codebook term of Eq. 8, |sg[E(x)] - z_q|², is minimised in closed form by the moving average instead
-    of by the optimiser. An entry used less than `dead_below` times the mean is moved onto a latent vector of
-    the present batch.
+    The codebook term of Eq. 8, |sg[E(x)] - z_q|², is minimised in closed form by the moving average instead of by
+    the optimiser. A dead entry is moved onto a latent vector of the current batch.
 
-    Ours, because at K = 16384 the maintained library (vector-quantize-pytorch 1.32) spends 0.36 s a step of
-    2048 tokens on one-hot matrices, more than the whole network; this takes 0.03 s (2 cores).
+    The maintained library (vector-quantize-pytorch 1.32) is not used: at K = 16384 it spends 0.36 s a step of 2048
+    tokens on one-hot matrices, more than the whole network takes; this class takes 0.03 s (2 cores).
     """
 
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, codebook: Codebook, decay: float = 0.99, dead_below: float = 0.05) -> None:
+    def __init__(self, codebook: Codebook, decay: float = 0.99) -> None:
         super().__init__()
         self.codebook = codebook
         self.decay = decay
-        self.dead_below = dead_below
         size, dim = codebook.embedding.weight.shape
         self.register_buffer("counts", torch.zeros(size))
         self.register_buffer("sums", torch.zeros(size, dim))
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor, iterations: int = 10) -> None:
-        """Lloyd's k-means from a random choice of `latents` fp32 [M,d], M of K or more."""
+    def initialise(self, latents: Tensor) -> None:
+        """Starts the codebook by Lloyd's k-means from a random choice of `latents` fp32 [M,d].
+
+        Raises ValueError unless M is at least K.
+        """
         weight = self.codebook.embedding.weight
         size = len(weight)
         if len(latents) < size:
-            raise ValueError(f"{len(latents)} latent vectors cannot start a codebook of {size}")
+            raise ValueError(f"{len(latents)} latent vectors are too few to start a codebook of {size} entries")
         weight.copy_(latents[torch.randperm(len(latents), device=latents.device)[:size]])
-        for _ in range(iterations):
+        for _ in range(KMEANS_ITERATIONS):
             counts, sums = self._assign(latents)[1:]
             alive = counts > 0
             weight[alive] = sums[alive] / counts[alive, None]
@@ -47,7 +51,7 @@ class EmaQuantizer(nn.Module):
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Takes the codebook as it is for the averages' start, all entries equally used."""
+        """Starts the averages from the codebook as it is, with all entries equally used."""
         self.counts.fill_(1.0)
         self.sums.copy_(self.codebook.embedding.weight)
 
@@ -58,14 +62,14 @@ class EmaQuantizer(nn.Module):
         return indices, counts, sums
 
     def forward(self, z: Tensor, *, learn: bool, revive: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents fp32 [N,d,h,w] to (straight-through z_q, commitment term, indices [N,h,w])."""
+        """Maps latents fp32 [N,d,h,w] to (straight-through z_q, commitment term, indices [N,h,w])."""
         n, d, height, width = z.shape
         with torch.no_grad():
             flat = z.detach().permute(0, 2, 3, 1).reshape(-1, d)
             indices, counts, sums = self._assign(flat)
             indices = indices.view(n, height, width)
             quantized = self.codebook.lookup(indices)
-            if learn:  # after the look-up: a revived entry is no longer what its tokens stood for
+            if learn:  # after the look-up, because a revived entry is no longer the vector of its tokens
                 self._update(flat, counts, sums, revive)
         commitment = (z - quantized).square().mean()
         return z + (quantized - z).detach(), commitment, indices
@@ -79,7 +83,7 @@ class EmaQuantizer(nn.Module):
         weight[alive] = self.sums[alive] / self.counts[alive, None]
         if not revive:
             return
-        dead = (self.counts < self.dead_below * mean).nonzero().flatten()
+        dead = (self.counts < DEAD_BELOW * mean).nonzero().flatten()
         dead = dead[torch.randperm(len(dead), device=dead.device)[: len(flat) // 16]]
         fresh = flat[torch.randperm(len(flat), device=flat.device)[: len(dead)]]
         weight[dead] = fresh
@@ -87,6 +91,6 @@ class EmaQuantizer(nn.Module):
         self.sums[dead] = fresh * mean
 
     def usage(self) -> float:
-        """Perplexity of the moving counts as a share of K: 1.0 when all entries are used equally."""
+        """Returns the perplexity of the moving counts as a share of K: 1.0 if all entries are used equally."""
         p = self.counts / self.counts.sum().clamp_min(1e-12)
         return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()) / len(p))

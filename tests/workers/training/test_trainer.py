@@ -1,0 +1,75 @@
+"""Training, stopping and continuing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dat_workers.codecs.file import Origin, write
+from dat_workers.codecs.spec import CodecError, CodecSpec
+from dat_workers.training.config import TrainConfig
+from dat_workers.training.export import exported_weights
+from dat_workers.training.trainer import Trainer
+
+SPEC = CodecSpec("toy-f2", ch=32, ch_mult=(1, 1), num_res_blocks=1, codebook_size=64, latent_dim=4)
+
+
+def config(pictures: Path, out: Path, **changes: object) -> TrainConfig:
+    settings = {"steps": 8, "batch": 4, "crop": 32, "validation": (pictures,), "validation_crop": 64}
+    return TrainConfig(SPEC, (pictures,), out, **(settings | changes))  # type: ignore[arg-type]
+
+
+def test_the_loss_falls_and_the_codebook_is_used(pictures: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(pictures, tmp_path, steps=60, codebook_start=0.2, learning_rate=2e-3))
+    losses = [trainer.train_step()["mse"] for _ in range(60)]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    scores = trainer.evaluate()
+    assert scores.pictures == 3
+    assert scores.codebook_share > 0.25
+    assert trainer.save_samples().stat().st_size > 1000
+
+
+def test_a_resumed_run_is_the_undisturbed_run(pictures: Path, tmp_path: Path) -> None:
+    """Over the start of the codebook and of the discriminator, to the last bit."""
+    stages = {"codebook_start": 0.25, "discriminator_start": 0.6}
+    whole = Trainer(config(pictures, tmp_path / "whole", **stages))
+    for _ in range(8):
+        terms = whole.train_step()
+    assert "discriminator" in terms
+    for _ in range(4):
+        part = Trainer(config(pictures, tmp_path / "parts", **stages))
+        part.train_step()
+        part.train_step()
+        part.save()
+    assert part.step == whole.step == 8
+    for name, tensor in whole.average.state_dict().items():
+        assert torch.equal(tensor, part.average.state_dict()[name]), name
+
+
+def test_other_settings_do_not_go_on(pictures: Path, tmp_path: Path) -> None:
+    Trainer(config(pictures, tmp_path)).save()
+    with pytest.raises(ValueError, match=r"batch.*\(4, 5\)"):
+        Trainer(config(pictures, tmp_path, batch=5))
+
+
+def test_file_that_is_no_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint"):
+        Trainer(config(pictures, tmp_path))
+
+
+def test_a_run_can_start_from_a_codec(pictures: Path, tmp_path: Path) -> None:
+    trained = Trainer(config(pictures, tmp_path / "a", codebook_start=0.0))
+    for _ in range(8):
+        trained.train_step()
+    file = tmp_path / "toy.safetensors"
+    write(file, SPEC, exported_weights(trained.average, half=False), Origin.now("test", ""))
+    going_on = Trainer(config(pictures, tmp_path / "b", init=file))
+    assert going_on.evaluate() == trained.evaluate()
+    going_on.train_step()
+    other = CodecSpec("toy-f2", ch=64, ch_mult=(1, 1), num_res_blocks=1, codebook_size=64, latent_dim=4)
+    with pytest.raises(CodecError, match="another shape"):
+        Trainer(TrainConfig(other, (pictures,), tmp_path / "c", crop=32, init=file))
