@@ -51,7 +51,8 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
         urls = [address(url) for _, matches in expand(text, lambda url: url_to_fs(address(url))) for url in matches]
     except ValueError as error:
         raise InvalidDataset(f"source: {text} has braces that are not in pairs ({error})") from error
-    if urls == [address(text)] and not text.lower().endswith(TAR_SUFFIXES):
+    is_shard = text.lower().endswith(TAR_SUFFIXES) or posixpath.basename(text) in names.values()
+    if urls == [address(text)] and not is_shard:
         return {shard: f"{urls[0]}/{name}" for shard, name in names.items()}
     by_name: dict[str, list[str]] = {}
     for url in urls:

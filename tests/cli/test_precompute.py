@@ -56,17 +56,17 @@ def test_a_dataset_and_again(tmp_path: Path) -> None:
     assert "quality: 95, now 90" in run(source, dst, "--quality", "90", code=1)
 
 
-def test_what_goes_wrong_is_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     bad = write_tar(tmp_path / "src" / "a.tar", [("k.png", b"no picture")])
-    said = run(bad, tmp_path / "dst", "--codec", "identity", code=1)
-    assert "a.tar, sample k: png: 10 bytes" in said
-    assert said.splitlines()[-1] == "--on-error skip leaves such samples out"
+    message = run(bad, tmp_path / "dst", "--codec", "identity", code=1)
+    assert "a.tar, sample k: png: 10 bytes" in message
+    assert message.splitlines()[-1] == "--on-error skip leaves such samples out"
     skipped = run(bad, tmp_path / "dst", "--codec", "identity", "--on-error", "skip")
     assert "1 samples skipped:\n  a.tar, k: png: 10 bytes" in skipped
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--outputs", "pictures"], "outputs: 'pictures' is not usable"),
         (["--augment", "2"], "augment: 2 is not usable; expected a crop"),
@@ -75,10 +75,10 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path) -> None:
         (["--codec", "identity", "--outputs", "indices"], "a codec that has a codebook"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, options: list[str], said: str) -> None:
+def test_contradictory_options_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
     source = write_shards(tmp_path / "src", 1, 1)
     out = run(source, tmp_path / "dst", *options, code=1)
-    assert said in out.splitlines()[-1]
+    assert message in out.splitlines()[-1]
     assert not list(tmp_path.glob("dst/*.*"))
 
 
@@ -90,8 +90,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full(tmp_path: Path, small_disk: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 4, 8, side=64), small_disk / "dst"
-    said = run(source, dst, "--codec", "identity", "--format", "png", code=1)
-    assert "No space left on device" in said.splitlines()[-1]
+    message = run(source, dst, "--codec", "identity", "--format", "png", code=1)
+    assert "No space left on device" in message.splitlines()[-1]
     left = contents(dst)
     whole = [name for name in left if name.endswith(".tar")]
     assert not [name for name in left if ".precompute-" in name]

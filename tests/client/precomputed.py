@@ -1,4 +1,4 @@
-"""Folders as `dat precompute` writes them, made here, so that the reading side is tested by itself."""
+"""Writes folders as `dat precompute` does, so that the reader is tested by itself."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def write_pair(
     Samples count on through the shards; their keys are `0007`, their labels the number modulo 10.
     """
     src, dst = folder / "src", folder / "dst"
-    made: dict[str, list[Mapping[str, Any]]] = {}
+    samples_of: dict[str, list[Mapping[str, Any]]] = {}
     for i, name in enumerate(names):
-        made[name] = []
+        samples_of[name] = []
         originals = []
         for number in range(i * samples, (i + 1) * samples):
             x = picture(number, size)
             both = {"__key__": f"{number:04}", "cls": str(number % 10).encode()}
             originals.append(both | {"png": encoded(x)})
             if number not in skipped:
-                made[name].append(both | sample(number, x))
+                samples_of[name].append(both | sample(number, x))
         write_shard(src / name, originals)
-    return src, write_dst(dst, made, **settings)
+    return src, write_dst(dst, samples_of, **settings)

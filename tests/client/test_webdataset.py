@@ -87,29 +87,29 @@ def test_every_key_once_over_ranks_and_workers(dst: Path, monkeypatch: pytest.Mo
     for shuffle in (0, 8):
         data = load(dst, tokens=True, shuffle=shuffle)
         for _ in range(2):  # epochs
-            seen = []
+            read = []
             for rank in range(2):
                 monkeypatch.setenv("RANK", str(rank))
                 loader = DataLoader(data, batch_size=2, num_workers=2)
                 for tokens, labels in loader:
                     batch = numbers(zip(tokens, labels, strict=True))
                     assert labels.tolist() == [number % 10 for number in batch]
-                    seen += batch
-            assert sorted(seen) == KEPT
+                    read += batch
+            assert sorted(read) == KEPT
 
 
-def test_a_spawned_worker_is_told_its_rank(dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawned_worker_knows_its_rank(dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch.multiprocessing.spawn a worker has neither the variables of torchrun nor the process group."""
     data = load(dst, tokens=True)
-    seen = []
+    read = []
     for rank in range(2):
         with monkeypatch.context() as trainer:
             trainer.setenv("RANK", str(rank))
             trainer.setenv("WORLD_SIZE", "2")
             sent = ForkingPickler.dumps(data)
-        seen.append(numbers(pickle.loads(sent)))
-    assert sorted(seen[0] + seen[1]) == KEPT
-    assert min(map(len, seen)) > 0
+        read.append(numbers(pickle.loads(sent)))
+    assert sorted(read[0] + read[1]) == KEPT
+    assert min(map(len, read)) > 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -182,13 +182,13 @@ def pillows_own(x: Image.Image, view: dict[str, Any]) -> Image.Image:
 
 
 def three_views(number: int, x: Image.Image) -> dict[str, Any]:
-    made: dict[str, Any] = {"views.json": json.dumps(VIEWS).encode()}
+    fields: dict[str, Any] = {"views.json": json.dumps(VIEWS).encode()}
     for i, view in enumerate(VIEWS):
         cut = pillows_own(x, view)
-        made[f"{i}.png"] = encoded(q_of(cut))
-        made[f"{i}.indices.npy"] = npy(np.full((2, 2), 65535 - number - 100 * i, np.uint16))
-        made[f"{i}.image.png"] = encoded(cut)
-    return made
+        fields[f"{i}.png"] = encoded(q_of(cut))
+        fields[f"{i}.indices.npy"] = npy(np.full((2, 2), 65535 - number - 100 * i, np.uint16))
+        fields[f"{i}.image.png"] = encoded(cut)
+    return fields
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +222,9 @@ def test_random_views(augmented: tuple[Path, Path]) -> None:
     epochs = [numbers(data) for _ in range(12)]
     for epoch in epochs:
         assert [number % 100 for number in epoch] == [number for number in range(12) if number != 2]
-    seen = Counter(number // 100 for epoch in epochs for number in epoch)
-    assert set(seen) == {0, 1, 2}
-    assert min(seen.values()) > 20  # of 132
+    read = Counter(number // 100 for epoch in epochs for number in epoch)
+    assert set(read) == {0, 1, 2}
+    assert min(read.values()) > 20  # of 132
     assert epochs[0] != epochs[1]
     again = load(augmented[1], tokens=True, seed=3)
     assert numbers(again) == epochs[0]
@@ -252,8 +252,8 @@ def test_geometry_is_torchvisions(size: tuple[int, int], resize: int | None, cro
     x = picture(1, size)
     steps: list[Any] = [v2.Resize(resize)] if resize else []
     steps += [v2.CenterCrop(crop)] if crop else []
-    wanted = v2.Compose([*steps, v2.Identity()])(x)
-    assert np.array_equal(prepared(x, {"resize": resize, "crop": crop}), wanted)
+    expected = v2.Compose([*steps, v2.Identity()])(x)
+    assert np.array_equal(prepared(x, {"resize": resize, "crop": crop}), expected)
 
 
 def test_a_view_is_torchvisions_resized_crop() -> None:
@@ -312,16 +312,16 @@ def test_webdataset_alone_reads_them(augmented: tuple[Path, Path], dst: Path) ->
 def test_fsspec_addresses(pair: tuple[Path, Path], tmp_path: Path, address: str) -> None:
     base = address.format(n=random.randrange(1 << 60), tmp=tmp_path)
     for name, folder in zip(("src", "dst"), pair, strict=True):
-        fs, there = fsspec.url_to_fs(f"{base}/{name}")
-        fs.put(f"{folder}/", there, recursive=True)
+        fs, path = fsspec.url_to_fs(f"{base}/{name}")
+        fs.put(f"{folder}/", path, recursive=True)
     assert read_settings(f"{base}/dst") == read_settings(pair[1])
     assert read_manifest(f"{base}/dst") == read_manifest(pair[1])
     for source in ("src", "src/train-{000000..000004}.tar"):
         data = load(f"{base}/dst/", source=f"{base}/{source}", tokens=True)
         loader = DataLoader(data, batch_size=None, num_workers=2)
-        seen = {65535 - int(tokens[0, 0]): x for x, tokens, _ in loader}
-        assert sorted(seen) == KEPT
-        assert all(torch.equal(x, pictures(number)[0]) for number, x in seen.items())
+        read = {65535 - int(tokens[0, 0]): x for x, tokens, _ in loader}
+        assert sorted(read) == KEPT
+        assert all(torch.equal(x, pictures(number)[0]) for number, x in read.items())
     fs.rm(fsspec.url_to_fs(base)[1], recursive=True)
 
 
@@ -361,7 +361,7 @@ def own(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"image": True}, "holds reconstruction, indices, no image"),
         ({"image": True, "source": "/src"}, "give one of them"),
@@ -372,12 +372,14 @@ def own(tmp_path: Path) -> tuple[Path, Path]:
         ({"view": 1}, "sample 0000: view 1 of 1"),
     ],
 )
-def test_what_is_not_there_is_said(own: tuple[Path, Path], options: dict[str, Any], says: str) -> None:
-    with pytest.raises(InvalidDataset, match=says):
+def test_missing_fields_and_wrong_options_are_named(
+    own: tuple[Path, Path], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidDataset, match=message):
         next(iter(load(own[1], **options)))
 
 
-def test_what_is_no_dst_is_said(own: tuple[Path, Path]) -> None:
+def test_folders_that_precompute_did_not_write_are_refused(own: tuple[Path, Path]) -> None:
     src, dst = own
     with pytest.raises(InvalidDataset, match=r"src: its precompute.json is missing"):
         load(src)
@@ -398,7 +400,7 @@ def test_what_is_no_dst_is_said(own: tuple[Path, Path]) -> None:
         load(dst)
 
 
-def test_shards_that_changed_are_said(own: tuple[Path, Path]) -> None:
+def test_shards_that_changed_are_named(own: tuple[Path, Path]) -> None:
     dst = own[1]
     shard = dst / NAMES[0]
     whole = shard.read_bytes()
@@ -461,9 +463,9 @@ def test_a_field_that_precompute_should_have_written(own: tuple[Path, Path]) -> 
 
 def test_another_source_is_noticed(own: tuple[Path, Path], tmp_path: Path) -> None:
     src, dst = own
-    other, _ = write_pair(tmp_path / "other", NAMES[:2], 2, one_view, size=(33, 32))
+    another_source, _ = write_pair(tmp_path / "other", NAMES[:2], 2, one_view, size=(33, 32))
     with pytest.raises(InvalidDataset, match=r"sample 0000: x has 33x32, Q\(x\) 40x32 pixels"):
-        list(load(dst, source=other))
+        list(load(dst, source=another_source))
     fewer, _ = write_pair(tmp_path / "fewer", NAMES[:2], 1, one_view)
     with pytest.raises(InvalidDataset, match=r"source: sample 0001 is not in .*fewer/src/train-000000.tar"):
         list(load(dst, source=fewer))

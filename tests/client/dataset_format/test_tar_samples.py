@@ -39,16 +39,16 @@ def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
     ]
     path = write_tar(tmp_path / "x.tar", files)
     with path.open("rb") as stream:
-        theirs = [
+        expected = [
             {name: data for name, data in sample.items() if not name.startswith("__")} | {"key": sample["__key__"]}
             for sample in group_by_keys(tar_file_expander([{"stream": stream, "url": str(path)}]))
         ]
-    assert [sample.fields | {"key": sample.key} for sample in read(path)] == theirs
-    assert len(theirs) == 3
+    assert [sample.fields | {"key": sample.key} for sample in read(path)] == expected
+    assert len(expected) == 3
 
 
 def test_files_that_begin_with_a_dot_are_no_samples(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a/._one.png", b"what macOS adds"), ("a/.two", b""), *sample_files(0)])
+    path = write_tar(tmp_path / "x.tar", [("a/._one.png", b"added by macOS"), ("a/.two", b""), *sample_files(0)])
     assert [sample.key for sample in read(path)] == ["0000"]
 
 
@@ -63,9 +63,9 @@ def test_compressed_and_empty_archives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [0, 1, 100, 512, 700, 3000, -20 * 512])
 def test_an_archive_that_was_cut_off_is_damaged_wherever(tmp_path: Path, left: int) -> None:
     whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(whole.read_bytes()[:left])
-    keys, error = read_damaged(cut)
+    cut_path = tmp_path / "cut.tar"
+    cut_path.write_bytes(whole.read_bytes()[:left])
+    keys, error = read_damaged(cut_path)
     assert keys == ["0000", "0001", "0002"][: len(keys)]
     assert error.key not in keys
     assert "damaged shard" in str(error)
@@ -75,11 +75,11 @@ def test_cut_between_two_files_it_would_look_whole(tmp_path: Path) -> None:
     whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
     with tarfile.open(whole) as tar:
         ends = [member.offset for member in tar][4]  # the third sample's picture would come next
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(whole.read_bytes()[:ends])
-    with tarfile.open(cut) as tar:
-        assert len(tar.getnames()) == 4  # tarfile sees nothing
-    keys, error = read_damaged(cut)
+    cut_path = tmp_path / "cut.tar"
+    cut_path.write_bytes(whole.read_bytes()[:ends])
+    with tarfile.open(cut_path) as tar:
+        assert len(tar.getnames()) == 4  # tarfile does not notice
+    keys, error = read_damaged(cut_path)
     assert keys == ["0000"]
     assert error.key == "0001"
     assert "empty header" in str(error)
@@ -87,19 +87,19 @@ def test_cut_between_two_files_it_would_look_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [0, 100, 156])
 @pytest.mark.parametrize("member", [1, 2, 3])
-def test_a_header_that_is_none_is_damage(tmp_path: Path, member: int, at: int) -> None:
+def test_an_invalid_header_is_damage(tmp_path: Path, member: int, at: int) -> None:
     whole = write_shards(tmp_path, 1, 3) / "train-000000.tar"
     with tarfile.open(whole) as tar:
         start = [found.offset for found in tar][member]
     content = bytearray(whole.read_bytes())
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(content[: start + 100])
-    keys, error = read_damaged(cut)
+    cut_path = tmp_path / "cut.tar"
+    cut_path.write_bytes(content[: start + 100])
+    keys, error = read_damaged(cut_path)
     assert keys == ["0000"][: (member + 1) // 2 - 1]
     assert error.key == f"{(member - 1) // 2:04d}"
     content[start + at] ^= 0x55
-    cut.write_bytes(content)
-    assert read_damaged(cut)[0] == keys
+    cut_path.write_bytes(content)
+    assert read_damaged(cut_path)[0] == keys
 
 
 def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_field_beyond_the_limit_is_a_problem_of_its_sample(
     assert [sample.problem for sample in read(path)] == ["the field jpg has more than 100 bytes", ""]
 
 
-def test_what_is_no_archive_is_damaged(tmp_path: Path) -> None:
+def test_other_files_are_damaged_archives(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"<html>404</html>" * 100)
     assert read_damaged(tmp_path / "x.tar")[0] == []
     packed = tmp_path / "y.tar.gz"

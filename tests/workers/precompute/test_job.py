@@ -1,4 +1,4 @@
-"""Whole jobs in this process: `identity` for what has nothing to do with a codec, `tiny-f8` for what has."""
+"""Whole jobs in this process, with `identity` where the codec does not matter and `tiny-f8` where it does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.workers.precompute.shards import (
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tokens go with the number of threads: what is computed here for comparison has one, as the jobs."""
+    """Runs the codec of a comparison with one thread, as the jobs do: tokens depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,8 +53,8 @@ def run(source: Path | str, dst: Path | str, codec: str = "identity", threads: i
 
 
 def manifest(dst: Path, name: str) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads((dst / "manifest" / f"{name}.json").read_text())
-    return said
+    entry: dict[str, Any] = json.loads((dst / "manifest" / f"{name}.json").read_text())
+    return entry
 
 
 def test_every_key_once_with_its_other_fields(tmp_path: Path) -> None:
@@ -89,17 +89,17 @@ def test_pictures_and_tokens_are_those_of_the_discretizer(tmp_path: Path) -> Non
     files = {name: data for path in dst.glob("*.tar") for name, data in read_tar(path).items()}
     for i in range(6):
         x = as_array(encoded(picture(i)))
-        wanted = q.discretize(np.ascontiguousarray(x[None]), outputs=("reconstruction", "indices"))
+        expected = q.discretize(np.ascontiguousarray(x[None]), outputs=("reconstruction", "indices"))
         indices = np.load(io.BytesIO(files[f"{i:04d}.indices.npy"]))
         assert indices.dtype == np.uint16
-        assert np.array_equal(indices, wanted["indices"][0])
-        assert np.array_equal(as_array(files[f"{i:04d}.png"]), wanted["reconstruction"][0])
+        assert np.array_equal(indices, expected["indices"][0])
+        assert np.array_equal(as_array(files[f"{i:04d}.png"]), expected["reconstruction"][0])
         assert files[f"{i:04d}.image.png"] == encoded(picture(i))
         height, width = x.shape[1:]
-        assert np.array_equal(q.decode(indices[None])[0, :, :height, :width], wanted["reconstruction"][0])
+        assert np.array_equal(q.decode(indices[None])[0, :, :height, :width], expected["reconstruction"][0])
 
 
-def test_a_rerun_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+def test_a_rerun_makes_only_the_missing_shards(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src"), tmp_path / "dst"
     run(source, dst)
     before = contents(dst)
@@ -133,7 +133,7 @@ def test_another_number_of_threads_is_another_recipe(tmp_path: Path) -> None:
     assert run(source, tmp_path / "copies", threads=2).shards_kept == 1  # there is no engine
 
 
-def test_a_sheet_of_what_was_is_made_again(tmp_path: Path) -> None:
+def test_an_outdated_contact_sheet_is_made_again(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
     run(source, dst)
     before = contents(dst)
@@ -143,7 +143,7 @@ def test_a_sheet_of_what_was_is_made_again(tmp_path: Path) -> None:
     assert contents(dst) == before
 
 
-def test_another_recipe_is_refused_and_overwritten_when_told(tmp_path: Path) -> None:
+def test_another_recipe_is_refused_and_overwritten_on_request(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src"), tmp_path / "dst"
     run(source, dst)
     before = contents(dst)
@@ -203,7 +203,7 @@ def test_tokens_alone_have_a_contact_sheet_too(tmp_path: Path) -> None:
 
 
 def bad_shard(path: Path) -> Path:
-    """Ten samples, five of them not usable in five ways."""
+    """Writes ten samples, five of which are not usable, for five reasons."""
     files = [file for i in range(5) for file in sample_files(i)]
     files += [("text.png", b"not a picture"), ("text.cls", b"1"), ("none.cls", b"1"), *sample_files(0)]
     files += [("cut.png", encoded(picture(9))[:300]), ("two.v1.png", encoded(picture(8))), ("two.v2.png", b"")]
@@ -214,15 +214,15 @@ def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:
     path, dst = bad_shard(tmp_path / "src" / "bad.tar"), tmp_path / "dst"
     summary = run(path, dst, skip=True)
     assert (summary.samples, summary.skipped) == (5, 5)
-    skipped = {one["key"]: one["reason"] for one in manifest(dst, "bad.tar")["skipped"]}
-    for key, said in {
+    skipped = {sample["key"]: sample["reason"] for sample in manifest(dst, "bad.tar")["skipped"]}
+    for key, reason in {
         "text": "a whole JPEG, PNG or WebP",
         "none": "no picture",
         "0000": "the key was there before",
         "cut": "a whole JPEG, PNG or WebP",
         "two": "several pictures",
     }.items():
-        assert said in skipped[key]
+        assert reason in skipped[key]
     assert sorted(read_tar(dst / "bad.tar")) == sorted(
         f"{i:04d}.{field}" for i in range(5) for field in ("jpg", "cls")
     )
@@ -295,10 +295,10 @@ def test_object_stores_on_both_sides(tmp_path: Path) -> None:
     dst = f"memory://{tmp_path}/q"
     run(f"memory://{tmp_path}/train", dst)
     run(source, tmp_path / "dst")
-    there = {path.removeprefix(f"{tmp_path}/q/"): fs.cat_file(path) for path in fs.find(f"{tmp_path}/q")}
-    assert set(there) == set(contents(tmp_path / "dst"))
+    stored = {path.removeprefix(f"{tmp_path}/q/"): fs.cat_file(path) for path in fs.find(f"{tmp_path}/q")}
+    assert set(stored) == set(contents(tmp_path / "dst"))
     for name in ("train-000000.tar", "train-000001.tar", "precompute.json", "contact-sheet.html"):
-        assert there[name] == (tmp_path / "dst" / name).read_bytes()
+        assert stored[name] == (tmp_path / "dst" / name).read_bytes()
     assert run(f"memory://{tmp_path}/train", dst).shards_kept == 2
 
 
@@ -352,7 +352,7 @@ def test_source_and_target_are_apart(tmp_path: Path, dst: str) -> None:
     assert run(source / "train-000000.tar", tmp_path).samples == 5
 
 
-def test_what_the_codec_cannot_do_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_codec_without_tokens_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "src", 1)
     with pytest.raises(InvalidInput, match="a codec that has a codebook"):
         run(source, tmp_path / "dst", outputs=["indices"])
@@ -368,12 +368,12 @@ def test_too_large_for_the_codec_names_the_way_out(tmp_path: Path, monkeypatch: 
         run(source, tmp_path / "dst")
 
 
-def test_the_state_goes_from_nothing_to_all(tmp_path: Path) -> None:
-    states: list[JobProgress] = []
-    run(write_shards(tmp_path / "src", 4), tmp_path / "dst", report=states.append)
-    assert states[-1].share == 1.0
-    assert (states[-1].images, states[-1].shards_done, states[-1].shards) == (20, 4, 4)
-    assert [state.share for state in states] == sorted(state.share for state in states)
+def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
+    reports: list[JobProgress] = []
+    run(write_shards(tmp_path / "src", 4), tmp_path / "dst", report=reports.append)
+    assert reports[-1].share == 1.0
+    assert (reports[-1].images, reports[-1].shards_done, reports[-1].shards) == (20, 4, 4)
+    assert [progress.share for progress in reports] == sorted(progress.share for progress in reports)
 
 
 def test_a_folder_remembers_nothing_of_jobs_that_ended(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def all_gone(processes: list[psutil.Process], within_s: float = 60) -> None:
-    """What the job had started ends with it."""
+    """Asserts that the processes which a job had started end with it."""
     _, alive = psutil.wait_procs(processes, timeout=within_s)
     assert not alive
 
@@ -115,8 +115,8 @@ def test_a_worker_that_is_killed_is_replaced_and_its_shards_made_again(
     killed: set[int] = set()
     draw = random.Random(0)
     while job.poll() is None and len(killed) < 3:
-        made = len(list(dst.glob("*.tar")))
-        if made > 2 * len(killed):
+        finished = len(list(dst.glob("*.tar")))
+        if finished > 2 * len(killed):
             workers = [p for p in family(job.pid) if is_worker(p) and p.pid not in killed]
             if workers:
                 victim = draw.choice(workers)
@@ -132,7 +132,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_shards_made_again(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [[], ["--ray"]], ids=["local", "ray"])
-def test_stopped_it_leaves_nothing_half_and_goes_on(
+def test_a_stopped_job_leaves_whole_shards_and_continues(
     source: Path, undisturbed: dict[str, str], tmp_path: Path, sent: signal.Signals, options: list[str]
 ) -> None:
     dst = tmp_path / "dst"

@@ -25,7 +25,7 @@ SHARD = Shard("a/train-0.tar", "memory://source/a/train-0.tar", BYTES)
 
 @pytest.fixture(autouse=True)
 def source() -> Iterator[None]:
-    """What SHARD says there is."""
+    """The source of SHARD."""
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/source/a/train-0.tar", bytes(BYTES))
     yield
@@ -117,27 +117,27 @@ def test_an_error_leaves_nothing_and_the_old_file_as_it_was(address: str) -> Non
     assert not [path for path in folder.fs.find(folder.path) if ".precompute-" in path]
 
 
-def test_another_recipe_is_refused_unless_told(address: str) -> None:
+def test_another_recipe_is_refused_unless_overwritten(address: str) -> None:
     folder = OutputFolder(address)
     folder.begin()
     folder.settle_recipe(RECIPE, [SHARD])
     folder.settle_recipe(RECIPE, [SHARD])
-    old, other = write(folder), replace(RECIPE, quality=80)
+    old, another_recipe = write(folder), replace(RECIPE, quality=80)
     with pytest.raises(OtherRecipe, match=r"quality: 95, now 80.*--overwrite"):
-        folder.settle_recipe(other, [SHARD])
+        folder.settle_recipe(another_recipe, [SHARD])
     assert folder.recipe() == RECIPE
-    new = write(folder, "new.tar", other)
-    folder.settle_recipe(other, [SHARD], overwrite=True)
-    assert folder.recipe() == other
+    new = write(folder, "new.tar", another_recipe)
+    folder.settle_recipe(another_recipe, [SHARD], overwrite=True)
+    assert folder.recipe() == another_recipe
     assert list(folder.entries()) == [new]
     assert not folder.has(old.shard)
     folder.fs.pipe_file(folder.at("precompute.json"), b"not ours")
     with pytest.raises(OtherRecipe, match="not of this version"):
-        folder.settle_recipe(other, [SHARD])
+        folder.settle_recipe(another_recipe, [SHARD])
     folder.end()
 
 
-def test_what_is_there_and_not_ours_is_not_overwritten(address: str) -> None:
+def test_foreign_files_are_not_overwritten(address: str) -> None:
     folder = OutputFolder(address)
     folder.begin()
     folder.fs.makedirs(folder.at("a"), exist_ok=True)
@@ -194,7 +194,7 @@ def test_of_two_jobs_that_begin_at_once_one_writes_the_recipe(tmp_path: Path) ->
     second.end()
 
 
-def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) -> None:
+def test_files_of_dead_jobs_go_and_those_of_live_jobs_stay(tmp_path: Path) -> None:
     alive = OutputFolder(str(tmp_path), "alive")
     alive.begin()
     (tmp_path / ".precompute-alive" / "half").write_bytes(b"x")
@@ -215,7 +215,7 @@ def test_what_dead_jobs_left_goes_and_what_live_jobs_have_stays(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
 
 
-def test_a_folder_that_cannot_be_written_says_so_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
         OutputFolder(str(tmp_path / "file" / "dst")).begin()
@@ -227,11 +227,11 @@ def test_an_object_store_sees_whole_shards_only(monkeypatch: pytest.MonkeyPatch,
     sent: list[tuple[str, int]] = []
     put = type(folder.fs).put_file
 
-    def noted(self: Any, local: str, remote: str, **options: Any) -> None:
+    def record(self: Any, local: str, remote: str, **options: Any) -> None:
         sent.append((remote, Path(local).stat().st_size))
         put(self, local, remote, **options)
 
-    monkeypatch.setattr(type(folder.fs), "put_file", noted)
+    monkeypatch.setattr(type(folder.fs), "put_file", record)
     entry = write(folder)
     assert sent == [(folder.at(SHARD.name), entry.nbytes)]
     fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)

@@ -1,4 +1,4 @@
-"""What `dat precompute` wrote, read by `dat_client.webdataset` and decoded by the service."""
+"""`dat_client.webdataset` reads what `dat precompute` wrote, and the service decodes its tokens."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_pairs_of_x_and_its_reconstruction(tmp_path: Path) -> None:
         for number, (x, q, _) in enumerate(found):
             image = picture(number)
             left, top = round((image.width - 32) / 2), round((image.height - 32) / 2)
-            wanted = as_array(encoded(image.crop((left, top, left + 32, top + 32))))
-            assert np.array_equal(x.numpy(), wanted)
-            assert np.array_equal(q.numpy(), wanted)  # identity, without loss
+            expected = as_array(encoded(image.crop((left, top, left + 32, top + 32))))
+            assert np.array_equal(x.numpy(), expected)
+            assert np.array_equal(q.numpy(), expected)  # identity, without loss
     batches = list(DataLoader(load(str(dst), shuffle=10), batch_size=2, num_workers=2))
     assert sorted(label for _, labels in batches for label in labels.tolist()) == list(range(6))
 
@@ -65,8 +65,8 @@ def test_x_from_shards_of_any_name(tmp_path: Path, name: str) -> None:
     source = tmp_path / "[x] *" / name
     write_tar(source, sample_files(0))
     precompute(str(source), str(tmp_path / "dst"), codec="identity", picture="png")
-    for given in (source.parent, source) if "." in name else (source.parent,):
-        ((x, q, _),) = items(tmp_path / "dst", source=str(given))
+    for address in (source.parent, source):
+        ((x, q, _),) = items(tmp_path / "dst", source=str(address))
         assert torch.equal(x, q)
 
 

@@ -22,13 +22,13 @@ def test_everything_that_decides_the_bytes_decides_the_id() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "codec": "c"}'])
-def test_what_is_no_recipe_is_refused(text: str) -> None:
+def test_other_files_are_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own words, or ours
         Recipe.from_json(text)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "limit"),
     [
         ({"outputs": ("tokens",)}, "tokens"),
         ({"outputs": ("image",)}, "reconstruction, indices or both"),
@@ -50,6 +50,6 @@ def test_what_is_no_recipe_is_refused(text: str) -> None:
         ({"seed": -1}, "seed"),
     ],
 )
-def test_what_does_not_go_together_is_said(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidInput, match=said):
+def test_contradictory_settings_are_refused(wrong: dict[str, Any], limit: str) -> None:
+    with pytest.raises(InvalidInput, match=limit):
         Recipe("c", **wrong)

@@ -1,4 +1,4 @@
-"""A job from S3 to S3: moto answers as S3 does, s3fs and botocore are the ones a user has."""
+"""Runs jobs from S3 to S3: moto stands in for S3, s3fs and botocore are those of a user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.workers.precompute.shards import contents, write_shards
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 with an empty bucket, `bucket`."""
+    """Starts an S3 with an empty bucket, `bucket`."""
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -44,15 +44,15 @@ def test_s3_on_both_sides(tmp_path: Path, s3: Any) -> None:
     options: dict[str, Any] = {"codec": "identity", "crop": 32, "picture": "png"}
     precompute(address, dst, **options)
     precompute(str(source), str(tmp_path / "dst"), **options)
-    there = {path.removeprefix("bucket/made/q/"): s3.cat_file(path) for path in s3.find("bucket/made/q")}
-    assert set(there) == set(contents(tmp_path / "dst"))
+    stored = {path.removeprefix("bucket/made/q/"): s3.cat_file(path) for path in s3.find("bucket/made/q")}
+    assert set(stored) == set(contents(tmp_path / "dst"))
     for name in ("train-000000.tar", "train-000002.tar", "precompute.json", "contact-sheet.html"):
-        assert there[name] == (tmp_path / "dst" / name).read_bytes()
+        assert stored[name] == (tmp_path / "dst" / name).read_bytes()
     s3.rm_file("bucket/made/q/train-000001.tar")
     s3.pipe_file("bucket/made/q/train-000002.tar", b"x")
     again = precompute("s3://bucket/train", dst, **options)
     assert (again.shards_kept, again.images) == (1, 4)
-    assert s3.cat_file("bucket/made/q/train-000002.tar") == there["train-000002.tar"]
+    assert s3.cat_file("bucket/made/q/train-000002.tar") == stored["train-000002.tar"]
     found = list(load(dst, source="s3://bucket/train"))
     assert [label for _, _, label in found] == list(range(6))
     assert all((x == q).all() for x, q, _ in found)
@@ -73,7 +73,7 @@ def test_a_source_that_changed_is_found_by_its_hash(tmp_path: Path, s3: Any) -> 
     assert json.loads(s3.cat_file("bucket/q/manifest/train-000001.tar.json"))["sha256"] != before["sha256"]
 
 
-def test_what_s3_refuses_is_said_with_the_address(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_of_s3_name_the_address(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="s3://bucket/nothing: no such shard or folder"):
         precompute("s3://bucket/nothing", str(tmp_path / "dst"), codec="identity")
     source = write_shards(tmp_path / "src", 1, 1)

@@ -16,15 +16,15 @@ def names(source: str | list[str]) -> list[str]:
 
 def test_braces_globs_folders_and_lists_name_the_same_shards(tmp_path: Path) -> None:
     write_shards(tmp_path, 3, 1)
-    wanted = [f"train-{i:06d}.tar" for i in range(3)]
-    assert names(f"{tmp_path}/train-{{000000..000002}}.tar") == wanted
-    assert names(f"{tmp_path}/train-*.tar") == wanted
-    assert names(str(tmp_path)) == wanted
-    assert names([f"{tmp_path}/{name}" for name in reversed(wanted)]) == wanted
-    assert names(f"file://{tmp_path}/train-000001.tar") == wanted[1:2]
+    expected = [f"train-{i:06d}.tar" for i in range(3)]
+    assert names(f"{tmp_path}/train-{{000000..000002}}.tar") == expected
+    assert names(f"{tmp_path}/train-*.tar") == expected
+    assert names(str(tmp_path)) == expected
+    assert names([f"{tmp_path}/{name}" for name in reversed(expected)]) == expected
+    assert names(f"file://{tmp_path}/train-000001.tar") == expected[1:2]
 
 
-def test_names_keep_what_is_below_the_common_folder(tmp_path: Path) -> None:
+def test_names_are_paths_below_the_common_folder(tmp_path: Path) -> None:
     for name in ("a/0.tar", "b/0.tar", "b/1.tar.gz", "b/.hidden.tar", "b/2.tgz"):
         write_tar(tmp_path / name, [])
     assert names(str(tmp_path)) == ["a/0.tar", "b/0.tar", "b/1.tar", "b/2.tar"]
@@ -38,10 +38,10 @@ def test_links_are_followed_and_one_file_has_one_name(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "linked").symlink_to(tmp_path / "src")
     assert names(str(tmp_path / "folder")) == ["linked/train-000000.tar"]
-    wanted = find(str(tmp_path / "src")).shards
+    expected = find(str(tmp_path / "src")).shards
     (tmp_path / "link").symlink_to(tmp_path / "src")
-    assert find(str(tmp_path / "link")).shards == wanted
-    assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == wanted
+    assert find(str(tmp_path / "link")).shards == expected
+    assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == expected
 
 
 def test_several_folders_of_pictures_are_not_taken_for_one(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_folders_of_pictures_become_classes_and_shards_of_a_number(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("{tmp}/nothing.tar", "no such shard"),
         ("{tmp}/no-*.tar", "nothing matches"),
@@ -95,9 +95,9 @@ def test_folders_of_pictures_become_classes_and_shards_of_a_number(tmp_path: Pat
         ("no-such-protocol://x", "no-such-protocol"),
     ],
 )
-def test_what_is_no_source_is_said(tmp_path: Path, source: str, said: str) -> None:
+def test_other_sources_are_refused(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises((InvalidInput, FileNotFoundError), match=said):
+    with pytest.raises((InvalidInput, FileNotFoundError), match=message):
         find(source.replace("{tmp}", str(tmp_path)).replace("{{", "{"))
 
 

@@ -20,10 +20,10 @@ from tests.workers.precompute.shards import as_array, picture
 @pytest.mark.parametrize("number", [0, 3, 13])
 def test_resize_and_crop_are_torchvisions(number: int, resize: int | None, crop: int | None) -> None:
     x = picture(number)
-    theirs = x if resize is None else v2.Resize(resize)(x)
-    theirs = theirs if crop is None else v2.CenterCrop(crop)(theirs)
+    expected = x if resize is None else v2.Resize(resize)(x)
+    expected = expected if crop is None else v2.CenterCrop(crop)(expected)
     ours = prepared(x, vars(Recipe("c", resize=resize, crop=crop)))
-    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert np.array_equal(np.asarray(ours), np.asarray(expected))
     assert (ours is x) == (resize is None and crop is None)
 
 
@@ -40,8 +40,11 @@ def test_random_crops_depend_on_key_view_and_seed_alone() -> None:
     recipe = Recipe("c", crop=32, augment=3)
     crops = crops_of(recipe, "a/b", 300, 200)
     assert crops == crops_of(recipe, "a/b", 300, 200)
-    others = [crops_of(recipe, "a/c", 300, 200), crops_of(Recipe("c", crop=32, augment=3, seed=1), "a/b", 300, 200)]
-    assert all(crops[i] != other[i] for other in others for i in range(3))
+    other_draws = [
+        crops_of(recipe, "a/c", 300, 200),
+        crops_of(Recipe("c", crop=32, augment=3, seed=1), "a/b", 300, 200),
+    ]
+    assert all(crops[i] != draw[i] for draw in other_draws for i in range(3))
     assert len({tuple(crop["box"]) for crop in crops}) == 3
     assert crops_of(Recipe("c", crop=32, augment=5), "a/b", 300, 200)[:3] == crops
 
@@ -54,11 +57,11 @@ def test_random_crops_are_spread_as_torchvisions() -> None:
     ours = np.array([crop["box"] for crop in crops], float)
     torch.manual_seed(0)
     image = torch.zeros(3, height, width)
-    theirs = np.array(
+    expected = np.array(
         [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(number)], float
     )[:, [1, 0, 3, 2]]
     for i in range(4):
-        assert abs(ours[:, i].mean() - theirs[:, i].mean()) < 5 * theirs[:, i].std() * (2 / number) ** 0.5
+        assert abs(ours[:, i].mean() - expected[:, i].mean()) < 5 * expected[:, i].std() * (2 / number) ** 0.5
     assert 0.45 < np.mean([crop["flip"] for crop in crops]) < 0.55
     assert all(left + w <= width and top + h <= height for left, top, w, h in ours)
 
@@ -67,10 +70,10 @@ def test_a_crop_is_pillows_own() -> None:
     x = picture(1)
     for crop in crops_of(Recipe("c", crop=24, augment=8), "k", *x.size):
         left, top, w, h = crop["box"]
-        wanted = x.resize((24, 24), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        expected = x.resize((24, 24), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
         if crop["flip"]:
-            wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        assert np.array_equal(np.asarray(view_of(x, crop)), np.asarray(wanted))
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert np.array_equal(np.asarray(view_of(x, crop)), np.asarray(expected))
 
 
 def test_a_thin_picture_has_crops_too() -> None:
@@ -105,5 +108,5 @@ def test_swapped_tokens_are_a_share_of_others_and_depend_on_the_key() -> None:
     assert (swapped != indices).sum() == 16
     assert swapped.max() < 16
     assert np.array_equal(swapped, replace_sample_tokens(indices, recipe, "k", 0, 0, 16))
-    for other in (("l", 0, 0), ("k", 1, 0), ("k", 0, 1)):
-        assert not np.array_equal(swapped, replace_sample_tokens(indices, recipe, *other, 16))
+    for place in (("l", 0, 0), ("k", 1, 0), ("k", 0, 1)):
+        assert not np.array_equal(swapped, replace_sample_tokens(indices, recipe, *place, 16))
