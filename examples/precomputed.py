@@ -1,16 +1,16 @@
-"""Classification from what `dat precompute` wrote: Q(x) comes from disk, a share of the steps asks for Q(x + δ).
+"""Trains a classifier on what `dat precompute` wrote; Q(x + δ) is requested for a share of the batches.
 
     dat precompute 'imagenet/train-{000000..001023}.tar' imagenet-q --codec tiny-f8 --augment 4 --crop 224
     python examples/precomputed.py --data imagenet-q --source 'imagenet/train-{000000..001023}.tar'
     python examples/precomputed.py --data imagenet-q --source imagenet --url http://codec:8000 --mix 0.1 --amp
 
-Q(x) does not depend on the model, so it is made once; Q(x + δ) does, and costs a request. --mix is the share of the
-batches that are attacked at the stored Q(x) and trained on Q(x + δ) from the service (Algorithm 1, without its
-first request); the others are trained on the stored Q(x). --mix 0 asks the service for nothing.
+Q(x) does not depend on the model, so it is made once. Q(x + δ) does, and costs a request. --mix is the share of the
+batches that are attacked at the stored Q(x) and trained on Q(x + δ) from the service (Algorithm 1 without its first
+request); the others are trained on the stored Q(x). With --mix 0 the service is never used.
 
-x comes from --source, cut as it was for Q, or from DATA itself where it was made with `--outputs
-reconstruction,image`. Nothing is augmented here: the crops and flips are those of precompute, one of the stored
-views a sample in each epoch.
+x is cut from --source as it was cut for Q, or read from DATA itself where it was written with `--outputs
+reconstruction,image`. Nothing is augmented here: the crops and flips are those of precompute, and each epoch takes
+one of a sample's stored views.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ def build(options: Namespace) -> Training:
     if settings["codec"] != options.codec:
         raise DataError(f"--codec {options.codec}: {dst} was made by {settings['codec']}")
     if not settings["crop"] and not settings["augment"]:
-        raise DataError(f"{dst}: pictures of any size: dat precompute with --crop or --augment makes them alike")
+        raise DataError(
+            f"{dst}: its pictures differ in size; dat precompute with --crop or --augment makes them alike"
+        )
     if options.image_size:
         raise DataError(f"--image-size: the pictures of {dst} are as large as dat precompute made them")
-    # Endless, so that all ranks make the same number of steps however the shards are dealt.
+    # Endless, so that all ranks make the same number of steps, however the shards are divided.
     data = load(dst, source=options.source, image=not options.source, shuffle=SHUFFLED, seed=options.seed).repeat()
     if options.epochs:
         samples = sum(entry["samples"] for entry in read_manifest(dst).values())
@@ -61,9 +63,9 @@ def loss(model: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
 
 parser = example_parser(__doc__, small={"steps": 20, "batch_size": 16}, full={"epochs": 90, "batch_size": 128})
 parser.add_argument("--model", choices=("resnet18", "resnet50"), default="resnet50")
-parser.add_argument("--source", metavar="SRC", help="what --data was made from: a folder of shards, or a pattern")
+parser.add_argument("--source", metavar="SRC", help="source of --data: a folder of shards, or a pattern")
 parser.add_argument(
-    "--mix", type=float, default=0.5, metavar="SHARE", help="of the batches that are attacked (0.5)"
+    "--mix", type=float, default=0.5, metavar="SHARE", help="share of the batches that are attacked (default 0.5)"
 )
 
 if __name__ == "__main__":
