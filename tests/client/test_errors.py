@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from dat_client import errors
+from dat_client.wire.tensors import refuse
 
 SAMPLES = [
     errors.DatError("m"),
@@ -55,3 +56,15 @@ def test_the_tree_is_the_one_drawn_and_every_leaf_is_sampled():
 )
 def test_shown_is_short(value):
     assert 0 < len(errors.shown(value)) <= 80
+
+
+def test_a_refused_argument_names_field_value_limit_and_hint_also_after_pickling():
+    error = errors.invalid("images", "uint8 [N,3,H,W]", found="shape [3, 8, 8]", hint="pass images[None]")
+    for copy in (error, pickle.loads(pickle.dumps(error))):
+        assert str(copy) == "images: got shape [3, 8, 8], must be uint8 [N,3,H,W]; pass images[None]"
+        assert (copy.field, copy.value, copy.limit) == ("images", "shape [3, 8, 8]", "uint8 [N,3,H,W]")
+    assert errors.invalid("seed", "an integer", value="x").value == "x"
+    with pytest.raises(errors.WireError, match=r"^shape: too many axes, got 33, limit 32$") as caught:
+        refuse("too many axes", "shape", 33, 32)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.field, copy.value, copy.limit) == (str(caught.value), "shape", 33, 32)
