@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import psutil
 
 from dat_service.ports import free_port
+from dat_service.ray.processes import descendants, end
 
-DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, which may not be on PATH
+DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, even if it is not on PATH
 READY = "ready"  # `dat serve` writes a line that begins with this word once it answers
 LOG_LINES = 200
 
@@ -128,11 +129,11 @@ def _read(running: RunningProcess, ready_or_ended: threading.Event) -> None:
 
 
 def _end(process: subprocess.Popen[str], timeout_s: float) -> None:
-    """Interrupts the process; kills it and its descendants where they still run after the timeout."""
+    """Interrupts the process, and kills it and its descendants if they still run after the timeout."""
     deadline = time.monotonic() + timeout_s
-    descendants: list[psutil.Process] = []
+    started: set[psutil.Process] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
-        descendants = psutil.Process(process.pid).children(recursive=True)
+        started = descendants(psutil.Process(process.pid).children())
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     try:
@@ -140,8 +141,4 @@ def _end(process: subprocess.Popen[str], timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    _, left = psutil.wait_procs(descendants, timeout=max(0.1, deadline - time.monotonic()))
-    for descendant in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            descendant.kill()
-    psutil.wait_procs(left, timeout=10)
+    end(started, max(0.0, deadline - time.monotonic()))

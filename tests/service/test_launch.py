@@ -10,6 +10,7 @@ import pytest
 
 from dat_client import Client
 from dat_service.launch import StartFailed, running_process, running_service
+from dat_service.ray.processes import runs
 
 PARENT = """
 import signal, subprocess, sys, time
@@ -37,9 +38,9 @@ def test_a_service_answers_while_the_block_runs() -> None:
 def test_nothing_is_left_of_what_it_started(argument: str, status: int) -> None:
     with running_process([sys.executable, "-c", PARENT, argument], stop_timeout_s=1) as running:
         child = psutil.Process(int(running.lines[0].split()[1]))
-        assert child.is_running()
+        assert runs(child)
     assert running.process.returncode == status
-    assert not child.is_running()
+    assert not runs(child)
 
 
 def test_a_failed_start_tells_the_log() -> None:
