@@ -1,4 +1,4 @@
-"""What the machine is, and what it can do at most: the measured peaks that results are shares of."""
+"""Describes the machine, and measures its peaks, of which results are shares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """CPU, GPU, threads and versions, for the JSON."""
+    """Returns CPU, GPU, threads and versions, ready for JSON."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As Linux names it; elsewhere as Python does."""
+    """Returns the name of the CPU as Linux gives it, elsewhere as Python does."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -52,7 +52,7 @@ def cpu_name() -> str:
 
 
 def _fastest(device: torch.device, call: Callable[[], object]) -> float:
-    """Seconds a call, in the fastest of ten samples: a peak is what is left when nothing else disturbs."""
+    """Returns the seconds of a call in the fastest of ten samples, the one that was disturbed least."""
     clock = clock_for(device)
     clock(call, 2)
     return min(clock(call, 3) / 3 for _ in range(10))
@@ -60,7 +60,7 @@ def _fastest(device: torch.device, call: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def matmul_peak(device: torch.device, precision: str, side: int | None = None) -> float:
-    """FLOP/s of one large square matrix product (8192 on a GPU, 1024 on a CPU), multiply and add counted apart."""
+    """Returns the FLOP/s of a large square matrix product (8192 on a GPU, 1024 on a CPU); 2 FLOP a multiply-add."""
     n = side or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device).to(PRECISIONS[precision]) for _ in range(2))
     with tf32(precision == "tf32"):
@@ -69,7 +69,7 @@ def matmul_peak(device: torch.device, precision: str, side: int | None = None) -
 
 @torch.inference_mode()
 def bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy that fits no cache, read and write counted apart."""
+    """Returns the bytes/s of a copy too large for any cache; reading and writing count separately."""
     source = torch.ones((1 << 28) if device.type == "cuda" else (1 << 25), device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _fastest(device, lambda: target.copy_(source))
@@ -77,7 +77,7 @@ def bandwidth(device: torch.device) -> float:
 
 @torch.inference_mode()
 def launch_s(device: torch.device) -> float:
-    """Seconds that one small operation takes from Python, when nothing waits for it."""
+    """Returns the seconds that Python takes to launch one small operation without waiting for it."""
     x = torch.zeros(32, device=device)
 
     def many() -> None:
@@ -88,10 +88,11 @@ def launch_s(device: torch.device) -> float:
 
 
 class PeakMemory:
-    """The most memory one contestant needs: `base` before it is built, `peak` after a call.
+    """Measures the most memory that one contestant needs.
 
-    On a GPU what the allocator held at most, plus what stays reserved but unused afterwards (the pools of CUDA
-    graphs, which no allocation shows); on a CPU the resident set's growth, None where Linux does not say it.
+    Create it before the contestant is built, call `start` once that is warm, and `peak` after a call. On a GPU it
+    counts the allocator's maximum plus what stays reserved but unused afterwards (the pools of CUDA graphs, which
+    no allocation shows). On a CPU it is the growth of the resident set, or None if Linux does not report it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,17 +108,17 @@ class PeakMemory:
             self.base = resident("VmRSS") or 0
 
     def start(self) -> None:
-        """Forget what building and compiling took at most."""
+        """Forgets the peak of building and compiling."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at VmRSS (proc(5))
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS (proc(5))
             except OSError:
                 self.base = -1
 
     def peak(self) -> int | None:
-        """Bytes."""
+        """Returns the peak in bytes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             most = torch.cuda.max_memory_allocated(self.device) - self.base
@@ -129,13 +130,13 @@ class PeakMemory:
 
 
 def trim() -> None:
-    """Gives what was freed back to the system (glibc), so that the next contestant's memory shows as growth."""
+    """Returns freed memory to the system (glibc), so that the next contestant's memory shows as growth."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (at most) of this process in bytes; None where /proc does not say."""
+    """Returns VmRSS (now) or VmHWM (peak) of this process in bytes; None if /proc does not have it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):

@@ -1,6 +1,8 @@
-"""Benchmarks that run on an installed package: one shared runner, and a module for each question.
+"""`python -m benchmarks.codec`: engines and peers on the same codec; random weights need torch and numpy alone.
 
-`runner.py` lets contestants alternate and says how they compare; `machine.py` says what the machine can do;
-`codec.py` is `dat bench codec` (its contestants in `contestants.py`, its prediction in `roofline.py`).
-Nothing here needs more than torch and numpy to run on random weights.
+__main__.py           the command
+cell.py               one size and one batch: builds, judges and times all contestants
+contestants.py        our engines, taming-transformers' modules, diffusers (diffusers_model.py)
+roofline.py           FLOP of a network, and a prediction of what each trick is worth
+report.py, plot.py    the results as tables and as a picture
 """

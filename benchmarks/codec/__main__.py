@@ -1,12 +1,16 @@
-"""How fast is Q, how near to what the chip can do, in how much memory, and is it still the same Q?
+"""How fast is Q on this machine, beside the published modules and diffusers, and is it still the same Q?
 
-    python -m benchmarks.codec --codec tiny-f8 --images SHARD... --out codec-tiny-f8.json
-    PYTHONPATH=client:workers python -m benchmarks.codec --geometry vq-f8 --device cuda --out codec-vq-f8.json
+    python -m benchmarks.codec --codec tiny-f8 --images SHARD... --out benchmarks/results/codec-tiny-f8-cpu.json
+    PYTHONPATH=client:workers python -m benchmarks.codec --geometry vq-f8 --device cuda --steps --out FILE.json
 
-The second needs torch, triton and numpy alone: weights are random, so it says how fast and not how right.
-Contestants (contestants.py) run on the same images and take turns (runner.py); each operation is a run of its own:
-`q` (encode and decode), `encode`, `decode`, all from tensors on the device to tensors on the device; `host` is what
-a service worker does, `Discretizer.discretize` from uint8 in host memory to uint8 in host memory.
+The second line needs torch, triton and numpy alone; its weights are random, so it measures speed and not agreement.
+Peers are taming-transformers' modules as published and diffusers' VQModel, eager and compiled, all with the same
+weights. Those that are not installed are listed as such.
+
+Contestants (contestants.py) run on the same images and take turns (dat_workers/system/timing.py). Each operation is
+measured on its own: `q` (encode and decode), `encode` and `decode` go from tensors on the device to tensors on the
+device; `host` is `Discretizer.discretize`, from uint8 images in host memory to uint8 images in host memory, as a
+replica of the service runs it. The results also hold the share of the chip's measured peak, and memory.
 """
 
 from __future__ import annotations
@@ -38,64 +42,67 @@ GEOMETRIES = {"vq-f8": "vqgan-openimages-f8-16384", "vq-f16": "vqgan-openimages-
 BASELINE = "taming fp32"
 MOST_JUDGED = 16  # distinct images, on which token agreement is taken
 RANDOM = "random weights"
-STEPS_BATCH = 64  # on CUDA; elsewhere the first batch, as nothing is measured
-DEFAULTS = {  # where a flag is not given
+STEPS_BATCH = 64  # on CUDA; elsewhere nothing is measured, and the first batch will do
+DEFAULTS = {  # of the flags, by device
     "cuda": {"batch": [1, 8, 32, 64, 128], "size": [224, 256], "warmup": [3]},
     "cpu": {"batch": [16], "size": [224], "warmup": [1]},
 }
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--codec", default="tiny-f8", help="an embedded or installed codec [tiny-f8]")
-    which.add_argument(
-        "--geometry", help="random weights of that shape: vq-f8, vq-f16 or a registered codec; speed only"
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--codec", default="tiny-f8", help="an embedded or installed codec [tiny-f8]")
+    weights.add_argument(
+        "--geometry", help="random weights in the shape of vq-f8, vq-f16 or a registered codec: speed only"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--batch", type=int, nargs="+", help="[1 8 32 64 128 on CUDA, 16 on a CPU]")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes [1 8 32 64 128 on CUDA, 16 on a CPU]")
     parser.add_argument("--size", type=int, nargs="+", help="sides of the images [224 256 on CUDA, 224 on a CPU]")
     parser.add_argument("--images", type=Path, nargs="+", help="pictures, folders or shards [scikit-image's]")
     parser.add_argument(
-        "--contestants", default="", help='names or shell patterns with commas between, as "torch*,taming fp32"'
+        "--contestants",
+        default="",
+        help='names or shell patterns with commas, such as "torch*,taming fp32" [all]',
     )
     parser.add_argument("--operations", default=",".join(OPERATIONS), help=f"[{','.join(OPERATIONS)}]")
-    parser.add_argument("--baseline", default=BASELINE, help=f"whose speed the ratios are to [{BASELINE}]")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--baseline", default=BASELINE, help=f"contestant to compare with [{BASELINE}]")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured [7]")
     parser.add_argument(
         "--warmup", type=int, help="calls before the rounds of each operation [3 on CUDA, 1 on a CPU]"
     )
     parser.add_argument("--threads", type=int, help="CPU threads [all cores]")
-    parser.add_argument("--steps", action="store_true", help="each trick of the torch engine: predicted, measured")
-    parser.add_argument("--steps-dtype", default="fp16", choices=("fp16", "bf16"), help="of those [fp16]")
+    parser.add_argument("--steps", action="store_true", help="predict, and on CUDA measure, each trick")
+    parser.add_argument("--steps-dtype", default="fp16", choices=("fp16", "bf16"), help="dtype for --steps [fp16]")
     parser.add_argument("--out", type=Path, help="write FILE.json, and beside it the plot FILE.png")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 1 where nothing ran (the reason on stderr), 130 where it was interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs the command. Returns 1 if nothing ran (the reason is on stderr), 130 if it was interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return run(parser().parse_args(given), shlex.join(["python", "-m", "benchmarks.codec", *given]))
+        return run(parser().parse_args(words), shlex.join(["python", "-m", "benchmarks.codec", *words]))
     except (ValueError, RuntimeError, OSError) as error:
-        say(f"benchmarks.codec: {' '.join(str(error).split())}")
+        report(f"benchmarks.codec: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
-        say("benchmarks.codec: interrupted; --out holds the cells that were done")
+        report("benchmarks.codec: interrupted; --out holds the cells that were done")
         return 130
 
 
 def run(a: argparse.Namespace, command: str) -> int:
-    """One run of the benchmark. Raises ValueError for what cannot be asked."""
+    """Runs the benchmark and returns the exit status. Raises ValueError for wrong options."""
     if a.threads:
         torch.set_num_threads(a.threads)
     device = pick_device(a.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events are of the current device
+        torch.cuda.set_device(device)  # CUDA events belong to the current device
     if a.out and (a.out.suffix == ".png" or not a.out.absolute().parent.is_dir()):
-        raise ValueError(f"out is {str(a.out)!r}, must be a FILE.json in a folder that is there")
+        raise ValueError(f"out is {str(a.out)!r}, must be a FILE.json in an existing folder")
     disable_tf32()
     defaults = DEFAULTS[device.type]
     batches, sizes = a.batch or defaults["batch"], a.size or defaults["size"]
@@ -109,10 +116,10 @@ def run(a: argparse.Namespace, command: str) -> int:
         raise ValueError(f"size is {sizes}, must be multiples of f = {model.spec.factor}")
     chosen = candidates(device, [name.strip() for name in a.contestants.split(",") if name.strip()])
     if not chosen:
-        raise ValueError(f"contestants is {a.contestants!r}, which names none of those here")
-    say(f"measuring matrix products on {device}")
+        raise ValueError(f"contestants is {a.contestants!r}, which matches no contestant on {device.type}")
+    report(f"measuring matrix products on {device}")
     plan = Plan(
-        device, operations, a.rounds, a.warmup or defaults["warmup"][0], a.baseline, peaks(device, chosen), say
+        device, operations, a.rounds, a.warmup or defaults["warmup"][0], a.baseline, peaks(device, chosen), report
     )
     results: dict[str, Any] = {
         "benchmark": "codec",
@@ -132,10 +139,10 @@ def run(a: argparse.Namespace, command: str) -> int:
         for j, batch in enumerate(batches):
             results["cells"].append(run_cell(model, chosen, pool, batch, plan))
             print(show_cell(results["cells"][-1]), flush=True)
-            save(results, a.out)  # after every cell: a run that is cut short keeps what it has
+            save(results, a.out)  # after every cell, so that a run that is cut short loses nothing
             done, all_cells = i * len(batches) + j + 1, len(sizes) * len(batches)
             left = (time.monotonic() - started) / done * (all_cells - done)
-            say(f"{done} of {all_cells} cells done, about {left:.0f} s left")
+            report(f"{done} of {all_cells} cells done, about {left:.0f} s left")
         if a.steps and i == 0:
             batch = STEPS_BATCH if device.type == "cuda" else batches[0]
             results["steps"] = run_steps(model, pool, batch, a.steps_dtype, plan)
@@ -144,12 +151,13 @@ def run(a: argparse.Namespace, command: str) -> int:
     return 0 if any("error" not in r for cell in results["cells"] for r in cell["results"]) else 1
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
+    """Shows the progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def save(results: dict[str, Any], out: Path | None) -> None:
-    """JSON, and the plot where there is something to plot and Pillow to do it."""
+    """Writes the JSON file, and beside it the plot if Pillow is installed."""
     if out is None:
         return
     write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
@@ -161,7 +169,7 @@ def save(results: dict[str, Any], out: Path | None) -> None:
 
 
 def load(codec: str, geometry: str | None) -> tuple[VQGAN, str]:
-    """The network in fp32 on the CPU, and what its weights are: a fingerprint, or "random weights"."""
+    """Returns the network in fp32 on the CPU, and the fingerprint of its weights, or "random weights"."""
     if geometry is None:
         from dat_workers.codecs.store import CodecStore, load_model
 
@@ -178,7 +186,7 @@ def load(codec: str, geometry: str | None) -> tuple[VQGAN, str]:
 def make_pool(
     model: VQGAN, sources: list[Path] | None, size: int, count: int, weights: str, device: torch.device
 ) -> tuple[Pool, str]:
-    """Up to `count` pictures with the reference's tokens, and the reference's name; or noise, and why."""
+    """Returns up to `count` images with the reference's tokens, and its name; or noise, and the reason for it."""
     reason = weights
     if weights != RANDOM:
         try:
@@ -197,13 +205,13 @@ def make_pool(
 
 
 def peaks(device: torch.device, chosen: Sequence[Candidate]) -> dict[str, float | None]:
-    """FLOP/s of a large matrix product in each; None where the device has no such arithmetic."""
+    """Returns the FLOP/s of a large matrix product by precision; None if the device lacks that arithmetic."""
     found: dict[str, float | None] = {}
     for precision in sorted({c.precision for c in chosen} & set(machine.PRECISIONS)):
         try:
             found[precision] = machine.matmul_peak(device, precision)
         except RuntimeError as error:
-            say(f"no matrix product in {precision}: {one_line(error)}")
+            report(f"no matrix product in {precision}: {one_line(error)}")
             found[precision] = None
     return found
 

@@ -1,4 +1,4 @@
-"""One size, one batch, all contestants: build, judge, time."""
+"""Builds, judges and times all contestants on one size and one batch (a "cell" of the results)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPERATIONS = ("q", "encode", "decode", "host")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a cell is run, the same for all."""
+    """Settings that are the same for all cells."""
 
     device: torch.device
     operations: Sequence[str]
@@ -33,14 +33,15 @@ class Plan:
     warmup: int
     baseline: str
     peaks: Mapping[str, float | None]  # FLOP/s of a matrix product, by precision
-    say: Callable[[str], None]  # progress
+    report: Callable[[str], None]  # shows the progress
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The distinct images a batch is filled with: uint8 [n,3,H,W] on the CPU, and their tokens by the reference.
+    """The distinct images that fill the batches.
 
-    `tokens` int64 [n,h,w]; None where agreement would mean nothing (random weights, noise for pictures).
+    images: uint8 [n,3,H,W] on the CPU. tokens: int64 [n,h,w] of the reference, or None if agreement would mean
+    nothing, with random weights or noise for images.
     """
 
     images: Tensor
@@ -48,7 +49,7 @@ class Pool:
 
 
 def true_tokens(model: VQGAN, images: Tensor, device: torch.device) -> tuple[Tensor, str]:
-    """Tokens of uint8 [n,3,H,W] by the fp32 reference, and its name: taming's modules, else our own."""
+    """Returns the tokens of uint8 [n,3,H,W] by taming's modules in fp32 (or else ours), and the engine's name."""
     try:
         engine = create(EngineConfig("reference", str(device)), copy.deepcopy(model))
     except RuntimeError:
@@ -58,12 +59,12 @@ def true_tokens(model: VQGAN, images: Tensor, device: torch.device) -> tuple[Ten
 
 
 def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: int, plan: Plan) -> dict[str, Any]:
-    """Results of all contestants for batches of that size, ready for JSON.
+    """Returns the results of all contestants for batches of that size, ready for JSON.
 
-    They are built anew in every cell: graphs and compiled code are for one shape, and memory is counted from
-    nothing. What fails to build or to run is listed with its error and does not stop the others.
+    Every cell builds them again, because graphs and compiled code fit one shape and memory is counted from zero. A
+    contestant that fails to build or to run is listed with its error and does not stop the others.
     """
-    torch.compiler.reset()  # else the limit on recompilations leaves later shapes uncompiled, silently
+    torch.compiler.reset()  # otherwise the limit on recompilations silently leaves later shapes uncompiled
     host = pool.images.repeat(-(-batch // len(pool.images)), 1, 1, 1)[:batch]
     images = host.to(plan.device).float().div_(255)
     size = images.shape[2]
@@ -71,7 +72,7 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
     rows: dict[str, dict[str, Any]] = {}
     indices: dict[str, Tensor] = {}
     for candidate in candidates:
-        plan.say(f"{batch} of {size}²: building {candidate.name}")
+        plan.report(f"{batch} of {size}²: building {candidate.name}")
         row = rows[candidate.name] = {"contestant": candidate.name, "precision": candidate.precision}
         memory = machine.PeakMemory(plan.device)
         try:
@@ -92,8 +93,8 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
     baseline = plan.baseline if plan.baseline in built else next(iter(built), None)
     for operation in plan.operations:
         calls = _calls(operation, built, images, host, indices, model)
-        plan.say(f"{batch} of {size}²: timing {operation} of {len(calls)} contestants")
-        clock = cpu_clock if operation == "host" else clock_for(plan.device)  # host answers are numpy: waited for
+        plan.report(f"{batch} of {size}²: timing {operation} of {len(calls)} contestants")
+        clock = cpu_clock if operation == "host" else clock_for(plan.device)  # results in numpy are complete
         timings = time_in_turns(calls, rounds=plan.rounds, warmup=plan.warmup, clock=clock)
         for name, timing in timings.items():
             result = rates(timing, batch)
@@ -136,13 +137,13 @@ def _flop(model: VQGAN, size: int, operation: str) -> int:
 
 
 def run_steps(model: VQGAN, pool: Pool, batch: int, dtype: str, plan: Plan) -> dict[str, Any]:
-    """Each trick of the torch engine alone, all together, and all but each: predicted and, on CUDA, measured.
+    """Predicts, and on CUDA measures, each trick of the torch engine alone, all of them, and all but each.
 
-    Predicted is Q from device to device; so is measured, with `host` beside it, where copies show.
+    The prediction is for Q from device to device. The measurement adds `host`, which shows the copies.
     """
     tricks = roofline.TRICKS
     settings = {"none": (), **{t: (t,) for t in tricks}, "all": tricks}
-    settings |= {f"all,-{t}": tuple(other for other in tricks if other != t) for t in tricks}
+    settings |= {f"all,-{t}": tuple(trick for trick in tricks if trick != t) for t in tricks}
     cuda = plan.device.type == "cuda"
     limits = roofline.H200
     if cuda:

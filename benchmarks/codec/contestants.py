@@ -1,6 +1,6 @@
-"""Who runs in `dat bench codec`: our engines, the published modules, diffusers. All with the same weights.
+"""The contestants of the codec benchmark: our engines, the published modules, diffusers, all with the same weights.
 
-A contestant gets and gives tensors on the device, so that the clock sees the codec and no copies.
+They take and return tensors on the device, so that the clock measures the codec and no copies.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Codec:
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
-    engine: Engine | None = None  # where it is one of ours: it can be asked from host memory, too
+    engine: Engine | None = None  # of ours, which can also be measured from host memory
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A contestant by name. `build(model, shape of its batches)` may raise; it is then listed with the error."""
+    """A contestant by name. `build(model, shape of the batches)` may raise, and the error is then listed."""
 
     name: str
-    precision: str  # of most of its arithmetic: which measured peak it is a share of
+    precision: str  # of most of its arithmetic; selects the peak that it is compared with
     build: Callable[[VQGAN, torch.Size], Codec]
 
 
 def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candidate]:
-    """All that could run there, or those whose names match one of the shell patterns.
+    """Returns the contestants for this device, or those whose names match one of the shell patterns.
 
-    On a CPU half precision is left out unless a pattern names it: it is several times slower there.
+    On a CPU half precision is several times slower, so there it needs a pattern that matches it.
     """
     cuda = device.type == "cuda"
     found = [engine_candidate(engine, dtype, device) for engine, dtype in engine_dtype_pairs(cuda)]
@@ -64,29 +64,29 @@ def candidates(device: torch.device, patterns: Sequence[str] = ()) -> list[Candi
 
 
 def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str = "auto") -> Candidate:
-    """One of `dat_workers.engines`, with its batches cut as the discretizer cuts them."""
+    """Returns an engine of `dat_workers.engines`, with batches split as the discretizer splits them."""
 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
-        made = create(EngineConfig(engine, str(device), dtype, tricks), copy.deepcopy(model))
-        made.warm_up(shape[2])
+        built = create(EngineConfig(engine, str(device), dtype, tricks), copy.deepcopy(model))
+        built.warm_up(shape[2])
 
         def encode(images: Tensor) -> Tensor:
-            parts = torch.split(images.to(made.device), rows_at_once(made, images.shape[2] * images.shape[3]))
-            return torch.cat([made.encode(part) for part in parts])
+            parts = torch.split(images.to(built.device), rows_at_once(built, images.shape[2] * images.shape[3]))
+            return torch.cat([built.encode(part) for part in parts])
 
         def decode(indices: Tensor) -> Tensor:
             pixels = indices.shape[1] * indices.shape[2] * model.spec.factor**2
-            parts = torch.split(indices.to(made.device), rows_at_once(made, pixels))
-            return torch.cat([made.decode(part) for part in parts])
+            parts = torch.split(indices.to(built.device), rows_at_once(built, pixels))
+            return torch.cat([built.decode(part) for part in parts])
 
-        return Codec(encode, decode, made)
+        return Codec(encode, decode, built)
 
     suffix = "" if tricks == "auto" else f" tricks={tricks}"
     return Candidate(f"{engine} {dtype}{suffix}", "fp16" if dtype == "mixed" else dtype, build)
 
 
 def taming_candidate(precision: str, device: torch.device) -> Candidate:
-    """taming-transformers' modules as published: fp32, with TF32 switched on, or under fp16 autocast."""
+    """Returns taming-transformers' modules as published: in fp32, with TF32 switched on, or under fp16 autocast."""
 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
         from dat_workers.engines.reference import ReferenceEngine
@@ -120,14 +120,14 @@ def taming_candidate(precision: str, device: torch.device) -> Candidate:
 def diffusers_candidate(
     precision: str, device: torch.device, *, compiled: bool = False, channels_last: bool = False
 ) -> Candidate:
-    """diffusers' VQModel. Its quantizer stays fp32: torch.cdist, which it calls, has no half precision on CUDA."""
+    """Returns diffusers' VQModel. Its quantizer stays fp32: it calls torch.cdist, which lacks fp16 on CUDA."""
 
     def build(model: VQGAN, shape: torch.Size) -> Codec:
         dtype = HALF.get(precision, torch.float32)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         vqmodel = as_vqmodel(model)
         quantize = copy.deepcopy(vqmodel.quantize).to(device)  # before its codebook is rounded
-        torch.nn.Module.to(vqmodel, device, dtype).to(memory_format=layout)  # its own `to` warns of what we want
+        torch.nn.Module.to(vqmodel, device, dtype).to(memory_format=layout)  # its own `to` warns about this
 
         def to_latents(x: Tensor) -> Tensor:
             z: Tensor = vqmodel.quant_conv(vqmodel.encoder(x))

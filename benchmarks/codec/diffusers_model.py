@@ -1,4 +1,4 @@
-"""A codec as diffusers' `VQModel`: the same weights under other names, for comparison alone."""
+"""Loads a codec's weights, under other names, into diffusers' `VQModel`, for comparison."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ RENAMED = (
 
 
 def diffusers_weights(model: VQGAN) -> dict[str, Tensor]:
-    """The codec's weights under diffusers' names: levels of the decoder counted from below, 1x1 convolutions of
-    the attention as linear layers."""
+    """Returns the codec's weights under diffusers' names.
+
+    diffusers counts the levels of the decoder from below, and has linear layers for the 1x1 convolutions of
+    attention.
+    """
     top = len(model.decoder.up) - 1
     weights: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
@@ -43,7 +46,7 @@ def diffusers_weights(model: VQGAN) -> dict[str, Tensor]:
 
 
 def as_vqmodel(model: VQGAN) -> Any:
-    """diffusers.VQModel, fp32, eval. Raises ImportError where diffusers is not installed."""
+    """Returns the codec as diffusers.VQModel, fp32, eval. Raises ImportError if diffusers is not installed."""
     from diffusers import VQModel
 
     spec = model.spec

@@ -1,4 +1,4 @@
-"""The benchmark's picture: a bar a contestant, a panel a size and batch. Pillow alone draws it."""
+"""Draws the results with Pillow: a panel for each size and batch, a bar for each contestant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OTHER = "#3a923a"  # any other engine
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """PNG: Q in images/s, the median, with a line from the slowest to the fastest round."""
+    """Returns a PNG: the median images/s of Q, with a line from the slowest to the fastest round."""
     panels = []
     for cell in results["cells"]:
         ran = [r for r in cell["results"] if "images_per_s" in r.get("q", {})]

@@ -1,4 +1,4 @@
-"""The benchmark's tables as plain text: it must run where rich is not installed."""
+"""The results of the codec benchmark as tables of plain text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def baseline_times(result: dict[str, Any] | None) -> str:
 
 
 def share(value: float | None, digits: int = 1) -> str:
-    """A share in per cent."""
+    """Returns a share in per cent."""
     return "–" if value is None else f"{value:.{digits}%}"
 
 
 def size(value: int | None) -> str:
-    """Bytes in GB."""
+    """Returns bytes in GB."""
     return "–" if value is None else f"{value / 1e9:.2f} GB"
 
 
 def show_cell(cell: dict[str, Any]) -> str:
-    """One size and batch: a line a contestant, then what did not run and why."""
+    """Returns the table of one size and batch, then the contestants that did not run, with the reasons."""
     heading = [
         "contestant",
         "Q images/s",
@@ -53,7 +53,7 @@ def show_cell(cell: dict[str, Any]) -> str:
             if "error" in r.get(o, {})
         ]
         if not r["finite"]:
-            failed.append(f"{r['contestant']}: its pictures are not finite")
+            failed.append(f"{r['contestant']}: its images are not finite")
         q = r.get("q")
         numbers = [speed(q), baseline_times(q), share((q or {}).get("share_of_peak"))]
         numbers += [speed(r.get(operation)) for operation in ("encode", "decode", "host")]
@@ -65,7 +65,7 @@ def show_cell(cell: dict[str, Any]) -> str:
 
 
 def show_steps(steps: dict[str, Any]) -> str:
-    """Each trick alone, together and left out: predicted against measured."""
+    """Returns the table of the tricks: each alone, all together, and each left out; predicted and measured."""
     rows = [["tricks", "predicted Q/s", "x none", "measured Q/s", "x none", "host images/s", "memory"]]
     none = steps["rows"][0]["predicted_images_per_s"]
     for r in steps["rows"]:

@@ -1,20 +1,20 @@
-"""What each trick should be worth on a GPU, before it is measured: a small roofline model.
+"""A small roofline model that predicts what each trick of the torch engine is worth on a GPU.
 
-Every kernel of a pass takes max(FLOP / reachable FLOP/s, bytes / bandwidth); a pass takes the sum of its kernels,
-or the time to launch them, whichever is longer. Assumptions, each a line below:
+Every kernel of a pass takes max(FLOP / reachable FLOP/s, bytes / bandwidth). A pass takes the sum of its kernels,
+or the time to launch them if that is longer. The assumptions are:
 
 - A convolution or matrix product reaches CONV_SHARE of the measured matrix-multiply peak.
-- Activations are half precision (2 bytes) and make one trip to memory for each kernel that reads or writes them:
-  at 64 images of 224² a full-size activation is 0.8 GB, more than any cache. Weights are not counted.
-- Without channels_last cuDNN turns the input of a convolution to NHWC and its output back: two kernels.
+- Activations are half precision (2 bytes) and travel to memory once for each kernel that reads or writes them: at
+  64 images of 224² a full-size activation is 0.8 GB, more than any cache. Weights are not counted.
+- Without channels_last, cuDNN turns the input of a convolution to NHWC and its output back: two kernels.
 - A bias is a kernel of its own (read and write), and so is a residual sum (two reads, one write).
-- Stock GroupNorm reads twice and writes once, sigmoid reads and writes, the product reads twice and writes; on
-  channels_last tensors GroupNorm first copies to NCHW, and the next convolution gets a copy back.
+- PyTorch's GroupNorm reads twice and writes once, sigmoid reads and writes, and the product reads twice and writes.
+  On channels_last tensors GroupNorm first copies to NCHW, and the next convolution copies back.
 - The fused norm reads twice and writes once, swish included.
 - A folded upsample has 4/9 of the FLOP, never writes the enlarged tensor, and interleaves four phases (a copy).
 - Plain attention moves its matrix six times (product, scale, softmax, product); SDPA never writes it.
-- Plain distances are fp32, written once and read once; fused, none leave the chip.
-- CUDA graphs take away the launches' time and nothing else; overlap concerns copies from the host, which Q on
+- Plain distances are fp32, written once and read once. Fused ones never leave the chip.
+- CUDA graphs remove the time of the launches and nothing else. `overlap` concerns copies from the host, which Q on
   device tensors does not have.
 """
 
@@ -32,13 +32,15 @@ from dat_workers.codecs.spec import CodecSpec
 
 TRICKS = ("channels_last", "fused_norm", "folded_upsample", "sdpa", "fused_codebook", "graphs", "overlap")
 
-CONV_SHARE = 0.7  # of the matrix-multiply peak: what large convolutions of 128 to 512 channels are assumed to reach
+CONV_SHARE = (
+    0.7  # share of the matrix-multiply peak that large convolutions (128 to 512 channels) are taken to reach
+)
 HALF_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a machine: FLOP/s in half precision and in fp32, bytes/s, seconds a launch; and where they are from."""
+    """A machine's FLOP/s in half precision and in fp32, bytes/s and seconds for a launch, and their source."""
 
     half: float
     fp32: float
@@ -47,8 +49,8 @@ class Limits:
     source: str
 
 
-# Where no GPU is at hand: half precision as measured (DESIGN.md), the others from NVIDIA's data sheet; the time of
-# a launch is an assumption.
+# For predictions without a GPU. Half precision was measured on an H200; the other numbers are from NVIDIA's data
+# sheet, and the time of a launch is an assumption.
 H200 = Limits(
     790e12, 67e12, 4.8e12, 5e-6, "H200: 790 TFLOP/s measured, data sheet 67 TFLOP/s fp32, 4.8 TB/s; 5 µs a launch"
 )
@@ -64,13 +66,14 @@ class Kernel:
     fp32: bool = False  # computed outside the tensor cores
 
     def seconds(self, limits: Limits, images: int) -> float:
+        """Returns the seconds for a batch of that many images."""
         reachable = limits.fp32 if self.fp32 else CONV_SHARE * limits.half
         return images * max(self.flop / reachable, self.bytes / limits.bandwidth)
 
 
 @functools.cache
 def flop(spec: CodecSpec, size: int) -> dict[str, int]:
-    """FLOP of encoder and decoder for one image of size x size, multiply and add counted apart, as published.
+    """Returns the FLOP of encoder and decoder for one image, size x size; multiply and add count as two.
 
     >>> from dat_workers.codecs.registry import get
     >>> {k: round(v / 1e9) for k, v in flop(get("vqgan-openimages-f8-16384"), 224).items()}
@@ -91,7 +94,7 @@ def flop(spec: CodecSpec, size: int) -> dict[str, int]:
 
 
 def kernels(spec: CodecSpec, size: int, tricks: Collection[str]) -> list[Kernel]:
-    """The kernels of one Q with these tricks, found by running the network on tensors without data."""
+    """Returns the kernels of one Q with these tricks, found by running the network on tensors without data."""
     found: list[Kernel] = []
     with torch.device("meta"):
         model = VQGAN(spec)
@@ -107,13 +110,13 @@ def kernels(spec: CodecSpec, size: int, tricks: Collection[str]) -> list[Kernel]
 
 
 def predict(spec: CodecSpec, size: int, images: int, tricks: Collection[str], limits: Limits) -> float:
-    """Seconds of Q for a batch of that many images."""
+    """Returns the seconds that Q takes for a batch of that many images."""
     work = kernels(spec, size, tricks)
     launching = 0.0 if "graphs" in tricks else limits.launch_s * sum(kernel.launches for kernel in work)
     return max(launching, sum(kernel.seconds(limits, images) for kernel in work))
 
 
-# what a module's call costs: (its input, its output) to kernels
+# From the input and the output of a module to the kernels of its call.
 Cost = Callable[[Tensor, Tensor], list[Kernel]]
 
 
@@ -125,7 +128,7 @@ def _counting(cost: Cost, found: list[Kernel]) -> Callable[[nn.Module, tuple[Ten
 
 
 def _of_module(name: str, module: nn.Module, tricks: Collection[str]) -> Cost | None:
-    """The cost of a module's own work, its children's apart; None where it has none."""
+    """Returns the cost of a module without its children; None if it does not compute anything itself."""
     if isinstance(module, nn.Conv2d):
         fp32 = name in ("encoder.conv_in", "encoder.conv_out", "quant_conv")
         folded = name.endswith("upsample.conv") and "folded_upsample" in tricks
