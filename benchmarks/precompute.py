@@ -3,18 +3,17 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/precompute.py SHARD.tar... --markdown benchmarks/results/precompute.md
 
 codec     images/s of a job with `tiny-f8`, pictures at 224², beside the engine alone on the same pictures, decoded
-identity  a job whose codec copies, beside webdataset alone that reads, decodes, encodes alike and writes the same
-          shards; and beside webdataset that copies them without a look at the pictures
-shards    1,000 shards of 10 pictures of 32²: time per shard, first hundred and last; memory of the process
+identity  a job whose codec copies, beside webdataset alone that reads, decodes, encodes in the same way and writes
+          the same shards; and beside webdataset that copies them without decoding the pictures
+shards    1,000 shards of 10 pictures of 32²: time per shard of the first and of the last hundred; resident memory
 
-Contestants alternate in one run; the time of a job is without the loading of its codec, as that of the engine is.
+Contestants take turns in one run. The time of a job excludes the loading of its codec, as that of the engine does.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
 import statistics
 import tarfile
@@ -30,8 +29,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.machine import cpu_name
-from benchmarks.tables import aligned
+from benchmarks import machine
+from benchmarks.tables import aligned, machine_line
 from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
@@ -49,8 +48,7 @@ def main() -> None:
     parser.add_argument("--parts", default="codec,identity,shards")
     parser.add_argument("--markdown", type=Path, help="write the result to this file too")
     arguments = parser.parse_args()
-    machine = f"{len(os.sched_getaffinity(0))} cores {cpu_name()}, torch {torch.__version__}"
-    lines = ["# dat precompute", "", f"Machine: {machine}", ""]
+    lines = ["# dat precompute", "", f"Machine: {machine_line(machine.describe(torch.device('cpu')))}", ""]
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts.split(","):
             text = PARTS[part](arguments.shards, Path(folder), arguments.rounds)
@@ -64,19 +62,19 @@ def main() -> None:
 def job(
     sources: list[Path], dst: Path, codec: str, report: Callable[[JobProgress], None] = lambda _: None
 ) -> Summary:
-    """One job into a folder of its own."""
+    """Runs one job into an empty folder."""
     shutil.rmtree(dst, ignore_errors=True)
     side = SIDE if codec == "tiny-f8" else None
     return precompute([str(path) for path in sources], str(dst), codec=codec, report=report, resize=side, crop=side)
 
 
-def compared(contestants: dict[str, Callable[[], float]], rounds: int, images: int) -> str:
-    """Images/s of each, and how many times as fast the first one is."""
+def compare(contestants: dict[str, Callable[[], float]], rounds: int, images: int) -> str:
+    """Returns the images/s of each, and how many times as fast the first is; contestants return their seconds."""
 
-    def told(call: Callable[[], Any], calls: int) -> float:
+    def sum_of_seconds(call: Callable[[], Any], calls: int) -> float:
         return float(sum(call() for _ in range(calls)))
 
-    timings = time_in_turns(contestants, rounds=rounds, warmup=1, clock=told, least_s=0)
+    timings = time_in_turns(contestants, rounds=rounds, warmup=1, clock=sum_of_seconds, least_s=0)
     first = next(iter(timings.values()))
     rows = [["", "images/s", "lowest", "highest", "the job is times as fast"]]
     for name, timing in timings.items():
@@ -85,18 +83,20 @@ def compared(contestants: dict[str, Callable[[], float]], rounds: int, images: i
 
 
 def spread(timing: Timing, images: int) -> list[str]:
+    """Returns the median, lowest and highest images/s."""
     if timing.error:
         return [timing.error, "", ""]
     return [f"{images / s:.1f}" for s in (timing.median, max(timing.seconds), min(timing.seconds))]
 
 
-def against(first: Timing, other: Timing) -> str:
-    times = ratio(first, other)
+def against(first: Timing, timing: Timing) -> str:
+    """Returns how many times as fast the first contestant is."""
+    times = ratio(first, timing)
     return f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})" if times else ""
 
 
 def codec(sources: list[Path], folder: Path, rounds: int) -> str:
-    """A job and the engine alone, on the pictures of the first shard."""
+    """Compares a job with the engine alone, on the pictures of the first shard."""
     sources = sources[:1]
     pictures = centre_crops(sources, SIDE)
     engine = Discretizer.from_store("tiny-f8")
@@ -108,64 +108,67 @@ def codec(sources: list[Path], folder: Path, rounds: int) -> str:
         return time.perf_counter() - began
 
     contestants = {"dat precompute": lambda: job(sources, folder / "q", "tiny-f8").seconds, "engine alone": alone}
-    return compared(contestants, rounds, len(pictures))
+    return compare(contestants, rounds, len(pictures))
 
 
 def identity(sources: list[Path], folder: Path, rounds: int) -> str:
-    """A job that copies, and webdataset alone."""
+    """Compares a job whose codec copies with webdataset alone."""
     images = sum(1 for path in sources for name in names(path) if name.endswith(".jpg"))
     contestants: dict[str, Callable[[], float]] = {
         "dat precompute, identity": lambda: job(sources, folder / "i", "identity").seconds,
         "webdataset: read, decode, encode, write": lambda: rewritten(sources, folder / "w", decode=True),
         "webdataset: read, write": lambda: rewritten(sources, folder / "w", decode=False),
     }
-    return compared(contestants, rounds, images)
+    return compare(contestants, rounds, images)
 
 
 def names(path: Path) -> list[str]:
+    """Returns the names of the members of a shard."""
     with tarfile.open(path) as tar:
         return tar.getnames()
 
 
 def rewritten(sources: list[Path], folder: Path, *, decode: bool) -> float:
-    """Seconds in which webdataset reads the shards and writes them again, shard by shard."""
+    """Returns the seconds that webdataset takes to read the shards and write them again, shard by shard."""
     folder.mkdir(exist_ok=True)
     began = time.perf_counter()
     for source in sources:
         dataset = webdataset.WebDataset(str(source), shardshuffle=False)
         with webdataset.TarWriter(str(folder / source.name), encoder=False) as writer:
             for sample in dataset.decode("pil", only="jpg") if decode else dataset:
-                kept = {name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"}
+                fields = {name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"}
                 if decode:
-                    kept["jpg"] = as_jpeg(kept["jpg"])
-                writer.write(kept)
+                    fields["jpg"] = as_jpeg(fields["jpg"])
+                writer.write(fields)
     return time.perf_counter() - began
 
 
 def as_jpeg(image: Image.Image) -> bytes:
-    """As `dat precompute` encodes by default."""
+    """Encodes as `dat precompute` does by default."""
     out = io.BytesIO()
     image.convert("RGB").save(out, "JPEG", quality=95, subsampling=0)
     return out.getvalue()
 
 
 def shards(sources: list[Path], folder: Path, rounds: int) -> str:
-    """Time per shard and memory, while many small shards are made."""
+    """Measures the time per shard and the memory of a job with many small shards."""
     small = folder / "small"
     small.mkdir()
     pictures = centre_crops(sources[:1], 32, limit=SAMPLES)
     for i in range(SHARDS):
         write_small(small / f"{i:06d}.tar", pictures)
     process = psutil.Process()
-    seen: list[tuple[int, float, float]] = []
+    samples: list[tuple[int, float, float]] = []
 
     def watch(state: JobProgress) -> None:
-        seen.append((state.shards_done, state.seconds, process.memory_info().rss / 1e6))
+        samples.append((state.shards_done, state.seconds, process.memory_info().rss / 1e6))
 
     job([small], folder / "many", "identity", watch)
-    marks = [at(seen, number) for number in (0, 100, SHARDS - 100, SHARDS)]
+    marks = [at(samples, number) for number in (0, 100, SHARDS - 100, SHARDS)]
     ms = [1000 * (marks[i + 1][1] - marks[i][1]) / (marks[i + 1][0] - marks[i][0]) for i in (0, 2)]
-    memory = [statistics.median(mb for done, _, mb in seen if a <= done <= b) for a, b in ((50, 150), (850, 1000))]
+    memory = [
+        statistics.median(mb for done, _, mb in samples if a <= done <= b) for a, b in ((50, 150), (850, 1000))
+    ]
     return (
         f"{SHARDS} shards of {SAMPLES} pictures: {ms[0]:.1f} ms a shard among the first hundred, {ms[1]:.1f} among "
         f"the last ({ms[1] / ms[0]:.2f} times); {memory[0]:.1f} MB resident at the first hundred, {memory[1]:.1f} "
@@ -173,12 +176,13 @@ def shards(sources: list[Path], folder: Path, rounds: int) -> str:
     )
 
 
-def at(seen: list[tuple[int, float, float]], number: int) -> tuple[int, float, float]:
-    """The first look at which so many shards were done."""
-    return next(look for look in seen if look[0] >= number)
+def at(samples: list[tuple[int, float, float]], number: int) -> tuple[int, float, float]:
+    """Returns the first sample at which so many shards were done."""
+    return next(sample for sample in samples if sample[0] >= number)
 
 
 def write_small(path: Path, pictures: Array) -> None:
+    """Writes a shard of these pictures."""
     with tarfile.open(path, "w") as tar:
         for i, picture in enumerate(pictures):
             content = as_jpeg(Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))))

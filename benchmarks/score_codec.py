@@ -2,24 +2,24 @@
 
     python benchmarks/score_codec.py tiny-f8 SHARD...
 
-Mean PSNR of Q(x) over centre crops, the share of the codebook those crops use, and images/s of
-`Discretizer.discretize` with uint8 in and out (batches of 16, after one batch of warm-up, median of the rounds).
+It prints the PSNR of Q(x) over centre crops, the share of the codebook that those crops use, and the images/s of
+`Discretizer.discretize` with uint8 in and out, in batches of 16: median, lowest and highest of the rounds.
 Results: docs/tiny-f8.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.tables import rate
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.images.crops import centre_crops
+from dat_workers.system.timing import time_in_turns
 
 
 def main() -> None:
@@ -39,19 +39,15 @@ def main() -> None:
     q = discretizer.discretize(x, outputs=("reconstruction", "indices"))
     mse = np.square(x.astype(np.float64) - q["reconstruction"]).reshape(len(x), -1).mean(1)
     psnr = 10 * np.log10(255**2 / np.maximum(mse, 1e-10))
-    used, size = len(np.unique(q["indices"])), discretizer.spec.codebook_size
+    used_entries, entries = len(np.unique(q["indices"])), discretizer.spec.codebook_size
     print(f"{arguments.codec}, fingerprint {discretizer.fingerprint[:12]}, {discretizer.describe()}")
     print(f"{len(x)} centre crops of {arguments.crop} x {arguments.crop}")
     print(f"PSNR mean {psnr.mean():.2f} dB, median {np.median(psnr):.2f}, lowest {psnr.min():.2f}")
-    print(f"codebook: {used} of {size} entries in use, {used / size:.1%}")
+    print(f"codebook: {used_entries} of {entries} entries in use, {used_entries / entries:.1%}")
     batch = x[:16]
-    rates = []
-    for _ in range(arguments.rounds):
-        started = time.perf_counter()
-        discretizer.discretize(batch)
-        rates.append(len(batch) / (time.perf_counter() - started))
-    spread = f"{min(rates):.1f} to {max(rates):.1f} over {len(rates)} rounds"
-    print(f"speed: {statistics.median(rates):.1f} images/s ({spread}), {torch.get_num_threads()} threads")
+    timing = time_in_turns({"": lambda: discretizer.discretize(batch)}, rounds=arguments.rounds, warmup=1)[""]
+    speeds = [len(batch) / seconds for seconds in timing.seconds]
+    print(f"speed: {rate(speeds)} images/s over {len(speeds)} rounds, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/thin_links.py --images train-000007.tar --train train-000000.tar
 
-`Discretizer` in this process, no service. Images: centre crops as JPEG, their tokens beside those of the pixels.
-Gradients: of a classifier that learned to tell the photographs of the `--train` shard apart (tokens_changed.py), at
-Q(x), its own prediction for a label, without random start; FP16 and INT8, as dat_client sends them, beside FP32.
-Results: docs/thin-links.md.
+It uses `Discretizer` in this process, without a service. Images are centre crops as JPEG, whose tokens are compared
+with those of the pixels. Gradients come from a classifier that learned to tell the photographs of the `--train`
+shard apart (tokens_changed.py), at Q(x), with its own prediction for a label and without random start; FP16 and
+INT8, as dat_client sends them, are compared with FP32. Results: docs/thin-links.md.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ QUALITIES = (75, 85, 90, 95, 98)
 
 
 def indices(discretizer: Discretizer, images: Array) -> Array:
-    """The tokens of Q(x)."""
+    """Returns the tokens of Q(x)."""
     return discretizer.discretize(images, outputs=["indices"])["indices"]
 
 
 def decoded(files: Array) -> Array:
-    """uint8 [N,3,H,W] of JPEG files."""
+    """Returns uint8 [N,3,H,W] of JPEG files."""
     pictures = [np.asarray(Image.open(io.BytesIO(bytes(file)))) for file in files.tolist()]
     return np.stack(pictures).transpose(0, 3, 1, 2).copy()
 
 
 def encoded(images: Array, quality: int) -> Array:
-    """uint8 [N,3,H,W] as N JPEG files in 4:4:4."""
+    """Returns uint8 [N,3,H,W] as N JPEG files in 4:4:4."""
     files = np.empty(len(images), object)
     files[:] = [encode_jpeg(image, quality) for image in images]
     return files
 
 
 def half_colour(images: Array, quality: int) -> Array:
-    """As `encoded`, but 4:2:0: colour at half the resolution."""
+    """Encodes like `encoded`, but in 4:2:0: colour at half the resolution."""
     files = np.empty(len(images), object)
     for number, image in enumerate(images):
         file = io.BytesIO()
@@ -78,7 +78,7 @@ def image_rows(discretizer: Discretizer, images: Array) -> None:
 
 
 def loss_gradients(discretizer: Discretizer, model: nn.Module, images: Array) -> npt.NDArray[np.float32]:
-    """∇ of the summed loss at Q(x), fp32 [N,3,H,W]; the label is what the model says of x."""
+    """Returns ∇ of the summed loss at Q(x), fp32 [N,3,H,W]; the labels are the model's own predictions for x."""
     found = []
     for start in range(0, len(images), 8):
         some = images[start : start + 8]
@@ -91,9 +91,9 @@ def loss_gradients(discretizer: Discretizer, model: nn.Module, images: Array) ->
 
 
 def adversarial_indices(discretizer: Discretizer, images: Array, sent: Mapping[str, Array], preset: str) -> Array:
-    """The tokens of Q(x + δ), from gradients as they arrive."""
+    """Returns the tokens of Q(x + δ), computed from the gradients as they arrive at the service."""
     gradients, scales = sent["gradients"], sent.get("gradient_scales")
-    if gradients.dtype == np.int8:  # the same product in fp32 that the service makes
+    if gradients.dtype == np.int8:  # the same product in fp32 that the service computes
         assert scales is not None
         gradients, scales = gradients.astype(np.float32) * scales[:, None, None, None], None
     return discretizer.discretize(
@@ -112,8 +112,8 @@ def gradient_rows(discretizer: Discretizer, images: Array, gradients: npt.NDArra
         for dtype in ("FP32", "FP16", "INT8"):
             sent = gradient_tensors(gradients, gradients.shape, dtype)
             size = sum(array.nbytes for array in sent.values()) // len(images)
-            made = adversarial_indices(discretizer, images, sent, preset)
-            moved, differ = float((made != still).mean()), float((made != exact).mean())
+            tokens = adversarial_indices(discretizer, images, sent, preset)
+            moved, differ = float((tokens != still).mean()), float((tokens != exact).mean())
             print(f"| {dtype} | {size:,} | {preset} | {moved:.3%} | {differ:.3%} |", flush=True)
 
 
@@ -121,9 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec", default="tiny-f8")
     parser.add_argument("--images", nargs="+", type=Path, required=True, help="shards or folders")
-    parser.add_argument("--train", nargs="+", type=Path, required=True, help="shards or folders, not of those")
+    parser.add_argument("--train", nargs="+", type=Path, required=True, help="other shards or folders")
     parser.add_argument("--count", type=int, default=48, help="photographs")
-    parser.add_argument("--steps", type=int, default=200, help="of the classifier's training")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of the classifier")
     arguments = parser.parse_args()
     images = centre_crops(arguments.images, SIDE, arguments.count)
     discretizer = Discretizer.from_store(arguments.codec, EngineConfig(device="cpu"))

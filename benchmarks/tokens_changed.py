@@ -2,20 +2,17 @@
 
     python benchmarks/tokens_changed.py tiny-f8 --train SHARD... --test SHARD...
 
-A small residual network learns to tell the photographs of the training shards apart by their crops (one class a
-photograph, so that any pictures will do). Its gradients at Q(x) then make the `easyrobust` step, without random
-start, on crops of those photographs and, with the network's own prediction for a label, on photographs it never
-saw. Each α is one run of `dat_client.torch.adversarial` through a service started for it.
-Results: docs/tiny-f8.md.
+A small residual network learns to tell the photographs of the training shards apart by their crops: one class for
+each photograph, so that any pictures will do. Its gradients at Q(x) then drive the `easyrobust` step, without
+random start, on crops of those photographs and, with the network's own prediction for a label, on photographs it
+never saw. Each α is one run of `dat_client.torch.adversarial` through a service that is started for it. Results:
+docs/tiny-f8.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from torchvision.models import resnet18
 
 from dat_client import Client
 from dat_client.torch import adversarial
+from dat_service.launch import running_service
 from dat_workers.images.crops import centre_crops
 
 SIDE = 224
@@ -36,7 +34,7 @@ TABLE_8 = ("0 %", "3.8 %", "7 %", "13 %")
 
 
 def random_crops(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A crop of each uint8 [N,3,H,W], mirrored half the time."""
+    """Returns a random crop of each uint8 [N,3,H,W], mirrored half the time."""
     room = pictures.shape[2] - side
     places = torch.randint(0, room + 1, (len(pictures), 2), generator=generator).tolist()
     crops = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(pictures, places, strict=True)]
@@ -45,7 +43,7 @@ def random_crops(pictures: Tensor, side: int, generator: torch.Generator) -> Ten
 
 
 def trained(pictures: Tensor, steps: int, batch: int, side: int) -> tuple[nn.Module, float]:
-    """A classifier of which picture a crop comes from, and its accuracy on crops not seen before."""
+    """Returns a classifier of which picture a crop comes from, and its accuracy on new crops."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = resnet18(num_classes=len(pictures))
@@ -72,7 +70,7 @@ def trained(pictures: Tensor, steps: int, batch: int, side: int) -> tuple[nn.Mod
 
 
 def shares(client: Client, model: nn.Module, x: Tensor, labels: Tensor, alpha: float) -> float:
-    """The mean share of tokens changed."""
+    """Returns the mean share of tokens that the step changes."""
     found = []
     for some, y in zip(torch.split(x, 10), torch.split(labels, 10), strict=True):
         q = adversarial(
@@ -89,7 +87,7 @@ def shares(client: Client, model: nn.Module, x: Tensor, labels: Tensor, alpha: f
 
 
 def gradients(client: Client, model: nn.Module, x: Tensor, labels: Tensor) -> npt.NDArray[np.float32]:
-    """∇L at Q(x), fp32 [N,3,H,W]."""
+    """Returns ∇L at Q(x), fp32 [N,3,H,W]."""
     found: list[Tensor] = []
     for some, y in zip(torch.split(x, 10), torch.split(labels, 10), strict=True):
         x_hat = torch.as_tensor(client.discretize(some, output_dtype="FP32").reconstruction).requires_grad_()
@@ -101,44 +99,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codec")
     parser.add_argument("--train", nargs="+", type=Path, required=True, help="shards or folders")
-    parser.add_argument("--test", nargs="+", type=Path, required=True, help="shards or folders, not of those")
+    parser.add_argument("--test", nargs="+", type=Path, required=True, help="other shards or folders")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--side", type=int, default=128, help="side of the crops it is trained on")
+    parser.add_argument("--side", type=int, default=128, help="side of the crops for the training")
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--images", type=int, default=50, help="images of each kind that are attacked")
+    parser.add_argument("--images", type=int, default=50, help="images of each kind to attack")
     parser.add_argument(
         "--gradients-out",
         type=Path,
-        help="file for the gradients at Q(x) of the unseen ones, for `dat codecs verify`",
+        help="write the gradients at Q(x) of the unseen photographs to this file, for `dat codecs verify`",
     )
     arguments = parser.parse_args()
     known = torch.from_numpy(centre_crops(arguments.train, 256, arguments.classes))
     model, accuracy = trained(known, arguments.steps, arguments.batch, arguments.side)
     print(f"{len(known)} photographs told apart, accuracy on new crops {accuracy:.1%}")
     at = (known.shape[2] - SIDE) // 2
-    seen = known[: arguments.images, :, at : at + SIDE, at : at + SIDE].contiguous()
+    trained_on = known[: arguments.images, :, at : at + SIDE, at : at + SIDE].contiguous()
     unseen = torch.from_numpy(centre_crops(arguments.test, SIDE, arguments.images))
     with torch.no_grad():
         predicted = torch.cat([model(some / 127.5 - 1).argmax(1) for some in torch.split(unseen, 10)])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "dat_service.cli", "serve", "--local", "--codec", arguments.codec]
-    service = subprocess.Popen([*command, "--port", str(port)])
-    try:
-        with Client(f"http://127.0.0.1:{port}", arguments.codec, timeout_s=300) as client:
-            client.wait_ready(120)
-            print("| α | photographs it was trained on | photographs it never saw | Table 8 |\n|---|---|---|---|")
-            for alpha, published in zip(ALPHAS, TABLE_8, strict=True):
-                one = shares(client, model, seen, torch.arange(len(seen)), alpha)
-                two = shares(client, model, unseen, predicted, alpha)
-                print(f"| {alpha:g} | {one:.1%} | {two:.1%} | {published} |", flush=True)
-            if arguments.gradients_out:
-                np.save(arguments.gradients_out, gradients(client, model, unseen, predicted))
-    finally:
-        service.terminate()
-        service.wait()
+    with (
+        running_service("--codec", arguments.codec, "--local") as service,
+        Client(service.url, arguments.codec, timeout_s=300) as client,
+    ):
+        print("| α | photographs it was trained on | photographs it never saw | Table 8 |\n|---|---|---|---|")
+        for alpha, published in zip(ALPHAS, TABLE_8, strict=True):
+            on_known = shares(client, model, trained_on, torch.arange(len(trained_on)), alpha)
+            on_unseen = shares(client, model, unseen, predicted, alpha)
+            print(f"| {alpha:g} | {on_known:.1%} | {on_unseen:.1%} | {published} |", flush=True)
+        if arguments.gradients_out:
+            np.save(arguments.gradients_out, gradients(client, model, unseen, predicted))
 
 
 if __name__ == "__main__":

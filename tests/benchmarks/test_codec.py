@@ -47,9 +47,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["machine"]["torch"] == torch.__version__
     assert results["codec"]["weights"].startswith("fingerprint ae675ccec0c9")
     assert results["matmul_peak_flops"]["fp32"] > 1e8
-    (one,) = results["cells"]
-    assert (one["size"], one["batch"], one["baseline"]) == (64, 1, "taming fp32")
-    rows = {row["contestant"]: row for row in one["results"]}
+    (only,) = results["cells"]
+    assert (only["size"], only["batch"], only["baseline"]) == (64, 1, "taming fp32")
+    rows = {row["contestant"]: row for row in only["results"]}
     assert list(rows) == ["torch fp32", "taming fp32"]
     for row in rows.values():
         assert row["token_agreement"] == 1
@@ -63,14 +63,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "host" not in rows["taming fp32"]
     assert [row["tricks"] for row in results["steps"]["rows"]][:2] == ["none", "channels_last"]
     assert results["steps"]["not_measured"] == "no CUDA"
-    said = capsys.readouterr()
-    assert "x taming fp32" in said.out
-    assert "not measured: no CUDA" in said.out
-    assert "1 of 1 cells done" in said.err
+    captured = capsys.readouterr()
+    assert "x taming fp32" in captured.out
+    assert "not measured: no CUDA" in captured.out
+    assert "1 of 1 cells done" in captured.err
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_fails_does_not_end_the_run() -> None:
+def test_a_contestant_that_fails_does_not_end_the_run() -> None:
     def no_memory(model: VQGAN, shape: torch.Size) -> Codec:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -107,7 +107,7 @@ def test_contestants_are_chosen_by_pattern() -> None:
 
 
 @pytest.mark.parametrize("spec", [SMALL, REGISTRY["tiny-f8"]], ids=lambda spec: spec.name)
-def test_diffusers_makes_the_same_pictures(spec: CodecSpec, photographs: Any) -> None:
+def test_diffusers_returns_the_same_images(spec: CodecSpec, photographs: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' own
         pytest.importorskip("diffusers")
@@ -124,7 +124,7 @@ def test_diffusers_makes_the_same_pictures(spec: CodecSpec, photographs: Any) ->
         assert (theirs.decode(tokens) - (model.decode(tokens) + 1) / 2).abs().max() < 1e-4
 
 
-def test_flop_are_those_of_the_design() -> None:
+def test_flop_of_the_published_codec() -> None:
     counted = roofline.flop(VQ_F8, 224)
     assert counted["encode"] == pytest.approx(172e9, rel=0.005)
     assert counted["decode"] == pytest.approx(360e9, rel=0.005)
@@ -152,7 +152,7 @@ def test_peaks_are_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "words"),
     [
         (["--size", "60"], "multiples of f = 8"),
         (["--operations", "fly"], "fly"),
@@ -162,10 +162,10 @@ def test_peaks_are_measured() -> None:
         (["--codec", "no-such-codec"], "no-such-codec"),
     ],
 )
-def test_what_cannot_be_asked(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_reported(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert codec.main(["--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
-    assert says in error
+    assert words in error
     assert error.startswith("benchmarks.codec: ")
 
 
