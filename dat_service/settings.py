@@ -34,51 +34,30 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"] = Field(
         "auto", description="The precision; auto is mixed on CUDA (encoder fp32, decoder fp16) and fp32 on a CPU."
     )
-    tricks: str = Field(
-        "auto", description="Optimisations of the torch engine (engines/torch/tricks.py); auto is all on CUDA."
-    )
+    tricks: str = Field("auto", description="Optimisations (engines/torch/tricks.py); auto is all on CUDA.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
     # absolute, because replicas read it in other working directories
     api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
         None, description="File with one API key per line; without it, no key is required."
     )
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body in bytes.")
-    max_json_bytes: int = Field(
-        2 * MIB, ge=1024, description="Largest JSON part of a request or response in bytes."
-    )
+    max_json_bytes: int = Field(2 * MIB, ge=1024, description="Most bytes of JSON in a request or response.")
     max_images: int = Field(1024, ge=1, description="Most images in a request.")
     max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
     max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
-    max_requests: int = Field(
-        256, ge=1, description="Most requests in the service at once; more get 503 with Retry-After."
-    )
-    max_held_bytes: int = Field(
-        4096 * MIB, ge=1024, description="Most bytes of all requests and responses in the service at once."
-    )
-    max_queue_s: float = Field(
-        10.0, gt=0, description="Requests expected to wait longer than this for the codec get 503."
-    )
+    max_requests: int = Field(256, ge=1, description="Most requests at once; more get 503 with Retry-After.")
+    max_held_bytes: int = Field(4096 * MIB, ge=1024, description="Most bytes of requests and responses at once.")
+    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait longer get 503.")
     max_wait_ms: float | None = Field(
         None, ge=0, le=1000, description="Longest wait for a batch to fill up; by default 2 on CUDA, 0 on a CPU."
     )
-    watchdog_s: float = Field(
-        120.0, gt=0, description="A replica whose batch takes longer counts as hung and is replaced."
-    )
-    body_timeout_s: float = Field(
-        15.0, gt=0, description="Longest pause of a client within sending a body or reading a response."
-    )
+    watchdog_s: float = Field(120.0, gt=0, description="A replica is replaced if a batch takes longer.")
+    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause within a body or while reading.")
     replicas: int = Field(1, ge=1, le=1024, description="Number of replicas, each with a copy of the codec.")
     autoscale: str | None = Field(
-        None,
-        pattern=r"^[0-9]+:[0-9]+$",
-        description="MIN:MAX: scale the replicas with the number of waiting images.",
+        None, pattern=r"^[0-9]+:[0-9]+$", description="MIN:MAX replicas, by the number of waiting images."
     )
-    gpus: float | None = Field(
-        None,
-        ge=0,
-        le=64,
-        description="GPUs per replica, 0.5 for two on one GPU; by default 1 if there is one.",
-    )
+    gpus: float | None = Field(None, ge=0, le=64, description="GPUs per replica; by default 1 if there is one.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The lowest level that is logged."

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dat_service.settings import Settings
 from dat_workers.errors import TooLarge
 
 log = logging.getLogger("dat_service")
@@ -54,66 +55,45 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
 
 
 async def read_body(
-    request: Request, length: int | None, *, max_bytes: int, timeout_s: float, grow: Callable[[int], None]
+    request: Request, length: int | None, settings: Settings, grow: Callable[[int], None]
 ) -> memoryview:
     """Reads the body into one buffer of `length` bytes, into which each chunk is copied once.
 
     Without a length the buffer grows, and `grow` reserves each chunk's bytes before they are stored. Raises
-    TooLarge; raises MalformedBody if nothing arrives for `timeout_s`, or if the body takes longer than `timeout_s`
-    plus one second per megabyte received.
+    TooLarge; raises MalformedBody if nothing arrives for `body_timeout_s`, or if the body takes longer than that
+    plus one second per megabyte received. The received bytes count and not the announced ones, so a client that
+    sends single bytes keeps its reservation for hardly longer than `body_timeout_s`.
     """
-    try:
-        async with asyncio.timeout(timeout_s) as limit:
-            body = await _read(request, length, max_bytes, grow, ProgressTimeout(limit, timeout_s))
-            request.state.body_bytes = len(body)  # for the metrics
-            return body
-    except TimeoutError:
-        late = f"silent for {timeout_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that"
-        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
-
-
-class ProgressTimeout:
-    """Extends a timeout by `silent_s` with every chunk, up to the time that the received bytes may take in total.
-
-    The received bytes count and not the announced ones, so a client that sends single bytes keeps its reservation
-    for hardly longer than `silent_s`.
-    """
-
-    def __init__(self, limit: asyncio.Timeout, silent_s: float) -> None:
-        self.limit, self.silent_s = limit, silent_s
-        self.clock = asyncio.get_running_loop().time
-        self.end = self.clock() + silent_s
-
-    def renew(self, nbytes: int) -> None:
-        self.end += nbytes / SLOWEST_BYTES_PER_S
-        self.limit.reschedule(min(self.clock() + self.silent_s, self.end))
-
-
-async def _read(
-    request: Request, length: int | None, max_bytes: int, grow: Callable[[int], None], progress: ProgressTimeout
-) -> memoryview:
-    if length is None:
-        grown = bytearray()
-        async for chunk in request.stream():
-            if len(grown) + len(chunk) > max_bytes:
-                raise TooLarge("body", f"more than {len(grown)} bytes", f"at most {max_bytes} bytes")
-            grow(len(chunk))
-            grown += chunk
-            progress.renew(len(chunk))
-        return memoryview(grown)
+    most, silent_s = settings.max_body_bytes, settings.body_timeout_s
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + silent_s
+    grown = bytearray()
     # not a bytearray: filling it with zeros would take memory for bytes that may never arrive
-    body = np.empty(length, np.uint8).data
+    body = np.empty(length or 0, np.uint8).data
     received = 0
-    async for chunk in request.stream():
-        end = received + len(chunk)
-        if end > length:
-            raise MalformedBody("too long", "body", f"{end} bytes", f"Content-Length says {length}")
-        body[received:end] = chunk
-        received = end
-        progress.renew(len(chunk))
-    if received != length:
+    try:
+        async with asyncio.timeout(silent_s) as timeout:
+            async for chunk in request.stream():
+                end = received + len(chunk)
+                if length is None:
+                    if end > most:
+                        raise TooLarge("body", f"more than {received} bytes", f"at most {most} bytes")
+                    grow(len(chunk))
+                    grown += chunk
+                elif end > length:
+                    raise MalformedBody("too long", "body", f"{end} bytes", f"Content-Length says {length}")
+                else:
+                    body[received:end] = chunk
+                received = end
+                deadline += len(chunk) / SLOWEST_BYTES_PER_S
+                timeout.reschedule(min(clock() + silent_s, deadline))
+    except TimeoutError:
+        late = f"silent for {silent_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that"
+        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
+    if length is not None and received != length:
         raise MalformedBody("truncated", "body", f"{received} bytes", f"Content-Length says {length}")
-    return body
+    request.state.body_bytes = received  # for the metrics
+    return memoryview(grown) if length is None else body
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

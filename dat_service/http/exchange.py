@@ -41,13 +41,7 @@ async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> R
     caller = caller_of(request, started)
     with ExitStack() as stack:
         reservation = stack.enter_context(worker.admit(caller.holder, length or 0))
-        body = await read_body(
-            request,
-            length,
-            max_bytes=settings.max_body_bytes,
-            timeout_s=settings.body_timeout_s,
-            grow=reservation.grow,
-        )
+        body = await read_body(request, length, settings, reservation.grow)
         body_s = time.monotonic() - started
         reply = await while_connected(request, compute(body, caller, reservation))
         stages = {"body": body_s, "queue": reply.answer.queue_s, "codec": reply.answer.codec_s}

@@ -47,33 +47,21 @@ class Metrics:
         self.labels = {"codec": codec, "replica": replica}
         self.registry = CollectorRegistry(auto_describe=False)
         self._worker: Any = None
-        self._images = self._counter("dat_images_total", "Images that were computed, by kind of request.", "kind")
-        self._bytes = self._counter(
-            "dat_bytes_total", "Bytes of request bodies received (in) and of responses sent (out).", "direction"
-        )
-        self._requests = self._counter("dat_requests_total", "HTTP requests, by response status.", "status")
-        self._refusals = self._counter(
-            "dat_refusals_total", "HTTP requests that were refused, by reason.", "reason"
-        )
-        self._retries = self._counter("dat_retries_total", "Requests that dat_client sent again.").labels(
-            **self.labels
-        )
-        self._request_s = self._histogram(
-            "dat_request_seconds",
-            "Seconds from a POST's headers to its response's last byte, of successful requests.",
-            SECONDS,
-        )
-        self._queue_s = self._histogram(
-            "dat_queue_seconds", "Seconds that a request waited for the codec.", SECONDS
-        )
-        self._codec_s = self._histogram("dat_codec_seconds", "Seconds that the codec took for a batch.", SECONDS)
-        self._busy_s = self._counter(
-            "dat_codec_busy_seconds_total", "Seconds during which the codec was computing."
-        ).labels(**self.labels)
-        self._fill = self._histogram("dat_batch_fill", "Images in a batch over its capacity.", FILL)
-        self._changed = self._histogram(
-            "dat_tokens_changed_ratio", "Share of a request's tokens that the adversarial step changed.", RATIO
-        )
+        counter, histogram = self._counter, self._histogram
+        self._images = counter("dat_images_total", "Images that were computed, by kind of request.", "kind")
+        self._bytes = counter("dat_bytes_total", "Bytes of request bodies (in) and responses (out).", "direction")
+        self._requests = counter("dat_requests_total", "HTTP requests, by response status.", "status")
+        self._refusals = counter("dat_refusals_total", "HTTP requests that were refused, by reason.", "reason")
+        self._retries = counter("dat_retries_total", "Requests that dat_client sent again.").labels(**self.labels)
+        about = "Seconds from a POST's headers to its response's last byte, of successful requests."
+        self._request_s = histogram("dat_request_seconds", about, SECONDS)
+        self._queue_s = histogram("dat_queue_seconds", "Seconds that a request waited for the codec.", SECONDS)
+        self._codec_s = histogram("dat_codec_seconds", "Seconds that the codec took for a batch.", SECONDS)
+        about = "Seconds during which the codec was computing."
+        self._busy_s = counter("dat_codec_busy_seconds_total", about).labels(**self.labels)
+        self._fill = histogram("dat_batch_fill", "Images in a batch over its capacity.", FILL)
+        about = "Share of a request's tokens that the adversarial step changed."
+        self._changed = histogram("dat_tokens_changed_ratio", about, RATIO)
         self.registry.register(self)
         # Show these as 0 from the start: rate() misses what happens before a series has its first sample.
         for kind in ("plain", "adversarial", "decode"):
