@@ -1,4 +1,4 @@
-"""The yardstick: the modules of the package taming-transformers, in fp32, as published."""
+"""The reference for all other engines: the modules of the package taming-transformers, in fp32, as published."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dat_workers.engines.base import Engine, mark_non_finite
 class ReferenceEngine(Engine):
     """Encoder, VectorQuantizer2 and Decoder of taming-transformers, loaded strictly from `model`'s weights.
 
-    Slow on purpose: nothing here is ours but the order of the calls, so that equal tokens mean something.
+    It is slow on purpose: this project adds only the order of the calls, so that agreement with it means something.
     """
 
     name = "reference"
@@ -61,5 +61,5 @@ class ReferenceEngine(Engine):
     @torch.inference_mode()
     def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
         z = self.quantize.embedding(indices.to(self.device).clamp(min=0)).permute(0, 3, 1, 2).contiguous()
-        pictures: Tensor = self.decoder(self.post_quant_conv(z))
-        return (pictures + 1) / 2
+        images: Tensor = self.decoder(self.post_quant_conv(z))
+        return (images + 1) / 2

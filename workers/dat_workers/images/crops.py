@@ -44,7 +44,7 @@ def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
 def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
     """Returns the middle of every picture, at most `limit` of them, as uint8 [N,3,size,size].
 
-    Smaller pictures are enlarged first. Raises InvalidInput if there is no picture.
+    Smaller pictures are enlarged first. Raises InvalidInput if the sources hold none.
     """
     crops = []
     for source in sources:

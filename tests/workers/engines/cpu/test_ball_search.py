@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dat_workers.codecs.networks.vqgan import Codebook
 from dat_workers.codecs.store import load_model
-from dat_workers.engines.cpu.ball_search import GroupSearch, grouped
+from dat_workers.engines.cpu.ball_search import BallSearch, group_neighbours, pick_search
 
 
 def codebook(vectors: torch.Tensor) -> Codebook:
@@ -50,7 +50,7 @@ def test_index_is_that_of_the_plain_search(
     halfway = (picked[:100] + picked[100:]) / 2
     rows = torch.cat([picked, picked + 0.1 * scale * noise, picked + scale * noise, halfway, -5 * picked[:20]])
     plain = codebook(vectors)
-    assert torch.equal(GroupSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
+    assert torch.equal(BallSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
 
 
 def test_no_block_of_vectors_is_too_short_to_round_as_the_whole() -> None:
@@ -69,7 +69,7 @@ def test_no_block_of_vectors_is_too_short_to_round_as_the_whole() -> None:
 def test_tokens_of_photographs(photographs: np.ndarray) -> None:
     model = load_model("tiny-f8")
     z = model.latents(torch.from_numpy(photographs[:2]).float() / 127.5 - 1)
-    search = GroupSearch(model.quantize)
+    search = BallSearch(model.quantize)
     asked: list[int] = []
     plain = model.quantize.nearest
 
@@ -88,14 +88,14 @@ def test_extreme_vectors_are_left_to_the_formula(value: float) -> None:
     plain = codebook(torch.randn(2048, 4, generator=torch.Generator().manual_seed(0)))
     rows = torch.full((3, 4), value)
     rows[1] = 0.5
-    assert torch.equal(GroupSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
+    assert torch.equal(BallSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
 
 
 @pytest.mark.parametrize(("size", "dim", "suits"), [(16384, 4, True), (16384, 8, False), (256, 4, False)])
 def test_which_codebooks_it_is_for(size: int, dim: int, suits: bool) -> None:
-    assert GroupSearch.suits(Codebook(size, dim)) is suits
+    assert isinstance(pick_search(Codebook(size, dim)), BallSearch) is suits
 
 
 def test_every_entry_is_in_one_group() -> None:
-    members = grouped(torch.randn(6144, 3))
+    members = group_neighbours(torch.randn(6144, 3))
     assert torch.equal(members.flatten().sort()[0], torch.arange(6144))

@@ -11,7 +11,7 @@ from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
-from dat_workers.engines.cpu.engine import CpuEngine, FastDecoder, FoldedUpsample, normed
+from dat_workers.engines.cpu.engine import CpuEngine, FastDecoder, TransposedUpsample, norm_silu
 from dat_workers.engines.factory import create
 from dat_workers.errors import EngineError
 from dat_workers.system.threads import DaemonThreads
@@ -60,7 +60,7 @@ def test_upsampling_folded_into_its_convolution_is_the_same_function() -> None:
     torch.manual_seed(0)
     upsample = Upsample(32).requires_grad_(False)
     x = torch.randn(2, 32, 5, 3)
-    assert torch.allclose(FoldedUpsample(upsample)(x), upsample(x), atol=1e-5)
+    assert torch.allclose(TransposedUpsample(upsample)(x), upsample(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", [(), (64,)])
@@ -103,7 +103,7 @@ def test_norm_of_a_large_mean_does_not_cancel() -> None:
     x = (torch.randn(1, 128, 12, 12) + 300).contiguous(memory_format=torch.channels_last)
     norm = torch.nn.GroupNorm(32, 128, eps=1e-6)
     expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, eps=1e-6))
-    assert (normed(x, norm) - expected).abs().max() < 1e-3
+    assert (norm_silu(x, norm) - expected).abs().max() < 1e-3
     assert (Norm(128)(x) - torch.nn.functional.group_norm(x.double(), 32, eps=1e-6)).abs().max() < 1e-3
 
 

@@ -1,9 +1,9 @@
-"""The CPU's default: PyTorch alone, with the published encoder's rounding and a decoder that is free of it.
+"""The default engine on a CPU: PyTorch alone, with an encoder that rounds as published and a faster decoder.
 
-Tokens are decided by the last bits of the latent vectors, so the encoder runs the published operations in their
-order (codecs/vqgan.py). Pictures are not: a decoder that rounds otherwise is 100 dB from the published one, and may
-use other layouts and fewer multiplications. Only a picture that is encoded again, the base of `easyrobust`'s step,
-is decoded in the published order too.
+The last bits of the latent vectors decide tokens, so the encoder runs the published operations in their order
+(codecs/networks/vqgan.py). They do not decide how images look: a decoder that rounds differently is 100 dB from the
+published one, and may use other layouts and fewer multiplications. Only an image that is encoded again, the base of
+the preset `easyrobust`, is decoded in the published order, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dat_workers.codecs.networks.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsample
 from dat_workers.engines.base import Engine, mark_non_finite
-from dat_workers.engines.cpu.ball_search import GroupSearch
+from dat_workers.engines.cpu.ball_search import pick_search
 from dat_workers.system.threads import DaemonThreads
 
 CHANNELS_LAST = torch.channels_last
@@ -26,14 +26,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # m
 
 
 class CpuEngine(Engine):
-    """fp32 on the CPU. Each image by itself, two at a time where the engine has all cores.
+    """Runs a VQGAN in fp32 on the CPU: each image by itself, two at a time if the engine has all cores.
 
     >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu"), "auto").dtype  # doctest: +SKIP
     'fp32'
     """
 
     name = "cpu"
-    batch = 4  # the two at a time wait for each other once in four images
+    batch = 4  # so that the two images computed at a time wait for each other once in four images
 
     def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
         if device.type != "cpu":
@@ -43,8 +43,8 @@ class CpuEngine(Engine):
         self.device = device
         self.model = model.to(device).eval().requires_grad_(False)
         self.decoder = FastDecoder(model)
-        self.search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
-        # torch's threads wait for each other after every layer: what one image leaves idle, another one takes
+        self.search = pick_search(model.quantize)
+        # PyTorch's threads wait for each other after every layer: a second image uses the cores that then idle.
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
         self.threads = DaemonThreads(2, "codec") if all_cores else None
         keep_freed_memory()
@@ -59,15 +59,15 @@ class CpuEngine(Engine):
     def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
         decoder = self.model.pictures if exact else self.decoder
 
-        def picture(tokens: Tensor) -> Tensor:
-            decoded: Tensor = decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
-            return decoded.add_(1).div_(2).contiguous()
+        def decode_one(tokens: Tensor) -> Tensor:
+            image: Tensor = decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
+            return image.add_(1).div_(2).contiguous()
 
-        return self._each(picture, indices)
+        return self._each(decode_one, indices)
 
     def _each(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`compute` of each row [1,...], joined: CPU kernels add in another order for another batch size."""
-        apply = torch.inference_mode()(compute)  # of the thread that it runs in
+        """Computes each row [1,...] by itself, since CPU kernels add in another order for another batch size."""
+        apply = torch.inference_mode()(compute)  # inference mode belongs to a thread
         parts = torch.split(rows, 1)
         apply_all = map if self.threads is None or len(parts) == 1 else self.threads.map
         with torch.inference_mode():
@@ -75,7 +75,7 @@ class CpuEngine(Engine):
 
 
 class FastDecoder(nn.Module):
-    """A copy of a model's decoder: channels_last, F.silu in place, upsampling folded into its convolution."""
+    """A copy of a model's decoder: channels_last, F.silu in place, upsampling merged with its convolution."""
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -89,24 +89,24 @@ class FastDecoder(nn.Module):
             level.block = nn.ModuleList(FastBlock(block) for block in level.block)
             upsample = getattr(level, "upsample", None)
             if upsample is not None:
-                level.upsample = FoldedUpsample(upsample)
+                level.upsample = TransposedUpsample(upsample)
         middle = self.decoder.mid
         middle.block_1, middle.block_2 = FastBlock(middle.block_1), FastBlock(middle.block_2)
         self.decoder.to(memory_format=CHANNELS_LAST)
         self.eval().requires_grad_(False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """As `VQGAN.pictures`: z [1,d,h,w] to [1,3,H,W], about -1..1."""
+        """Decodes z [1,d,h,w] to an image [1,3,H,W] in about -1..1, as `VQGAN.pictures` does."""
         decoder = self.decoder
         h = decoder.mid(decoder.conv_in(self.post_quant_conv(z).contiguous(memory_format=CHANNELS_LAST)))
         for level in reversed(decoder.up):
             h = level(h)
-        out: Tensor = decoder.conv_out(normed(h, decoder.norm_out))
+        out: Tensor = decoder.conv_out(norm_silu(h, decoder.norm_out))
         return out
 
 
 class FastBlock(ResnetBlock):
-    """A block's own layers, with what may be done in place done in place."""
+    """The layers of a block, computed in place wherever that is possible."""
 
     def __init__(self, block: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -114,16 +114,16 @@ class FastBlock(ResnetBlock):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv2(normed(self.conv1(normed(x, self.norm1)), self.norm2))
+        h: Tensor = self.conv2(norm_silu(self.conv1(norm_silu(x, self.norm1)), self.norm2))
         return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def normed(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)) of [1,C,H,W] channels_last.
+def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Returns silu(norm(x)) of [1,C,H,W] in channels_last.
 
-    Where a group is one channel it is taken as batch_norm over one image, which sums twice, mean first: in this
-    layout group_norm sums x and x² at once, and cancels. It cost up to a fifth of a grey level of 255; so 0.01.
-    Larger groups are taken out of this layout.
+    If each group is one channel, batch_norm over the one image replaces group_norm: it sums twice, the mean first,
+    whereas in this layout group_norm sums x and x² at once, and digits cancel. That cost up to a fifth of a grey
+    level of 255; this way it is 0.01. Larger groups are normalised in the contiguous layout.
     """
     if norm.num_groups == norm.num_channels:
         out = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
@@ -133,17 +133,17 @@ def normed(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.silu(out, inplace=True)
 
 
-class FoldedUpsample(nn.Module):
+class TransposedUpsample(nn.Module):
     """Nearest-neighbour doubling and a 3x3 convolution as one transposed 4x4 convolution of stride 2.
 
-    Of three neighbouring pixels of the doubled picture two are copies of one: along each axis the taps w0, w1, w2
-    become w0 and w1 + w2 for even places, w0 + w1 and w2 for odd ones. 9 multiplications a pixel become 4, and the
-    doubled picture is never made.
+    Of three neighbouring pixels of the doubled image two are copies of the same pixel: along each axis the taps w0,
+    w1, w2 become w0 and w1 + w2 for even places, w0 + w1 and w2 for odd ones. 9 multiplications per pixel become 4,
+    and the doubled image never exists.
     """
 
     def __init__(self, upsample: Upsample) -> None:
         super().__init__()
-        weight = upsample.conv.weight.double()  # the sums of taps round once
+        weight = upsample.conv.weight.double()  # so that sums of taps are rounded once
         for axis in (2, 3):
             w0, w1, w2 = weight.unbind(axis)
             weight = torch.stack((w2, w1 + w2, w0 + w1, w0), axis)
@@ -155,15 +155,17 @@ class FoldedUpsample(nn.Module):
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep blocks of up to 32 MiB that were freed, for the life of the process (mallopt(3)).
+    """Makes glibc keep freed blocks of up to 32 MiB for the life of the process (mallopt(3)).
 
-    By itself it returns what is free above 12.8 MB or so, and a thread's heap of 64 MiB whenever it is empty. Every
-    activation of 6.4 MB is then mapped and zeroed anew: 7,800 page faults for one pass of the encoder of `tiny-f8`,
-    a sixth of its time. An empty heap is kept where the padding is larger than a heap. Each of the arenas, which
-    threads share, then stays as large as it ever was: so there are fewer of them than glibc's 8 a core.
+    By default it returns free memory above about 12.8 MB to the system, and a thread's heap of 64 MiB whenever it
+    is empty. Every activation of 6.4 MB is then mapped and zeroed again: 7,800 page faults for one pass of the
+    encoder of `tiny-f8`, a sixth of its time. An empty heap is kept if the padding (M_TOP_PAD) is larger than it.
+    Each of the arenas, which threads share, then stays as large as it ever was, so fewer of them are allowed than
+    glibc's default of 8 per core.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc may not have it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # C libraries other than glibc may not have it
     if mallopt is not None:
         mallopt(M_ARENA_MAX, max(6, len(os.sched_getaffinity(0))))
-        for what, nbytes in ((M_MMAP_THRESHOLD, 32 << 20), (M_TOP_PAD, 64 << 20), (M_TRIM_THRESHOLD, 128 << 20)):
-            mallopt(what, nbytes)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TOP_PAD, 64 << 20)
+        mallopt(M_TRIM_THRESHOLD, 128 << 20)

@@ -17,7 +17,7 @@ from dat_workers.codecs.networks.vqgan import LARGE_ATTENTION, VQGAN
 from dat_workers.codecs.spec import CodecError
 from dat_workers.codecs.store import CodecStore
 from dat_workers.engines.base import Engine, mark_non_finite
-from dat_workers.engines.cpu.ball_search import GroupSearch
+from dat_workers.engines.cpu.ball_search import pick_search
 from dat_workers.engines.onnx.export import OPSET, Manifest, export_graphs, write_folder
 from dat_workers.engines.onnx.sessions import CPU, open_session, pick_providers, require_packages, run
 from dat_workers.errors import EngineError
@@ -55,7 +55,7 @@ class OnnxEngine(Engine):
         # On a CPU one image at a time is as fast, and an image's tokens do not depend on the rest of its batch.
         self.batch = 1 if on_cpu else 64
         self._codebook = None if on_cpu else open_session(folder / "codebook.onnx", providers)
-        self._search = GroupSearch(model.quantize) if GroupSearch.suits(model.quantize) else model.quantize
+        self._search = pick_search(model.quantize)
 
     def describe(self) -> dict[str, str]:
         return super().describe() | {"provider": self.provider}

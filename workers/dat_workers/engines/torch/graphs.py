@@ -1,4 +1,4 @@
-"""CUDA graphs of one function at a few batch sizes: a few hundred kernel launches become one."""
+"""Runs a function as CUDA graphs of a few batch sizes, which makes one launch of a few hundred kernel launches."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)  # images a graph takes
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # images per graph
 
 
 @dataclass
 class Captured:
-    """One graph with the tensors that it reads from and writes to."""
+    """A graph with the tensors that it reads from and writes to."""
 
     graph: torch.cuda.CUDAGraph
-    given: Tensor
-    result: Tensor
+    input: Tensor
+    output: Tensor
 
 
-class Graphed:
-    """`function`, replayed where a graph of its input's shape was captured, called as it is elsewhere.
+class GraphedFunction:
+    """Replays a graph of `function` if one was captured for the shape of its input, else calls the function.
 
-    Graphs share `pool`, which is sound because they run one after the other on one stream, each reading what was
-    copied into `given` before it; a `result` is kept alive, so no other graph writes there, and is copied out
-    before the next replay.
+    Graphs share the memory of `pool`. That is safe because they run one after the other on one stream, and the
+    input of each is copied into place just before it. Its output tensor is kept alive, so that no other graph
+    writes there, and is copied out before the next replay.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], pool: Any) -> None:
@@ -38,23 +38,26 @@ class Graphed:
 
     @torch.inference_mode()
     def capture(self, example: Tensor) -> None:
-        """Captures the call for inputs of `example`'s shape and dtype; again is nothing. Largest batch first."""
+        """Captures a graph for inputs of `example`'s shape and dtype, unless there is one.
+
+        Capture the largest batch first, since the others fit into its memory.
+        """
         if example.shape in self._captured:
             return
         gc.collect()  # a graph of another engine that is freed during a capture would spoil it
-        given = example.clone()
-        if self._stream is None:  # of this device: torch.cuda.graph's own belongs to the first that captured
-            self._stream = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+        input = example.clone()
+        if self._stream is None:  # torch.cuda.graph's default stream belongs to the device that captured first
+            self._stream = torch.cuda.Stream(input.device)  # type: ignore[no-untyped-call]
         stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream(given.device))
+        stream.wait_stream(torch.cuda.current_stream(input.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and cuDNN's plans made outside of the capture
-                self.function(given)
-        torch.cuda.current_stream(given.device).wait_stream(stream)
+            for _ in range(2):  # compiles kernels and lets cuDNN plan, which must happen outside of the capture
+                self.function(input)
+        torch.cuda.current_stream(input.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-            result = self.function(given)
-        self._captured[example.shape] = Captured(graph, given, result)
+            output = self.function(input)
+        self._captured[example.shape] = Captured(graph, input, output)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,23 +65,23 @@ class Graphed:
         if not sizes:
             return self.function(x)
         parts = []
-        for start, count, size in pieces(len(x), sizes):
+        for start, count, size in split_for_graphs(len(x), sizes):
             captured = self._captured[torch.Size((size, *x.shape[1:]))]
-            # rows past `count` keep what an earlier call left: no image's result depends on its neighbours
-            captured.given[:count].copy_(x[start : start + count])
+            # Rows beyond `count` keep the values of an earlier call: no image's result depends on its neighbours.
+            captured.input[:count].copy_(x[start : start + count])
             captured.graph.replay()
-            parts.append(captured.result[:count].clone())
+            parts.append(captured.output[:count].clone())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def pieces(n: int, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(start, count, size of the graph) that together run `n` images; `sizes` ascending.
+def split_for_graphs(n: int, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yields (start, count, size of the graph) that together run `n` images; `sizes` must be ascending.
 
-    >>> list(pieces(103, [1, 8, 32, 64]))
+    >>> list(split_for_graphs(103, [1, 8, 32, 64]))
     [(0, 64, 64), (64, 32, 32), (96, 7, 8)]
 
-    What is left is padded up to the next size where at most a quarter of that is padding or no size is smaller;
-    else the largest size that it fills goes first.
+    The images that are left are padded up to the next size if at most a quarter of that is padding, or if no size
+    is smaller; otherwise the largest size that they fill goes first.
     """
     start = 0
     while start < n:

@@ -1,11 +1,11 @@
-"""Triton kernels of the CUDA engine: GroupNorm with swish in NHWC, and the nearest codebook entry.
+"""Triton kernels of the torch engine: GroupNorm with swish in NHWC, and the nearest codebook entry.
 
     y = norm_swish(x, weight, bias, eps=1e-6, swish=True, dtype=torch.float16)
     indices = nearest(latents, codebook)
 
 Both take CUDA tensors, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the import), which is
-how they are tested without a GPU. All offsets are 64 bits wide: 128 images of 256 x 256 with 256 channels are
-2^31 elements, one more than 32 bits hold.
+how they are tested without a GPU. All offsets are 64 bits wide: 128 images of 256 x 256 with 256 channels have
+2^31 elements, one more than signed 32 bits can address.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 GROUPS = 32  # of every GroupNorm of these networks
-TILE = 4096  # elements a program holds: 32 a thread
-MOST_PARTS = 256  # of an image's pixels, each with its own moments, which are then merged
-NEAREST_BLOCKS = {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128}  # tl.dot takes no side under 16
-# Triton 3.10 no longer fuses a·b + c by itself, 3.9 warns of it; said aloud, every version gives the same bits
+TILE = 4096  # elements per program: 32 per thread
+MOST_PARTS = 256  # into which an image's pixels are divided; each has its own moments, which are then merged
+NEAREST_BLOCKS = {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128}  # tl.dot needs sides of 16 or more
+# Triton 3.10 no longer fuses a·b + c by default, and 3.9 warns of it: with the explicit setting every version gives
+# the same bits.
 FUSION = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of each channel over `rows` pixels of one image.
+    """Computes mean and sum of squared deviations of each channel over `rows` pixels of one image.
 
     Each tile is centred on its own mean before it is squared, and tiles are merged by Chan's formula (Chan, Golub,
-    LeVeque, 1979): E[x²] - E[x]² would lose every digit where the mean is large.
+    LeVeque, 1979): E[x²] - E[x]² would lose every digit if the mean is large.
     """
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -46,7 +47,7 @@ def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.conste
         n = tl.minimum(end - start, BLOCK_P).to(tl.float32)
         rough = tl.sum(x, 0) / n
         deviation = tl.where(mask, x - rough[None, :], 0.0)
-        rest = tl.sum(deviation, 0) / n  # what rounding left of the mean
+        rest = tl.sum(deviation, 0) / n  # the rounding error of the mean
         total = count + n
         delta = rough + rest - mean
         mean += delta * (n / total)
@@ -62,7 +63,7 @@ def _merge(
     mean_ptr, m2_ptr, group_mean_ptr, group_rstd_ptr, pixels, channels, rows, parts, eps,
     GROUP_SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1/sqrt(variance + eps) of one group of one image, from the moments of its parts and channels."""
+    """Merges the moments of parts and channels into mean and 1/sqrt(variance + eps) of one group of one image."""
     image = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     part = tl.arange(0, BLOCK_PARTS)
@@ -72,8 +73,8 @@ def _merge(
     means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     m2 = tl.load(m2_ptr + offsets, mask=mask, other=0.0)
     n = tl.minimum(tl.maximum(pixels - part * rows, 0), rows).to(tl.float32)[:, None]
-    total = pixels * GROUP_SIZE * 1.0  # not .to(): of one pixel Triton makes a Python int
-    origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # near all of them
+    total = pixels * GROUP_SIZE * 1.0  # not .to(), since Triton makes a Python int of one pixel
+    origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # close to all means
     shifted = tl.where(mask, means - origin, 0.0)
     shift = tl.sum(tl.sum(n * shifted, 1), 0) / total
     deviation = tl.where(mask, shifted - shift, 0.0)
@@ -88,7 +89,7 @@ def _normalise(
     x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, pixels, channels, groups,
     GROUP_SIZE: tl.constexpr, SWISH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The second pass: (x - mean)·rstd·weight + bias, then swish, in fp32, rounded once."""
+    """Computes, in a second pass, (x - mean)·rstd·weight + bias, then swish, in fp32 and rounded once."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -108,9 +109,9 @@ def _normalise(
 
 
 def norm_swish(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, swish: bool, dtype: torch.dtype) -> Tensor:
-    """GroupNorm over 32 groups, then x·sigmoid(x) if `swish`: [N,C,H,W] to the same shape of `dtype`, NHWC.
+    """Applies GroupNorm over 32 groups, then x·sigmoid(x) if `swish`: [N,C,H,W] to the same shape of `dtype`, NHWC.
 
-    x: fp16, bf16 or fp32, C a multiple of 32; copied first where it is not NHWC. weight, bias: fp32 [C].
+    x: fp16, bf16 or fp32, C a multiple of 32; it is copied first if it is not NHWC. weight, bias: fp32 [C].
     """
     n, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -141,7 +142,7 @@ def _nearest(
     z_ptr, codebook_ptr, norms_ptr, out_ptr, vectors, entries, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Index of the nearest of `entries` codebook vectors for BLOCK_M latent vectors of size D."""
+    """Finds the nearest of `entries` codebook vectors for each of BLOCK_M latent vectors of size D."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = (m < vectors)[:, None]
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -163,7 +164,7 @@ def _nearest(
             dot = tl.dot(z, e, dot, input_precision="ieee")  # the default would be TF32: 10 bits of mantissa
         norms = tl.load(norms_ptr + k, mask=known, other=float("inf"))
         distance = (norm[:, None] + norms[None, :]) - 2.0 * dot
-        distance = tl.where(distance < float("inf"), distance, float("inf"))  # NaN is no nearest one
+        distance = tl.where(distance < float("inf"), distance, float("inf"))  # a NaN must not win
         low, at = tl.min(distance, 1, return_indices=True, return_indices_tie_break_left=True)
         index = tl.where(low < best, k0 + at, index)
         best = tl.minimum(low, best)
@@ -171,10 +172,10 @@ def _nearest(
 
 
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codebook vector (Eq. 3): latents fp32 [M,d], codebook fp32 [K,d], to int64 [M].
+    """Finds the nearest codebook vector (Eq. 3): latents fp32 [M,d] and codebook fp32 [K,d] to indices int64 [M].
 
-    |z|² + |e|² - 2 z·e in IEEE fp32, the published formula; the lowest index of equal ones. Distances live in
-    registers, BLOCK_M x BLOCK_K of them at a time.
+    Distances are |z|² + |e|² - 2 z·e in IEEE fp32, the published formula; of equal ones the lowest index wins. They
+    live in registers, BLOCK_M x BLOCK_K at a time.
     """
     latents, codebook = latents.contiguous(), codebook.contiguous()
     vectors, d = latents.shape

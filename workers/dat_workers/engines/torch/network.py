@@ -1,7 +1,7 @@
-"""A VQGAN rebuilt for speed: the same mathematics, parameter for parameter, by the tricks that are on.
+"""Rebuilds a VQGAN for speed: the same mathematics with the same parameters, by the tricks that are on.
 
-`build` copies the network and puts a faster layer in the place of each layer that has one; names, order and the
-forward passes of codecs/vqgan.py stay, so that there is one description of what Q computes.
+`build` copies the network and replaces each layer for which there is a faster one. The names, the order and the
+forward passes of codecs/networks/vqgan.py stay, so that one file describes what Q computes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-# Layers that compute in fp32 whatever the rest does, by the beginning of their names, and why. A layer added here
-# is run in fp32 and hands fp32 on; nothing else has to be changed.
+# The layers that compute in fp32 whatever the others do, by the beginning of their names, and the reason. A layer
+# added here runs in fp32 and returns fp32; nothing else has to be changed.
 FP32_LAYERS = {
     "encoder.conv_in": "takes the pixels: with α = 0.1 and `l2`, δ is 2.6e-4 of 1, which fp16 pixels do not hold",
     "encoder.norm_out": "feeds the last convolution before the codebook",
@@ -44,21 +44,21 @@ FP32_LAYERS = {
     "quantize": "two distances are often nearer to each other than half precision tells apart",
 }
 
-# And those of `mixed`, which holds half precision's own flips below what δ does. Of `tiny-f8`, in fp32 on a CPU
-# with the roundings of the other precisions emulated: an encoder in fp16 keeps 27 % of the tokens that δ changes,
-# with only its middle in fp16 67 %, in TF32 51 %, in bf16 2 % (docs/tiny-f8.md has the table).
-MIXED_FP32_LAYERS = FP32_LAYERS | {"encoder": "11 bits of mantissa anywhere on its way are as coarse as δ"}
+# The same for `mixed`, which must change fewer tokens by its rounding than δ does. Measured with `tiny-f8` in fp32
+# on a CPU, the roundings of the other precisions emulated: an encoder in fp16 keeps 27 % of the tokens that δ
+# changes, with only its middle in fp16 67 %, in TF32 51 %, in bf16 2 % (docs/tiny-f8.md has the table).
+MIXED_FP32_LAYERS = FP32_LAYERS | {"encoder": "11 bits of mantissa anywhere in it are as coarse as δ"}
 
 
 def needs_fp32(name: str, precision: str) -> bool:
-    """Whether the list of this precision holds the layer of that name, or a module around it."""
+    """Whether the list of this precision contains the layer of that name, or a module around it."""
     listed = MIXED_FP32_LAYERS if precision == "mixed" else FP32_LAYERS
     return any(f"{name}.".startswith(f"{layer}.") for layer in listed)
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA may round the factors of fp32 products to 10 bits of mantissa, inside the block."""
+    """Sets, inside the block, whether CUDA may round the factors of fp32 products to 10 bits of mantissa."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -68,10 +68,10 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
-    """`model` as a network of `precision` (fp32, tf32, mixed, fp16, bf16) with `tricks`.
+    """Returns `model` as a network of `precision` (fp32, tf32, mixed, fp16, bf16) with `tricks`.
 
-    `model` itself where neither asks for a change, else a copy. It takes and gives what a VQGAN does: images fp32
-    in -1..1 to latents fp32, latents fp32 to pictures of its own dtype. For tf32 call it inside `tf32(True)`: the
+    That is `model` itself if neither asks for a change, else a copy. Its interface is that of a VQGAN: images fp32
+    in -1..1 to latents fp32, latents fp32 to images of its own dtype. For tf32 call it inside `tf32(True)`: the
     layers of FP32_LAYERS switch it off for themselves.
     """
     if precision == "fp32" and not any(
@@ -81,7 +81,7 @@ def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
     network = copy.deepcopy(model)
     _convert(network, "", precision, tricks)
     if not needs_fp32("encoder", precision):
-        # computed in fp32, read by layers that are not: the residual stream is of their dtype from here on
+        # conv_in computes in fp32, but the layers after it do not: from here on the residual stream has their dtype
         first: nn.Module = network.encoder.conv_in
         assert isinstance(first, Convolution)
         first.out = DTYPES[precision]
@@ -89,7 +89,7 @@ def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
 
 
 def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> None:
-    """Puts the faster layer in the place of every one below `module` that has one."""
+    """Replaces every layer below `module` for which there is a faster one."""
     for name, child in module.named_children():
         full = f"{prefix}{name}"
         exact = needs_fp32(full, precision)
@@ -104,7 +104,7 @@ def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> 
 
 
 def _faster(layer: nn.Module, dtype: torch.dtype, tricks: Tricks) -> nn.Module | None:
-    """What takes the layer's place; None for a layer whose children are to be looked at."""
+    """Returns the replacement of a layer, or None if its children should be looked at instead."""
     nhwc = tricks.channels_last
     match layer:
         case Norm():
@@ -121,7 +121,7 @@ def _faster(layer: nn.Module, dtype: torch.dtype, tricks: Tricks) -> nn.Module |
 
 
 class Convolution(nn.Module):
-    """A convolution that computes in the dtype of its weights whatever it is given, and gives `out`."""
+    """A convolution that takes any dtype, computes in that of its weights and returns `out`."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Convolution(nn.Module):
 
 
 class FastNorm(nn.Module):
-    """GroupNorm, and swish where the layer has it, in fp32, rounded once to `dtype`."""
+    """GroupNorm, with swish if the layer has it, in fp32, rounded once to `dtype`."""
 
     def __init__(self, norm: Norm, dtype: torch.dtype, *, fused: bool) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class FastNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and x.is_cuda:
-            from dat_workers.engines.torch import kernels  # not above: it needs Triton, and a CPU does without
+            from dat_workers.engines.torch import kernels  # here, since it needs Triton, which a CPU does not
 
             return kernels.norm_swish(x, self.weight, self.bias, eps=self.eps, swish=self.swish, dtype=self.dtype)
         h = F.group_norm(x.float().contiguous(), 32, self.weight, self.bias, self.eps)
@@ -169,12 +169,12 @@ class FastNorm(nn.Module):
 
 
 def folded_kernels(weight: Tensor) -> Tensor:
-    """The four 2x2 kernels [4·C_out,C_in,2,2] that nearest x2 and a 3x3 convolution [C_out,C_in,3,3] come to.
+    """Returns the four 2x2 kernels [4·C_out,C_in,2,2] that equal nearest x2 and a 3x3 convolution [C_out,C_in,3,3].
 
-    An output pixel of even row sees rows i-1, i, i of the small picture through the taps w0, w1, w2, one of odd row
-    rows i, i, i+1: two taps meet the same row and are added. The same for columns. Order: phases (even, even),
-    (even, odd), (odd, even), (odd, odd). Zeros around the enlarged picture are zeros around the small one. Sums
-    are taken in fp64, so that a weight is rounded once.
+    An output pixel in an even row sees rows i-1, i, i of the small image through the taps w0, w1, w2, one in an odd
+    row sees rows i, i, i+1: two taps meet the same row and are added. The same holds for columns. The order of the
+    phases is (even, even), (even, odd), (odd, even), (odd, odd). Zeros around the enlarged image are zeros around
+    the small one. Sums are taken in fp64, so that a weight is rounded once.
     """
     w = weight.double()
     rows = (
@@ -189,12 +189,12 @@ def folded_kernels(weight: Tensor) -> Tensor:
 
 
 class FoldedUpsample(nn.Module):
-    """Upsample as one convolution of the small picture: 4 taps an output pixel instead of 9."""
+    """Upsample as one convolution of the small image: 4 taps per output pixel instead of 9."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, nhwc: bool) -> None:
         super().__init__()
         assert conv.bias is not None
-        # one pixel more a side than a phase needs: each phase takes its window
+        # the padding gives each side one pixel more than a phase needs: each phase takes its window
         self.conv = Convolution(folded_kernels(conv.weight), conv.bias.repeat(4), dtype, padding=1, nhwc=nhwc)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,9 +211,9 @@ class FoldedUpsample(nn.Module):
 
 
 class FastAttention(nn.Module):
-    """AttnBlock with q, k and v from one product; with `sdpa` also without its weights in memory.
+    """AttnBlock with q, k and v from one product; with `sdpa` its attention weights are never in memory.
 
-    q is scaled before the product: sums of 512 unscaled products pass 65504, fp16's largest number.
+    q is scaled before the product, because sums of 512 unscaled products exceed 65504, the largest number of fp16.
     """
 
     def __init__(self, block: AttnBlock, dtype: torch.dtype, tricks: Tricks) -> None:
@@ -226,7 +226,7 @@ class FastAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        # [N,h·w,3C]: of an NHWC tensor a view
+        # [N,h·w,3C], which is a view if the tensor is NHWC
         q, k, v = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c).chunk(3, 2)
         if self.sdpa or height * width > LARGE_ATTENTION:
             h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -238,7 +238,7 @@ class FastAttention(nn.Module):
 
 
 class FusedCodebook(Codebook):
-    """The codebook with its search in one kernel."""
+    """The codebook, searched by one kernel on CUDA."""
 
     def __init__(self, codebook: Codebook) -> None:
         nn.Module.__init__(self)
