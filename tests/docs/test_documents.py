@@ -81,6 +81,8 @@ def test_named_commands_exist(page: Path) -> None:
             find(words)
         elif words[0] == "make" and len(words) > 1:
             assert words[1] in targets(), span
+        elif words[0] == "python" and len(words) > 1 and words[1:3] != ["-m", "pytest"]:
+            check_script(words)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=str)
