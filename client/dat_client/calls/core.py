@@ -1,4 +1,4 @@
-"""From the arguments of a call to a request, and from its response to arrays.
+"""Turns the arguments of a call into a request, and its response into arrays.
 
 Every transport shares these pure functions; no socket is opened here.
 """

@@ -1,4 +1,4 @@
-"""Lines 3-5 of Algorithm 1: from a batch x to Q(x) and Q(x + δ)."""
+"""Computes lines 3-5 of Algorithm 1: from a batch x to Q(x) and Q(x + δ)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def adversarial(
     timeout_s: float | None = None,
     **parameters: Any,
 ) -> Adversarial:
-    """Algorithm 1, lines 3-5: x̂ = Q(x), g = ∇L at x̂ (Eq. 7), Q(x + δ); minimising the loss is left to the caller.
+    """Computes x̂ = Q(x), g = ∇L at x̂ (Eq. 7) and Q(x + δ) (Algorithm 1, lines 3-5); the caller minimises the loss.
 
         q = adversarial(client, x, lambda x_hat: F.cross_entropy(model(x_hat), labels), model=model)
         loss = F.cross_entropy(model(q.adversarial), labels)

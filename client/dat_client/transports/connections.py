@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any
@@ -84,10 +85,8 @@ class Connections:
         try:
             connection = self._pop_idle()
             if connection is not None:
-                try:
+                with suppress(Unanswered):
                     return self._exchange(connection, method, target, headers, buffers, deadline)
-                except Unanswered:
-                    pass
             return self._exchange(self._connect(deadline), method, target, headers, buffers, deadline)
         finally:
             self._slots.release()
@@ -98,14 +97,13 @@ class Connections:
         _close_all(self._idle)
 
     def _pop_idle(self) -> HTTPConnection | None:
-        while True:
-            try:
+        with suppress(IndexError):
+            while True:
                 connection = self._idle.pop()
-            except IndexError:
-                return None
-            if not _events(connection.sock, select.POLLIN, 0.0):
-                return connection
-            connection.close()  # there is nothing to read on an idle connection but its end
+                if not _events(connection.sock, select.POLLIN, 0.0):
+                    return connection
+                connection.close()  # there is nothing to read on an idle connection but its end
+        return None
 
     def _connect(self, deadline: float) -> HTTPConnection:
         timeout = min(self._connect_timeout_s, time_left(deadline, "before connecting"))

@@ -1,4 +1,4 @@
-"""The HTTP headers that trainer and service exchange beside those of HTTP itself, and how their values are read."""
+"""The HTTP headers that trainer and service exchange: their names, and functions that read and write values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 #: The request's own id, at most 64 visible ASCII characters; the service echoes it, in its logs too.
 REQUEST_ID = "X-Request-Id"
-#: Which trainer asks: the name under which the service's fair queue schedules it. The same in all its processes.
+#: Identifies a trainer: the service's fair queue schedules its requests together. All its processes send the same.
 CLIENT_ID = "X-Dat-Client"
 #: 1 for the first attempt of a call, 2 for its first repetition, and so on.
 ATTEMPT = "X-Dat-Attempt"
 #: Milliseconds after which the client no longer waits for the answer.
 TIMEOUT_MS = "X-Dat-Timeout-Ms"
 
-#: Of an answer: seconds, or a date, after which a refused request may be sent again (RFC 9110).
+#: In an answer: the seconds, or the date, after which a refused request may be sent again (RFC 9110).
 RETRY_AFTER = "Retry-After"
-#: Of an answer: the milliseconds that the service spent in each stage (W3C Server Timing).
+#: In an answer: the milliseconds that the service spent in each stage (W3C Server Timing).
 SERVER_TIMING = "Server-Timing"
 #: The stages of SERVER_TIMING in the order in which they happen: reading the request's body, waiting for the codec,
 #: being computed. The entry `total` has the whole time from the request's first byte to the answer's.
@@ -28,7 +28,9 @@ TIMED_STAGES = ("body", "queue", "codec")
 
 
 def retry_after_s(value: str | None, now_s: float) -> float | None:
-    """Seconds from `now_s` to what a Retry-After header names (RFC 9110: seconds or a date), None if unreadable.
+    """Returns the seconds from `now_s` to the time that a Retry-After header names, None if it cannot be read.
+
+    The header holds seconds or a date (RFC 9110).
 
     >>> retry_after_s("1.5", 0.0)
     1.5
@@ -46,7 +48,7 @@ def retry_after_s(value: str | None, now_s: float) -> float | None:
 
 
 def format_server_timing(seconds: Mapping[str, float]) -> str:
-    """The value of a Server-Timing header (W3C), in milliseconds.
+    """Returns the value of a Server-Timing header (W3C), which is in milliseconds.
 
     >>> format_server_timing({"body": 0.0015, "queue": 0.02})
     'body;dur=1.500, queue;dur=20.000'
@@ -55,7 +57,7 @@ def format_server_timing(seconds: Mapping[str, float]) -> str:
 
 
 def parse_server_timing(value: str | None) -> dict[str, float]:
-    """The seconds in a Server-Timing header (W3C), by name; entries without a finite duration are left out.
+    """Returns the seconds in a Server-Timing header (W3C) by name, without entries that have no finite duration.
 
     >>> parse_server_timing("body;dur=1.5, queue;dur=20, cache;desc=hit")
     {'body': 0.0015, 'queue': 0.02}

@@ -1,4 +1,4 @@
-"""Passes over all values of a tensor, through integers where numpy is slow with floats.
+"""Scans all values of a tensor, as integers where numpy is slow with floats.
 
 The bits of non-negative floats are ordered as the floats are. numpy finds the maximum of 16-bit integers about 150
 times as fast as that of float16.
@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 
 def range_outside_0_1(images: npt.NDArray[Any]) -> tuple[float, float] | None:
-    """The smallest and the largest value of float16/float32 `images` that are not all in 0..1, None where they are.
+    """Returns the smallest and the largest value of float16/float32 `images`, None if all of them lie in 0..1.
 
-    Both are NaN where any value is. Negative zero lies in 0..1.
+    Both are NaN if any value is. Negative zero lies in 0..1.
 
     >>> range_outside_0_1(np.array([0, 0.5, 1.5], np.float16))
     (0.0, 1.5)
@@ -31,15 +31,15 @@ def range_outside_0_1(images: npt.NDArray[Any]) -> tuple[float, float] | None:
 
 
 def largest_magnitudes(gradients: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """The largest |g| of each sample of float16, float32 or int8 `gradients` [N,...], as float64 [N].
+    """Returns the largest |g| of each sample of float16, float32 or int8 `gradients` [N,...], as float64 [N].
 
-    It is infinite or NaN where the sample holds such a value.
+    It is infinite or NaN if the sample holds such a value.
     """
     samples = gradients.reshape(len(gradients), -1)
     largest: npt.NDArray[Any]
     if gradients.dtype == np.float16:
-        highest = samples.view(np.int16).max(1)  # below 0 where no value is positive
-        # Once the sign bit is off: the negative value furthest from 0, or `highest` where no value is negative.
+        highest = samples.view(np.int16).max(1)  # negative if no value is positive
+        # The negative value furthest from 0 without its sign bit, or the same as `highest` if no value is negative.
         magnitude = (samples.view(np.uint16).max(1) & 0x7FFF).astype(np.int16)
         largest = np.maximum(highest, magnitude).view(np.float16)
     else:

@@ -35,7 +35,8 @@ INDEX_DTYPES: dict[str, np.dtype[Any]] = {"UINT16": np.dtype(np.uint16), "INT32"
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-#: The step of Algorithm 1 under each name that the parameter `preset` takes: the paper's, and that of its code.
+#: The step of Algorithm 1 for each value of the parameter `preset`: that of the paper, and that of the authors'
+#: code.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base": "x", "normalize": "none", "alpha": 0.1, "epsilon": None},
     "easyrobust": {"base": "reconstruction", "normalize": "l2", "alpha": 0.1, "epsilon": None},
@@ -47,7 +48,7 @@ DEFAULTS: dict[str, Any] = {"preset": "paper", "replace_fraction": 0.0, "seed": 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A request parameter: `allows` says whether a value keeps the limit, `limit` says it in words."""
+    """A request parameter: `allows` tests whether a value keeps the limit, `limit` describes the limit."""
 
     limit: str
     allows: Callable[[Any], bool]
@@ -77,12 +78,12 @@ PARAMETERS: dict[str, Parameter] = {
     "seed": _number(0, 2**63 - 1, "a whole number, 0 to 2^63 - 1", int),
     "output_dtype": _choice(OUTPUT_DTYPES),
 }
-#: Those that a request may send as null, which means the default.
+#: The parameters that a request may send as null, which stands for the default.
 NULLABLE = ("epsilon", "output_dtype")
 
 
 def violated_limit(name: str, value: Any) -> str | None:
-    """The limit that a parameter's value does not keep, None where it is allowed; KeyError for an unknown name.
+    """Returns the limit that a parameter's value breaks, None if it is allowed; raises KeyError for unknown names.
 
     >>> violated_limit("alpha", 0.2)
     >>> violated_limit("replace_fraction", 1.5)
@@ -94,7 +95,7 @@ def violated_limit(name: str, value: Any) -> str | None:
 
 
 def with_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter's value: that of the request, else that of its preset, else the default.
+    """Returns every parameter's value: that in the request, else that of its preset, else the default.
 
     The parameters must keep their limits.
 
