@@ -38,7 +38,7 @@ def test_nothing_points_up(folder: str) -> None:
 
 
 def test_workers_use_only_the_vocabulary_and_the_formats_of_the_client() -> None:
-    allowed = ("dat_client.wire.", "dat_client.dataset_format.", "dat_client.errors")
+    allowed = ("dat_client.wire", "dat_client.dataset_format.", "dat_client.errors")
     found = [
         f"{path.name}: {node.module}"
         for path in sorted((ROOT / "workers/dat_workers").rglob("*.py"))

@@ -72,7 +72,7 @@ def contact_sheet(source: Source, folder: OutputFolder, recipe: Recipe, decode: 
 def pairs(
     shard: Shard, folder: OutputFolder, recipe: Recipe, decode: Callable[[Array], Array], number: int
 ) -> list[tuple[str, Array, Array]]:
-    """Returns (key, x, Q(x)) of the first samples of a shard, uint8 [3,H,W]."""
+    """Returns (key, x, Q(x)) of view 0 of the first samples of a shard, uint8 [3,H,W]."""
     found: list[tuple[str, Array, Array]] = []
     output = Shard(shard.name, folder.fs.unstrip_protocol(folder.at(shard.name)), 0)
     try:
@@ -81,17 +81,12 @@ def pairs(
             if not outputs:
                 break
             if not sample.problem and sample.key in outputs:
-                x = first_view(sample, recipe)
+                picture = open_picture(sample.fields[picture_field(sample.fields)], field=sample.key)
+                x = pixels(next(views_of(recipe, sample.key, picture))[0])
                 found.append((sample.key, x, reconstruction(outputs.pop(sample.key), recipe, x, decode)))
     except DamagedShard:  # the pairs before the damage are shown
         pass
     return found
-
-
-def first_view(sample: Sample, recipe: Recipe) -> Array:
-    """Returns x of view 0 of a source sample, uint8 [3,H,W]."""
-    picture = open_picture(sample.fields[picture_field(sample.fields)], field=sample.key)
-    return pixels(next(views_of(recipe, sample.key, picture))[0])
 
 
 def reconstruction(output: Sample, recipe: Recipe, x: Array, decode: Callable[[Array], Array]) -> Array:

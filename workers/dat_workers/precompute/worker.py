@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dat_client.dataset_format.manifest import ManifestEntry
-from dat_client.dataset_format.tar_samples import DamagedShard, Sample
+from dat_client.dataset_format.tar_samples import DamagedShard
 from dat_workers.batching.batcher import Batcher
 from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
@@ -98,7 +97,7 @@ class Worker:
         """Makes one output shard, records it in the manifest and returns its entry.
 
         Samples that are not usable, and the damaged end of a tar, are skipped or raise SampleFailed. Also raises
-        OSError, Unhealthy and OutOfMemory; after an exception nothing of the shard is left.
+        Stopped, OSError, Unhealthy and OutOfMemory; after an exception nothing of the shard is left.
         """
         folder, recipe = OutputFolder(options.dst, options.job), options.recipe
         reader = ShardReader(shard, recipe.classes)
@@ -129,8 +128,12 @@ class Worker:
 
         with folder.writing(shard.name) as writer:
             try:
-                pending_bytes = 0
-                for sample in self._read(reader):
+                pending_bytes = read_bytes = 0
+                for sample in reader:
+                    if self._stopping.is_set():
+                        raise Stopped(shard.name)
+                    self._count(nbytes=reader.nbytes - read_bytes)
+                    read_bytes = reader.nbytes
                     pending.append(self.pipeline.submit(sample, recipe))
                     pending_bytes += pending[-1].nbytes
                     while len(pending) > max_pending or pending_bytes > MAX_PENDING_BYTES:
@@ -165,16 +168,6 @@ class Worker:
         self._stopping.set()
         self.batcher.stop()
         self.pipeline.stop()
-
-    def _read(self, reader: ShardReader) -> Iterator[Sample]:
-        """Yields the samples of a shard and counts what was read. Raises DamagedShard, OSError and Stopped."""
-        counted = 0
-        for sample in reader:
-            if self._stopping.is_set():
-                raise Stopped(reader.shard.name)
-            self._count(nbytes=reader.nbytes - counted)
-            counted = reader.nbytes
-            yield sample
 
     def _count(self, images: int = 0, nbytes: int = 0, skipped: int = 0) -> None:
         with self._counting:
