@@ -24,44 +24,46 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="DAT_", frozen=True, extra="forbid")
 
-    codec: str = Field("tiny-f8", description="The codec to serve.")
-    host: str = Field("127.0.0.1", description="The address to listen on; 0.0.0.0 for all.")
-    port: int = Field(8000, ge=1, le=65535, description="The port to listen on.")
+    codec: str = Field("tiny-f8", description="Codec to serve.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     engine: Literal["auto", "torch", "cpu", "onnx", "reference"] = Field(
-        "auto", description="The engine that runs the codec; auto is torch on CUDA, cpu elsewhere."
+        "auto", description="Engine: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference."
     )
-    device: str = Field("auto", description="The device: auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="Device: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"] = Field(
-        "auto", description="The precision; auto is mixed on CUDA (encoder fp32, decoder fp16) and fp32 on a CPU."
+        "auto", description="fp32, tf32, mixed (decoder fp16), fp16, bf16 or auto (mixed on CUDA, fp32 elsewhere)."
     )
-    tricks: str = Field("auto", description="Optimisations (engines/torch/tricks.py); auto is all on CUDA.")
+    tricks: str = Field(
+        "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or such as all,-graphs."
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
     # absolute, because replicas read it in other working directories
     api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
-        None, description="File with one API key per line; without it, no key is required."
+        None, description="File with one API key per line. [default: no key required]"
     )
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body in bytes.")
     max_json_bytes: int = Field(2 * MIB, ge=1024, description="Most bytes of JSON in a request or response.")
     max_images: int = Field(1024, ge=1, description="Most images in a request.")
     max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
     max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
-    max_requests: int = Field(256, ge=1, description="Most requests at once; more get 503 with Retry-After.")
+    max_requests: int = Field(256, ge=1, description="Most requests at once in a replica; more get 503.")
     max_held_bytes: int = Field(4096 * MIB, ge=1024, description="Most bytes of requests and responses at once.")
-    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait longer get 503.")
+    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait more seconds get 503.")
     max_wait_ms: float | None = Field(
-        None, ge=0, le=1000, description="Longest wait for a batch to fill up; by default 2 on CUDA, 0 on a CPU."
+        None, ge=0, le=1000, description="Milliseconds a batch waits to fill up. [default: 2 on CUDA, else 0]"
     )
-    watchdog_s: float = Field(120.0, gt=0, description="A replica is replaced if a batch takes longer.")
-    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause within a body or while reading.")
-    replicas: int = Field(1, ge=1, le=1024, description="Number of replicas, each with a copy of the codec.")
+    watchdog_s: float = Field(120.0, gt=0, description="A replica is replaced if a batch takes more seconds.")
+    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause within a body or while reading, seconds.")
+    replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec, each with a copy of it.")
     autoscale: str | None = Field(
         None, pattern=r"^[0-9]+:[0-9]+$", description="MIN:MAX replicas, by the number of waiting images."
     )
-    gpus: float | None = Field(None, ge=0, le=64, description="GPUs per replica; by default 1 if there is one.")
-    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The lowest level that is logged."
+    gpus: float | None = Field(
+        None, ge=0, le=64, description="GPUs per replica; with 0.5, two share one. [default: 1 if present]"
     )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
 
     @model_validator(mode="after")
     def _check_bytes(self) -> Self:

@@ -1,30 +1,49 @@
-"""`dat discretize`: pictures in, pictures out, without a server."""
+"""`dat discretize` and `dat precompute`: compute Q(x) of picture files and of whole datasets, without a server."""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer import Argument, Option
+
+from dat_service.cli import options
+from dat_service.cli.errors import FAILED, command_errors
+from dat_service.cli.output import MovingRate, duration, live_progress, time_left
+from dat_workers.system.signals import handle_signals
+
+if TYPE_CHECKING:
+    from dat_workers.precompute import JobProgress, Summary
 
 
+@command_errors("dat discretize")
 def discretize(
-    pictures: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.png, and NAME.npy with --indices.")],
-    codec: Annotated[str, typer.Option(help="Codec (`dat codecs list`).")] = "tiny-f8",
-    indices: Annotated[bool, typer.Option("--indices", help="Write the tokens too, uint16 [h,w].")] = False,
-    engine: Annotated[str, typer.Option(help="auto, torch, cpu, onnx or reference.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, tf32, mixed, fp16 or bf16.")] = "auto",
-    tricks: Annotated[str, typer.Option(help="auto, all, none, all,-graphs, ...")] = "auto",
+    pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files.", show_default=False)],
+    out: Annotated[
+        Path, Option("--out", "-o", help="Folder for NAME.png of each picture, and NAME.npy with --indices.")
+    ],
+    codec: options.Codec = "tiny-f8",
+    indices: Annotated[
+        bool, Option("--indices", help="Also write the tokens, as a uint16 array [h,w] in NAME.npy.")
+    ] = False,
+    engine: options.Engine = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    tricks: options.Tricks = "auto",
 ) -> None:
-    """Reconstruct pictures with a codec, in this process. A file that is no picture is named; the others go on."""
+    """Reconstruct pictures with a codec, in this process.
+
+    Files that are not pictures are named and skipped; the exit status is then 1.
+    """
     import io
 
     import numpy as np
 
     from dat_service.settings import make_settings
-    from dat_workers.codecs.spec import CodecError
     from dat_workers.discretizer import Discretizer
     from dat_workers.engines.config import EngineConfig
     from dat_workers.errors import EngineError, InvalidInput
@@ -32,39 +51,161 @@ def discretize(
     from dat_workers.request import check_outputs
     from dat_workers.system.files import write_atomically
 
-    stems = [p.stem for p in pictures]
-    twice = sorted({s for s in stems if stems.count(s) > 1})
-    if twice:
-        typer.echo(f"dat discretize: several pictures would be written as {twice[:5]}", err=True)
-        raise typer.Exit(1)
+    stems = [path.stem for path in pictures]
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if repeated:
+        raise ValueError(f"several pictures would be written as {repeated[:5]}")
     targets = {(out / f"{stem}.png").resolve() for stem in stems}
-    overwritten = [str(p) for p in pictures if p.resolve() in targets]
+    overwritten = [str(path) for path in pictures if path.resolve() in targets]
     if overwritten:
-        typer.echo(f"dat discretize: --out {out} would overwrite {overwritten[:5]}", err=True)
-        raise typer.Exit(1)
-    failed = 0
+        raise ValueError(f"--out {out} would overwrite {overwritten[:5]}")
+    discretizer = Discretizer.from_store(codec, EngineConfig(engine, device, dtype, tricks))
+    names = ("reconstruction", "indices") if indices else ("reconstruction",)
+    check_outputs(names, discretizer.outputs)
+    out.mkdir(parents=True, exist_ok=True)
+    limit = make_settings().max_image_pixels
+    skipped = 0
+    for path in pictures:
+        try:
+            picture = decode_picture(path.read_bytes(), max_pixels=limit, field=str(path), upright=True)
+            q = discretizer.discretize(picture[None], outputs=names)
+        except (InvalidInput, EngineError, OSError) as error:
+            typer.echo(f"skipped: {error}", err=True)
+            skipped += 1
+            continue
+        write_atomically(out / f"{path.stem}.png", encode_png(q["reconstruction"][0]))
+        if indices:
+            buffer = io.BytesIO()
+            np.save(buffer, q["indices"][0])
+            write_atomically(out / f"{path.stem}.npy", buffer.getvalue())
+        typer.echo(str(out / f"{path.stem}.png"))
+    if skipped:
+        raise typer.Exit(FAILED)
+
+
+@command_errors("dat precompute", interrupted="interrupted; the same command continues where this run stopped")
+def precompute(
+    source: Annotated[
+        list[str],
+        Argument(
+            metavar="SRC...",
+            help="Shards: .tar files, a pattern such as 'train-{000000..000146}.tar', a folder of them, or an "
+            "s3://, gs:// or hf:// address. Or a folder of pictures, whose subfolders become the classes.",
+        ),
+    ],
+    dst: Annotated[str, Argument(metavar="DST", help="Folder or address to write the new shards to.")],
+    codec: options.Codec = "tiny-f8",
+    outputs: Annotated[
+        str, Option(help="Any of reconstruction (Q(x)), indices (its tokens, uint16) and image (x), with commas.")
+    ] = "reconstruction",
+    picture: Annotated[str, Option("--format", help="Format of the pictures: jpg, png or webp.")] = "jpg",
+    quality: Annotated[int, Option(help="Quality of jpg and webp pictures, 1 to 100.")] = 95,
+    resize: Annotated[int | None, Option(help="Scale the shorter side to this many pixels first.")] = None,
+    crop: Annotated[int | None, Option(help="Cut out the centre square with this side in pixels.")] = None,
+    augment: Annotated[int, Option(help="Cut out this many random squares instead of the centre.")] = 0,
+    replace_fraction: Annotated[float, Option(help="Replace this share of the tokens by random ones.")] = 0.0,
+    variants: Annotated[int, Option(help="Versions of each view, each with other tokens replaced.")] = 1,
+    seed: Annotated[int, Option(help="Seed of the random squares and tokens.")] = 0,
+    keep: Annotated[
+        str | None, Option(help="Fields to copy, such as cls,json. [default: all but the picture]")
+    ] = None,
+    workers: Annotated[int, Option(help="Workers, each with a copy of the codec: one for each GPU.")] = 1,
+    ray: Annotated[
+        bool, Option("--ray", help="Run the workers on Ray: on the cluster at RAY_ADDRESS, else on a new one.")
+    ] = False,
+    gpus: Annotated[
+        float | None, Option(help="GPUs of a worker on Ray; with 0.5, two share one. [default: 1 if present]")
+    ] = None,
+    on_error: Annotated[
+        str, Option(help="fail: end at the first unusable sample; skip: leave it out and list it.")
+    ] = "fail",
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace what DST holds of another codec or of other settings.")
+    ] = False,
+    check_hashes: Annotated[
+        bool, Option("--check-hashes", help="Read the shards in DST, and write those anew that were altered.")
+    ] = False,
+    pictures_a_shard: Annotated[int, Option(help="Pictures in a shard, from a folder of pictures.")] = 1000,
+    engine: options.Engine = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    tricks: options.Tricks = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Discretize a dataset once, shard by shard.
+
+    Every shard of SRC becomes a shard of the same name in DST. The job may be killed at any moment: the same
+    command then writes the missing shards, and the result has the same bytes. DST/manifest describes each shard;
+    DST/contact-sheet.html shows 64 samples beside their Q(x).
+    """
+    # Set before torch is loaded: its threads would spin while they wait, and take the cores from other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if on_error not in ("fail", "skip"):
+        raise ValueError(f"--on-error is {on_error!r}, must be fail or skip")
+
+    from dat_workers.engines.config import EngineConfig
+    from dat_workers.precompute import SampleFailed
+    from dat_workers.precompute import precompute as run
+
+    typer.echo(f"loading {codec} ...", err=True)
     try:
-        discretizer = Discretizer.from_store(codec, EngineConfig(engine, device, dtype, tricks))
-        names = ("reconstruction", "indices") if indices else ("reconstruction",)
-        check_outputs(names, discretizer.outputs)
-        out.mkdir(parents=True, exist_ok=True)
-        limit = make_settings().max_image_pixels
-        for path in pictures:
-            try:
-                picture = decode_picture(path.read_bytes(), max_pixels=limit, field=str(path), upright=True)
-                q = discretizer.discretize(picture[None], outputs=names)
-            except (InvalidInput, EngineError, OSError) as error:
-                typer.echo(f"skipped: {error}", err=True)
-                failed += 1
-                continue
-            write_atomically(out / f"{path.stem}.png", encode_png(q["reconstruction"][0]))
-            if indices:
-                buffer = io.BytesIO()
-                np.save(buffer, q["indices"][0])
-                write_atomically(out / f"{path.stem}.npy", buffer.getvalue())
-            typer.echo(str(out / f"{path.stem}.png"))
-    except (CodecError, InvalidInput, ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"dat discretize: {error}", err=True)
-        raise typer.Exit(1) from None
-    if failed:
-        raise typer.Exit(1)
+        # SIGTERM ends the job like Ctrl-C, so that no half-written shard is left.
+        with handle_signals(_interrupt, signal.SIGTERM), live_progress(plain_every_s=60) as show:
+            summary = run(
+                source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
+                resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
+                seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers,
+                ray=ray, gpus=gpus, skip=on_error == "skip", overwrite=overwrite, check_hashes=check_hashes,
+                pictures_a_shard=pictures_a_shard,
+                engine_config=EngineConfig(engine, device, dtype, tricks, threads), report=_reporter(show),
+            )  # fmt: skip
+    except SampleFailed as error:
+        error.add_note("--on-error skip leaves such samples out")
+        raise
+    _print_summary(summary, dst)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _reporter(show: Callable[[float | None, str], None]) -> Callable[[JobProgress], None]:
+    """Returns a function that shows a job's state: share done, rate, time left, shards and losses."""
+    rate = MovingRate()  # starts again with the clock of the state, once the shards in DST have been looked at
+
+    def report(state: JobProgress) -> None:
+        share_per_s, images_per_s = rate.per_second(state.seconds, state.share, state.images)
+        text = (
+            f"{state.share:.1%}, {images_per_s:.1f} images/s, {time_left(1 - state.share, share_per_s)}, "
+            f"{state.shards_done} of {state.shards} shards"
+        )
+        if state.skipped:
+            text += f", {state.skipped} skipped"
+        if state.workers_lost:
+            text += f", {state.workers_lost} workers lost"
+        show(state.share, text)
+
+    return report
+
+
+def _print_summary(summary: Summary, dst: str) -> None:
+    """Prints what DST holds now, what this run added, and the first skipped samples."""
+    written = summary.shards - summary.shards_kept
+    rate = f", {summary.images / summary.seconds:.1f} images/s" if summary.images and summary.seconds else ""
+    typer.echo(
+        f"{dst}: {summary.samples} samples in {summary.shards} shards, {summary.nbytes / 1e6:.1f} MB, "
+        f"codec {summary.fingerprint[:12]}\n"
+        f"this run: {written} shards, {summary.images} images in {duration(summary.seconds)}{rate}; "
+        f"{summary.shards_kept} shards were there"
+    )
+    if summary.workers_lost:
+        typer.echo(f"{summary.workers_lost} times a worker ended, and its shard was computed again")
+    if summary.others:
+        typer.echo(f"{summary.others} more shards in {dst}/manifest do not belong to this source")
+    if summary.skipped:
+        typer.echo(f"{summary.skipped} samples skipped:")
+        for shard, key, reason in summary.skipped_first:
+            typer.echo(f"  {shard}, {key or 'after the last sample'}: {reason}")
+        if summary.skipped > len(summary.skipped_first):
+            typer.echo(f"  ... the manifest, {dst}/manifest, names all of them")
+    typer.echo(f"look at {dst}/contact-sheet.html before you train on it")

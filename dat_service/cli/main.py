@@ -1,11 +1,11 @@
-"""`dat`: the command line, one file a group of commands. Heavy imports stay inside the commands."""
+"""The command `dat`: assembles its commands. Heavy imports stay inside the commands, so that `--help` is quick."""
 
 from __future__ import annotations
 
 import typer
 
 from dat_service import __version__
-from dat_service.cli import bench, codecs, discretize, export, precompute, serve, train, verify
+from dat_service.cli import bench, codecs, discretize, serve, train, verify
 
 app = typer.Typer(
     name="dat",
@@ -13,25 +13,28 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take the brackets of "[default: 8000]" for markup, and drop them
 )
-codecs.app.command("verify")(verify.verify)
-app.add_typer(codecs.app, name="codecs")
-app.add_typer(bench.app, name="bench")
 app.command("serve")(serve.serve)
 app.command("discretize")(discretize.discretize)
-app.command("precompute")(precompute.precompute)
-app.command("export")(export.export)
+app.command("precompute")(discretize.precompute)
+app.command("export")(codecs.export)
 app.command("train-codec")(train.train_codec)
+app.add_typer(codecs.app, name="codecs")
+codecs.app.command("verify")(verify.verify)
+app.add_typer(bench.app, name="bench")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"dat {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Say and leave."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     pass

@@ -1,13 +1,17 @@
-"""`dat codecs verify`."""
+"""`dat codecs verify`: compares every engine and dtype of this machine with the published modules."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
+
+from dat_service.cli import options
+from dat_service.cli.errors import FAILED, command_errors
+from dat_service.cli.output import log, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,31 +21,32 @@ if TYPE_CHECKING:
 COLUMNS = ("engine", "dtype", "tokens", "fidelity", "own Q(x)", "PSNR dB", "largest", "not finite", "images/s", "")
 
 
+@command_errors("dat codecs verify")
 def verify(
-    name: Annotated[str, typer.Argument(help="An embedded or installed codec.", show_default=False)],
+    name: Annotated[str, Argument(help="Name of an embedded or installed codec.")],
     pictures: Annotated[
         list[Path] | None,
-        typer.Argument(help="Pictures, folders or .tar shards. [default: photographs inside scikit-image]"),
+        Argument(help="Pictures, folders or .tar shards to compare on. [default: photographs of scikit-image]"),
     ] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="Judge this engine only; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    engine: Annotated[list[str] | None, Option(help="Compare this engine only; may be repeated.")] = None,
+    device: options.Device = "auto",
     dtype: Annotated[
-        list[str] | None, typer.Option(help="Judge this dtype only (auto: the default one); may be repeated.")
+        list[str] | None, Option(help="Compare this dtype only (auto: the default one); may be repeated.")
     ] = None,
-    crop: Annotated[int, typer.Option(help="Side of the centre crops, a multiple of f.", min=8, max=4096)] = 224,
-    limit: Annotated[int, typer.Option(help="Most pictures taken.", min=1)] = 8,
+    crop: Annotated[
+        int, Option(help="Side of the centre crops in pixels, a multiple of f.", min=8, max=4096)
+    ] = 224,
+    limit: Annotated[int, Option(help="Largest number of pictures to compare on.", min=1)] = 8,
     gradients: Annotated[
-        Path | None, typer.Option(help=".npy, float [N,3,crop,crop]: the gradients at Q(x) of the pictures taken.")
+        Path | None, Option(help="File .npy of float [N,3,crop,crop]: the gradient at Q(x) of each picture.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the table to this file.")] = None,
 ) -> None:
     """Compare engines and dtypes with taming-transformers' modules in fp32, token by token.
 
-    Without --engine and --dtype: all that this machine has. Status 1 where what runs by default (or with them:
-    anything that was named) falls short.
+    Without --engine and --dtype, everything that runs on this machine is compared. The exit status is 1 if the
+    default engine and dtype fall short or, with these options, if any engine or dtype named by them does.
     """
-    from dat_service.cli.codecs import told
-    from dat_workers.codecs.spec import CodecError
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.config import ENGINE_DTYPES, ENGINES, EngineConfig
     from dat_workers.engines.factory import create
@@ -50,60 +55,50 @@ def verify(
     from dat_workers.verify.agreement import STAND_IN_CLASSIFIER, reference_outputs, stand_in_gradients
     from dat_workers.verify.survey import deciding_rows, fastest_passing, survey
 
-    with told():
-        try:
-            for what, given, known in (("--engine", engine, ENGINES), ("--dtype", dtype, ENGINE_DTYPES)):
-                for value in given or ():
-                    if value not in known:
-                        raise InvalidInput(what, repr(value), f"one of {', '.join(known)}")
-            if json_file is not None and not json_file.absolute().parent.is_dir():
-                raise InvalidInput("--json", json_file, "a file in a folder that is there")
-            file = CodecStore().load(name)
-            if crop % file.spec.factor:
-                raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
-            model = load_model(file)
-            reference = create(EngineConfig("reference", device), load_model(file))
-            images = sample_crops(pictures, crop, limit)
-            given_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
-            _say(f"computing the reference on {len(images)} pictures")
-            expected = reference_outputs(
-                reference,
-                images.astype("float32") / 255,
-                stand_in_gradients if given_gradients is None else lambda q: given_gradients,
-            )
-            rows = survey(model, expected, device=device, engines=engine or (), dtypes=dtype or (), report=_say)
-        except (InvalidInput, ValueError, RuntimeError, OSError) as error:
-            raise error if isinstance(error, CodecError) else CodecError(str(error)) from error
-        source = STAND_IN_CLASSIFIER if gradients is None else gradients.name
-        best = fastest_passing(rows)
-        deciding = deciding_rows(rows, engines=bool(engine), dtypes=bool(dtype))
-        short = [row for row in deciding if row.shortfall]
-        facts: dict[str, Any] = {
-            "codec": name,
-            "fingerprint": file.fingerprint,
-            "reference": f"taming-transformers' modules, fp32 on {reference.device}",
-            "pictures": f"{len(images)} centre crops of {crop} x {crop}",
-            "step": "easyrobust: α = 0.1, l2, from Q(x)",
-            "gradients": source,
-            "tokens": expected.indices.numel(),
-            "tokens_changed": int(expected.changed.sum()) if expected.changed is not None else 0,
-        }
-        _print(facts, rows)
-        for row in deciding:
-            typer.echo(f"{row.name}: {'FAIL: ' + row.shortfall if row.shortfall else 'PASS'}")
-        typer.echo(f"the fastest that passes: {best.name if best else 'none'}")
-        if json_file is not None:
-            _write(json_file, facts, rows, best)
-        if short or not deciding:
-            raise typer.Exit(1)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    for option, values, known in (("--engine", engine, ENGINES), ("--dtype", dtype, ENGINE_DTYPES)):
+        for value in values or ():
+            if value not in known:
+                raise InvalidInput(option, repr(value), f"one of {', '.join(known)}")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise InvalidInput("--json", json_file, "a file in a folder that exists")
+    file = CodecStore().load(name)
+    if crop % file.spec.factor:
+        raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
+    model = load_model(file)
+    reference = create(EngineConfig("reference", device), load_model(file))
+    images = sample_crops(pictures, crop, limit)
+    stored_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
+    log(f"computing the reference on {len(images)} pictures")
+    expected = reference_outputs(
+        reference,
+        images.astype("float32") / 255,
+        stand_in_gradients if stored_gradients is None else lambda q: stored_gradients,
+    )
+    rows = survey(model, expected, device=device, engines=engine or (), dtypes=dtype or (), report=log)
+    best = fastest_passing(rows)
+    deciding = deciding_rows(rows, engines=bool(engine), dtypes=bool(dtype))
+    facts: dict[str, Any] = {
+        "codec": name,
+        "fingerprint": file.fingerprint,
+        "reference": f"taming-transformers' modules, fp32 on {reference.device}",
+        "pictures": f"{len(images)} centre crops of {crop} x {crop}",
+        "step": "easyrobust: α = 0.1, l2, from Q(x)",
+        "gradients": STAND_IN_CLASSIFIER if gradients is None else gradients.name,
+        "tokens": expected.indices.numel(),
+        "tokens_changed": int(expected.changed.sum()) if expected.changed is not None else 0,
+    }
+    _print(facts, rows)
+    for row in deciding:
+        typer.echo(f"{row.name}: {'FAIL: ' + row.shortfall if row.shortfall else 'PASS'}")
+    typer.echo(f"the fastest that passes: {best.name if best else 'none'}")
+    if json_file is not None:
+        _write_json(json_file, facts, rows, best)
+    if not deciding or any(row.shortfall for row in deciding):
+        raise typer.Exit(FAILED)
 
 
 def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """fp32 [N,3,H,W] of a .npy file. Raises InvalidInput where it is not of that shape."""
+    """Reads fp32 gradients [N,3,H,W] from a .npy file. Raises InvalidInput if they have another shape."""
     import numpy as np
     import torch
 
@@ -122,36 +117,36 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _print(facts: dict[str, Any], rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     for key in ("codec", "reference", "pictures", "step", "gradients"):
-        mark = f", fingerprint {facts['fingerprint'][:12]}" if key == "codec" else ""
-        typer.echo(f"{key:10}{facts[key]}{mark}")
+        fingerprint = f", fingerprint {facts['fingerprint'][:12]}" if key == "codec" else ""
+        typer.echo(f"{key:10}{facts[key]}{fingerprint}")
     typer.echo(f"δ changes {facts['tokens_changed']} of {facts['tokens']} tokens of Q(x) in the reference")
     table = Table(*COLUMNS, box=None)
     for row in rows:
-        a = row.agreement
-        if a is None:
+        agreement = row.agreement
+        if agreement is None:
             table.add_row(row.engine, row.dtype, *[""] * 7, f"not run: {row.error}")
             continue
         table.add_row(
-            row.engine, row.dtype, f"{a.token_agreement:.3%}", _share(a.fidelity), _share(a.own_fidelity),
-            f"{a.psnr_db:.1f}", f"{a.largest_difference:.1e}", str(a.non_finite),
+            row.engine, row.dtype, f"{agreement.token_agreement:.3%}", _percentage(agreement.fidelity),
+            _percentage(agreement.own_fidelity), f"{agreement.psnr_db:.1f}",
+            f"{agreement.largest_difference:.1e}", str(agreement.non_finite),
             "–" if row.images_per_s is None else f"{row.images_per_s:.3g}",
             ("default, " if row.default else "") + (f"falls short: {row.shortfall}" if row.shortfall else "passes"),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    print_table(table)
     for row in rows:
         if row.overflow:
             typer.echo(f"{row.name} overflows in {row.overflow}")
 
 
-def _share(value: float | None) -> str:
+def _percentage(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _write(path: Path, facts: dict[str, Any], rows: list[Row], best: Row | None) -> None:
+def _write_json(path: Path, facts: dict[str, Any], rows: list[Row], best: Row | None) -> None:
     from dat_workers.system.files import write_atomically
 
     table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}

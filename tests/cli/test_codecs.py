@@ -14,7 +14,9 @@ import pytest
 from torch import Tensor
 from typer.testing import CliRunner
 
-from dat_service.cli.codecs import _plain_progress, app
+from dat_service.cli.codecs import _reporter
+from dat_service.cli.main import app
+from dat_service.cli.output import live_progress
 from dat_workers.codecs import download
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
@@ -28,13 +30,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecStore:
 
 
 def run(*arguments: str, status: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, ["codecs", *arguments])
     assert result.exit_code == status, result.output
     return result
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys, dat_service.cli.codecs as c; assert 'torch' not in sys.modules; c.app(['--help'])"
+    code = "import sys, dat_service.cli.main as c; assert 'torch' not in sys.modules; c.app(['codecs', '--help'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert all(command in result.stdout for command in ("list", "show", "pull", "import"))
@@ -77,7 +79,7 @@ def test_show_of_what_is_not_installed() -> None:
     assert facts["source_url"].startswith("https://")
     assert facts["licence"].startswith("MIT")
     result = run("show", "vqgan-imagenet-f16-1025", status=1)
-    assert result.stderr.startswith("dat: unknown codec 'vqgan-imagenet-f16-1025'; did you mean ")
+    assert result.stderr.startswith("dat codecs show: unknown codec 'vqgan-imagenet-f16-1025'; did you mean ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
@@ -146,20 +148,20 @@ def test_interrupted_pull_ends_with_130_and_keeps_the_part(
 
     monkeypatch.setattr(download, "_receive", interrupted)
     result = run("pull", "toy", status=130)
-    assert result.stderr.endswith("dat: interrupted; the same command resumes the download\n")
+    assert result.stderr.endswith("dat codecs pull: interrupted; the same command resumes the download\n")
     assert (home.home / "downloads" / "toy.download.part").stat().st_size > 100_000
 
 
 def test_plain_progress_tells_rate_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = iter([0.0, 1.0, 10.0, 20.0])
-    monkeypatch.setattr("dat_service.cli.codecs.time.monotonic", lambda: next(now))
-    progress = _plain_progress("toy")
-    for done in (0, 10_000_000, 100_000_000, 300_000_000):
-        progress(done, 300_000_000)
+    with live_progress(plain_every_s=5) as show:
+        report = _reporter("toy", show)
+        for now_s, done in ((0.0, 0), (1.0, 10_000_000), (10.0, 100_000_000), (20.0, 300_000_000)):
+            monkeypatch.setattr("time.monotonic", lambda now_s=now_s: now_s)
+            report(done, 300_000_000)
     assert capsys.readouterr().err.splitlines() == [
-        "toy: 0.0 of 300.0 MB, 0.0 MB/s",
-        "toy: 100.0 of 300.0 MB, 10.0 MB/s, 20 s left",
-        "toy: 300.0 of 300.0 MB, 15.0 MB/s, 0 s left",
+        "toy: 0.0 of 300.0 MB, 0.0 MB/s, ? left",
+        "toy: 100.0 of 300.0 MB, 10.0 MB/s, 20.0 s left",
+        "toy: 300.0 of 300.0 MB, 15.0 MB/s, 0.0 s left",
     ]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from dat_service.cli.serve import no_updates, updates
+from dat_service.cli.serve import run_updates
 from dat_service.ports import BLOCK, is_free, take_block
 from dat_service.ray.service import RayService, ServeFailed
+from dat_service.ray.signals import updates_ignored
 from dat_service.settings import Settings
 from dat_workers.system.signals import delayed_signals
 
@@ -95,7 +96,7 @@ def test_updates_wanted_during_one_are_one_more() -> None:
         go_on.acquire()
 
     wanted = threading.Event()
-    threading.Thread(target=updates, args=[SimpleNamespace(update=update), wanted], daemon=True).start()
+    threading.Thread(target=run_updates, args=[SimpleNamespace(update=update), wanted], daemon=True).start()
     wanted.set()
     assert began.acquire(timeout=60)
     for _ in range(3):
@@ -108,12 +109,12 @@ def test_updates_wanted_during_one_are_one_more() -> None:
 
 def test_signal_for_an_update_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGHUP)
-    with no_updates():
+    with updates_ignored():
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is before
     terminal = [True, False]
-    monkeypatch.setattr("dat_service.cli.serve.has_terminal", lambda: terminal.pop(0))
-    with pytest.raises(KeyboardInterrupt), no_updates():
+    monkeypatch.setattr("dat_service.ray.signals.has_terminal", lambda: terminal.pop(0))
+    with pytest.raises(KeyboardInterrupt), updates_ignored():
         os.kill(os.getpid(), signal.SIGHUP)
 
 
@@ -122,11 +123,11 @@ def test_neither_ctrl_c_nor_a_closed_terminal_interrupts_rays_start(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal: list[bool] = []
-    monkeypatch.setattr("dat_service.cli.serve.has_terminal", lambda: terminal.pop(0))
+    monkeypatch.setattr("dat_service.ray.signals.has_terminal", lambda: terminal.pop(0))
     started = []
 
     def start(why: Exception | None) -> None:
-        with no_updates():
+        with updates_ignored():
             with delayed_signals():
                 os.kill(os.getpid(), number)
                 started.append("ray")

@@ -143,7 +143,10 @@ def test_a_stopped_job_leaves_whole_shards_and_continues(
     started = family(job.pid)
     job.send_signal(sent)
     out, _ = job.communicate(timeout=120)
-    assert (job.returncode, out.splitlines()[-1]) == (130, "stopped; the same command goes on")
+    assert (job.returncode, out.splitlines()[-1]) == (
+        130,
+        "dat precompute: interrupted; the same command continues where this run stopped",
+    )
     all_gone(started)
     left = contents(dst)
     assert 0 < len([name for name in left if name.endswith(".tar")]) < SHARDS

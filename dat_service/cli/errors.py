@@ -1,0 +1,50 @@
+"""Turns expected errors into one line on stderr and an exit status, for every command alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+FAILED = 1
+INTERRUPTED = 130  # the status a shell reports for a process ended by SIGINT: 128 + 2
+
+
+@contextmanager
+def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends a command with one line on stderr when it fails for a reason outside of the code.
+
+    >>> @command_errors("dat export")
+    ... def export() -> None:
+    ...     raise OSError("No space left on device")  # stderr: "dat export: No space left on device", status 1
+
+    The notes of an error follow on lines of their own. Ctrl-C prints `interrupted` and ends with status 130.
+    Programming errors keep their traceback.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # both are RuntimeErrors
+        raise
+    except KeyboardInterrupt:
+        typer.echo(f"{command}: {interrupted}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        typer.echo("\n".join([f"{command}: {message}", *getattr(error, "__notes__", ())]), err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error comes from input, settings or the machine.
+
+    ValueError covers CodecError, InvalidInput and SettingsError; RuntimeError covers EngineError, ServeFailed,
+    missing optional packages and whatever PyTorch reports of a device. FloatingPointError is a diverged training.
+    """
+    from dat_client import DatError
+
+    if isinstance(error, NotImplementedError | RecursionError):
+        return False
+    return isinstance(error, DatError | ValueError | OSError | RuntimeError | FloatingPointError)

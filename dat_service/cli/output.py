@@ -1,0 +1,104 @@
+"""What the commands write to a terminal or a log: tables, progress and durations."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RATE_OVER_S = 30.0
+WIDTH_OF_A_PIPE = 200  # rich would cut names at 80 columns where a program reads the output
+
+
+def log(line: str) -> None:
+    """Prints a line to stderr, so that stdout holds only the result."""
+    typer.echo(line, err=True)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to stdout, in whole lines where the output is not a terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+@contextmanager
+def live_progress(plain_every_s: float) -> Iterator[Callable[[float | None, str], None]]:
+    """Shows the progress of a long job on stderr, by calls of `show(share, text)`.
+
+    `share` is how much is done, 0 to 1, or None if that is unknown. A terminal shows a bar and the text, rewritten
+    in place. Elsewhere the first text, the last one, and one every `plain_every_s` seconds are lines of their own.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        with Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda share, text: bar.update(
+                task, completed=share or 0, total=None if share is None else 1, description=text
+            )
+        return
+    unprinted = ""
+    printed_at_s = float("-inf")
+
+    def show(share: float | None, text: str) -> None:
+        nonlocal unprinted, printed_at_s
+        unprinted = text
+        if time.monotonic() - printed_at_s >= plain_every_s:
+            printed_at_s = time.monotonic()
+            log(text)
+            unprinted = ""
+
+    yield show
+    if unprinted:
+        log(unprinted)
+
+
+class MovingRate:
+    """Measures how fast counters grow, over the last half minute.
+
+    >>> rate = MovingRate()
+    >>> rate.per_second(0.0, 0), rate.per_second(10.0, 50)
+    ([0.0], [5.0])
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, tuple[float, ...]]] = deque()
+
+    def per_second(self, now_s: float, *counters: float) -> list[float]:
+        """Takes the counters' present values; returns their growth per second, 0 at the first call.
+
+        Measuring starts again when the clock or the first counter goes back: the job has begun another phase.
+        """
+        if self._samples and (now_s < self._samples[-1][0] or counters[0] < self._samples[-1][1][0]):
+            self._samples.clear()
+        self._samples.append((now_s, counters))
+        while len(self._samples) > 2 and now_s - self._samples[0][0] > RATE_OVER_S:
+            self._samples.popleft()
+        first_s, first = self._samples[0]
+        seconds = max(now_s - first_s, 1e-9)
+        return [(counter - before) / seconds for counter, before in zip(counters, first, strict=True)]
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds as `h:mm:ss`, or as `12.3 s` below a minute."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"
+
+
+def time_left(remaining: float, per_second: float) -> str:
+    """Formats how long what remains will take at a rate, `? left` if nothing moves."""
+    return f"{duration(remaining / per_second)} left" if per_second > 0 else "? left"
