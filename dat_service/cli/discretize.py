@@ -123,7 +123,7 @@ def precompute(
         bool, Option("--overwrite", help="Replace what DST holds of another codec or of other settings.")
     ] = False,
     check_hashes: Annotated[
-        bool, Option("--check-hashes", help="Read the shards in DST, and write those anew that were altered.")
+        bool, Option("--check-hashes", help="Read the shards in DST, and replace altered ones.")
     ] = False,
     pictures_a_shard: Annotated[int, Option(help="Pictures in a shard, from a folder of pictures.")] = 1000,
     engine: options.Engine = "auto",

@@ -1,4 +1,4 @@
-"""What the commands write to a terminal or a log: tables, progress and durations."""
+"""Writes tables, progress and durations, to a terminal or to a log."""
 
 from __future__ import annotations
 

@@ -158,14 +158,14 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
 
 
 def run_updates(service: RayService, requested: threading.Event) -> None:
-    """Updates the service whenever it is requested, for ever. Requests during an update lead to one more."""
+    """Updates the service at every request, forever. Requests during an update lead to one more update."""
     while requested.wait():
         requested.clear()
         _update(service)
 
 
 def _update(service: RayService) -> None:
-    """Loads the codecs anew, as SIGHUP requests. The old replicas stay if the new ones do not start."""
+    """Loads the codecs again, as SIGHUP requests. The old replicas stay if the new ones do not start."""
     from dat_service.ray.service import ServeFailed
 
     started = time.monotonic()
