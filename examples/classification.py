@@ -1,17 +1,16 @@
-"""Classification with discrete adversarial training: ResNet-50 or ViT-B/16, the cross entropy is attacked.
+"""Train a classifier (ResNet-50 or ViT-B/16) by discrete adversarial training: the cross entropy is attacked.
 
     python examples/classification.py --model vit_b_16
     python examples/classification.py --data imagenet/train --url http://codec:8000 --amp --out resnet50.pt
     torchrun --nproc-per-node 8 examples/classification.py --url http://codec:8000 --steps 450000 --amp \\
         --data 'imagenet/train-{000000..001023}.tar'
 
---data: a folder with a folder of pictures for each class, or WebDataset shards with jpg and cls.
+--data is a folder that holds a folder of pictures for each class, or WebDataset shards with jpg and cls.
 
-With --reconstructions the folder is paired with one of the same names that holds Q(x), made once by `dat
-discretize imagenet/train/CLASS/* --out q/CLASS` for each class. A picture and its Q(x) get the same crop and
-flip, and the service is asked for Q(x + δ) alone. Q of a crop is not quite the crop of Q: tokens lie on a grid
-of f x f pixels that a crop moves, and the crop is resized. The gradient is then taken at that neighbour of
-Q(x).
+--reconstructions is a folder with the same names that holds Q(x) of each picture. Write it once, with `dat
+discretize imagenet/train/CLASS/* --out q/CLASS` for each class. A picture and its Q(x) then get the same crop and
+flip, and the service computes only Q(x + δ). The crop of Q(x) differs slightly from Q of the crop: tokens lie on
+a grid of f x f pixels, which the crop shifts and scales. The gradient is taken at the crop of Q(x).
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from training.networks import Normalised
 
 
 def build(options: Namespace) -> Training:
+    """Builds the training that the command line describes."""
     augment = v2.Compose([v2.RandomResizedCrop(options.image_size, antialias=True), v2.RandomHorizontalFlip()])
     data: Dataset[Any]
     if options.reconstructions:
@@ -59,7 +59,7 @@ def build(options: Namespace) -> Training:
 
 
 def loss(model: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
-    """What is attacked and then minimised."""
+    """Returns the loss that is attacked and then minimised."""
     return F.cross_entropy(model(pictures), labels)
 
 
@@ -77,8 +77,13 @@ parser = example_parser(
     small={"steps": 20, "batch_size": 16, "image_size": 32},
     full={"epochs": 90, "batch_size": 128, "image_size": 224},
 )
-parser.add_argument("--model", choices=("resnet18", "resnet50", "vit_b_16"), default="resnet50")
-parser.add_argument("--reconstructions", metavar="FOLDER", help="Q(x) of the pictures of --data, by the same names")
+parser.add_argument(
+    "--model",
+    choices=("resnet18", "resnet50", "vit_b_16"),
+    default="resnet50",
+    help="the network (default resnet50)",
+)
+parser.add_argument("--reconstructions", metavar="FOLDER", help="folder with Q(x) of --data, under the same names")
 
 if __name__ == "__main__":
     run(build, parser)

@@ -1,11 +1,12 @@
-"""The main job, whole: start the service, discretize photographs, train with what it sends, draw what came back.
+"""Show the whole job: start the service, discretize photographs, train by DAT, and draw the results.
 
 make demo                                            # on Ray Serve
 python examples/demo.py --local                      # one process, without Ray
 python examples/demo.py --url http://codec:8000      # against a service that runs already
 
-First Q(x) of crops of photographs, and how fast it comes. Then a small classifier learns which of the photographs a
-crop comes from, by discrete adversarial training (preset easyrobust). Then one crop of each is attacked with it.
+First, the demo computes Q(x) of crops of photographs and prints its speed. Then a small classifier learns by
+discrete adversarial training (preset easyrobust) which photograph a crop comes from. Last, one crop of each
+photograph is attacked with this classifier.
 """
 
 from __future__ import annotations
@@ -40,26 +41,26 @@ ALPHA = 0.1
 
 
 def crops(each: int = 4) -> Pictures:
-    """uint8 [N,3,224,224]: crops along the diagonal of the photographs inside scikit-image."""
-    made = []
+    """Returns crops along the diagonals of the photographs inside scikit-image, uint8 [N,3,224,224]."""
+    cropped = []
     for name in PHOTOGRAPHS:
         picture = photograph(name, round(1.3 * SIDE)).numpy()
         room = np.array(picture.shape[1:]) - SIDE
         for i in range(each):
             top, left = (room * i / max(1, each - 1)).astype(int)
-            made.append(picture[:, top : top + SIDE, left : left + SIDE])
-    return np.stack(made)
+            cropped.append(picture[:, top : top + SIDE, left : left + SIDE])
+    return np.stack(cropped)
 
 
 def psnr_db(x: Pictures, y: Pictures) -> npt.NDArray[np.float64]:
-    """PSNR in dB of each image, peak 255."""
+    """Returns the PSNR in dB of each image, with peak 255."""
     mse = ((x.astype(np.float64) - y) ** 2).reshape(len(x), -1).mean(1)
     values: npt.NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum(mse, 1e-10))
     return values
 
 
 def small_crops(number: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
-    """uint8 [N,3,48,48] and labels [N]. The held-out are from the right third of each photograph, others never."""
+    """Returns crops uint8 [N,3,48,48] and labels [N]. Only held-out crops show the right third of a photograph."""
     pictures, labels = [], torch.arange(number) % len(PHOTOGRAPHS)
     for label in labels.tolist():
         whole = photograph(PHOTOGRAPHS[label], 3 * SMALL)
@@ -71,6 +72,7 @@ def small_crops(number: int, generator: torch.Generator, *, held_out: bool) -> t
 
 
 def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields training batches of 16 crops and labels, always the same."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         pictures, labels = small_crops(BATCH * 4, generator, held_out=False)
@@ -79,7 +81,7 @@ def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Classifier(nn.Module):
-    """Four convolutions and a mean over what is left; takes pictures in 0..1 of any size."""
+    """Four convolutions, a mean over positions and a linear layer, for pictures in 0..1 of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,15 +99,16 @@ class Classifier(nn.Module):
 
 
 def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
+    """Returns the share of pictures that the model classifies correctly, in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        right = float((model(pictures).argmax(1) == labels).float().mean())
+        correct = float((model(pictures).argmax(1) == labels).float().mean())
     model.train()
-    return right
+    return correct
 
 
 def train(client: Client, steps: int) -> nn.Module:
-    """A classifier after `steps` steps of minimising L(x) + L(x_adv), on the CPU; prints how it goes."""
+    """Returns a classifier trained on the CPU by `steps` steps on L(x) + L(x_adv); prints its progress."""
     torch.manual_seed(0)
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -125,8 +128,8 @@ def train(client: Client, steps: int) -> nn.Module:
         loss = loss_of(batch.images, *batch.rest) + loss_of(batch.adversarial, *batch.rest)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        right = f"accuracy {accuracy(model, *held_out):.0%}"
-        progress.count(loss.item(), right, batch.tokens_changed, len(batch.images), batch.waited_s)
+        beside = f"accuracy {accuracy(model, *held_out):.0%}"
+        progress.count(loss.item(), beside, batch.tokens_changed, len(batch.images), batch.waited_s)
     progress.end_line()
     print(
         f"classifier: {progress.summary()}; accuracy on {len(held_out[1])} held-out crops "
@@ -136,13 +139,13 @@ def train(client: Client, steps: int) -> nn.Module:
 
 
 def attacked(client: Client, model: nn.Module, x: Pictures, labels: Tensor) -> Rows:
-    """x, Q(x) and Q(x + δ), with δ a step of L2 length α from x along the gradient at Q(x)."""
+    """Returns x, Q(x) and Q(x + δ), where δ is a step of L2 length α along the gradient at Q(x)."""
     x_hat = torch.from_numpy(client.discretize(x).reconstruction).float().div_(255).requires_grad_()
     (gradients,) = torch.autograd.grad(F.cross_entropy(model(x_hat), labels, reduction="sum"), x_hat)
     q = client.discretize(
         x,
         gradients=gradients.numpy(),
-        # From x, not from Q(x): then a token differs from Q(x)'s because of δ alone.
+        # The step starts at x, not at Q(x), so that only δ makes a token differ from that of Q(x).
         base="x",
         normalize="l2",
         alpha=ALPHA,
@@ -157,7 +160,7 @@ def attacked(client: Client, model: nn.Module, x: Pictures, labels: Tensor) -> R
 
 
 def discretized(client: Client, x: Pictures, rounds: int) -> None:
-    """Sends all crops `rounds` times; prints how fast they come back and what came."""
+    """Sends all crops `rounds` times; prints the speed, the codec, the PSNR and the number of distinct tokens."""
     q = client.discretize(x, outputs=["reconstruction", "indices"])
     started = time.perf_counter()
     for number in range(1, rounds + 1):
@@ -167,8 +170,8 @@ def discretized(client: Client, x: Pictures, rounds: int) -> None:
     assert q.reconstruction is not None
     assert q.indices is not None
     facts = client.metadata()["parameters"]
-    how = f"{facts['engine']} {facts['dtype']} on {facts['device']}"
-    print(f"codec {q.codec}, fingerprint {str(q.fingerprint)[:12]}, {how}")
+    engine = f"{facts['engine']} {facts['dtype']} on {facts['device']}"
+    print(f"codec {q.codec}, fingerprint {str(q.fingerprint)[:12]}, {engine}")
     psnr = psnr_db(x, q.reconstruction)
     used = len(np.unique(q.indices))
     print(
@@ -179,14 +182,18 @@ def discretized(client: Client, x: Pictures, rounds: int) -> None:
 
 
 def main() -> None:
+    """Runs the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a running service; without it one is started and stopped")
-    parser.add_argument("--codec", default="tiny-f8")
+    parser.add_argument("--url", help="address of a running service; by default, one is started and stopped")
+    parser.add_argument("--codec", default="tiny-f8", help="codec of the service (default tiny-f8)")
     parser.add_argument("--local", action="store_true", help="start the service without Ray")
-    parser.add_argument("--rounds", type=int, default=3, help="times the batch is sent (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times the crops are sent (default 3)")
     parser.add_argument("--steps", type=int, default=32, help="training steps (default 32)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo.png"), help="the picture (default runs/demo.png)"
+        "--out",
+        type=Path,
+        default=Path("runs/demo.png"),
+        help="file for the picture (default runs/demo.png)",
     )
     options = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the service computes on the same cores

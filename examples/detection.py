@@ -1,24 +1,25 @@
-"""Object detection with discrete adversarial training: Faster R-CNN, the whole detection loss is attacked.
+"""Train an object detector (Faster R-CNN) by discrete adversarial training: its whole loss is attacked.
 
     python examples/detection.py
     python examples/detection.py --arch fasterrcnn_resnet50_fpn_v2 --url http://codec:8000 --amp --steps 90000 \\
         --data 'coco/train-{000000..000117}.tar' --out detector.pt
 
-As in Section 4.3 of the DAT paper the attack is on all that the detector is trained with: the sum of objectness
-and box regression of the proposals, classification and box regression of the detections.
+As in Section 4.3 of the DAT paper, the attack is on the sum of all losses of the detector: objectness and box
+regression of the proposals, classification and box regression of the detections.
 
---data: WebDataset shards with jpg and json (`objects`: each with `bbox_xywh` in pixels, `category_id` from 1,
-and `iscrowd`; crowds are left out). Pictures are resized into a square of --image-size, padded below or to the
-right, and flipped, the boxes with them. Without --data a synthetic task, "pasted patches": patches of six
-photographs on a dim picture of a seventh, what is asked is where each patch is and which photograph it is from.
+--data is WebDataset shards with jpg and json. The json holds `objects`, each with `bbox_xywh` in pixels,
+`category_id` from 1, and `iscrowd`; crowds are left out. Pictures are scaled into a square of --image-size, padded
+below or to the right, and flipped at random, and the boxes with them. Without --data, the task is a synthetic one,
+"pasted patches": patches of six photographs lie on a dim picture of a seventh, and the detector must find each
+patch and name its photograph.
 
-What a mean is here. torchvision's losses are no means over pictures, but over the anchors (256 a picture) and
-proposals (--proposals at most) which are drawn at random from each picture and counted over the batch. With as
-many of each picture, N times that mean is the sum of the pictures' own losses, which is what `reduction="mean"`
-takes it for; a picture with fewer proposals weighs less by their share. That touches the length of its gradient
-(preset `paper`) and not its direction (`easyrobust`, which sets the length itself). The draw also makes the
-gradient an estimate; the random numbers are put back after the attack, so training draws as it would have
-without.
+A note on means. The client takes the loss for a mean over N pictures (`reduction="mean"`). torchvision's losses are
+means over anchors (256 of each picture) and proposals (at most --proposals of each picture), drawn at random and
+counted over the batch. If every picture has equally many, N times this mean is the sum of the pictures' own losses,
+as assumed; a picture with fewer proposals weighs less, in proportion. This affects the length of its gradient
+(preset `paper`) but not the direction (`easyrobust` normalises the length). The draw also makes the gradient an
+estimate. The state of the random numbers is restored after the attack, so that training draws as it would without
+an attack.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Target = dict[str, Tensor]  # boxes [n,4] as x1, y1, x2, y2 in pixels; labels [n
 
 
 class PastedPatches(Dataset[Any]):
-    """The synthetic task: picture `index`, uint8 [3,S,S], always the same, with 1 to 4 patches and their target."""
+    """The synthetic task: fixed pictures, uint8 [3,S,S], with 1 to 4 patches each, and their targets."""
 
     def __init__(self, image_size: int, length: int = 384) -> None:
         self.size, self.length = image_size, length
@@ -69,6 +70,7 @@ class PastedPatches(Dataset[Any]):
 
 
 def build(options: Namespace) -> Training:
+    """Builds the training that the command line describes."""
     size = options.image_size
     data: Dataset[Any]
     if options.data is None:
@@ -78,21 +80,21 @@ def build(options: Namespace) -> Training:
         data = shards(options, partial(letterboxed, size, classes))
     else:
         raise DataError("--data: detection needs WebDataset shards (.tar) with jpg and json")
-    # One size for all pictures, so that the detector does not resize them once more.
+    # One size for all pictures keeps the detector from resizing them again.
     own = {"min_size": size, "max_size": size, "box_batch_size_per_image": options.proposals}
     model = models.get_model(options.arch, weights=None, weights_backbone=None, num_classes=classes, **own)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.05, fused=True)
-    return Training(model, data, loss, optimizer, collate=together)
+    return Training(model, data, loss, optimizer, collate=collate)
 
 
 def loss(model: nn.Module, pictures: Tensor, targets: list[Target]) -> Tensor:
-    """What is attacked and then minimised; the detector normalises the pictures itself."""
+    """Returns the loss that is attacked and then minimised. The detector normalises the pictures itself."""
     losses: dict[str, Tensor] = model(list(pictures), targets)
     return torch.stack(list(losses.values())).sum()
 
 
 def letterboxed(size: int, classes: int, sample: dict[str, Any]) -> tuple[Tensor, Target]:
-    """A sample of the shards in a square of `size`, uint8 [3,S,S], and its target; half of them flipped."""
+    """Returns a picture of the shards, scaled into a square, uint8 [3,S,S], and its target. Half are flipped."""
     picture = picture_of(sample)
     xywh, labels = boxes_of(sample, classes)
     scale = size / max(picture.shape[1:])
@@ -103,12 +105,13 @@ def letterboxed(size: int, classes: int, sample: dict[str, Any]) -> tuple[Tensor
     if torch.rand(()) < 0.5:
         picture, boxes = TF.horizontal_flip(picture), boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
         boxes[:, [0, 2]] += width
-    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+    large_enough = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
     padded = TF.pad(picture, [0, 0, size - width, size - height])
-    return padded, {"boxes": boxes[kept], "labels": labels[kept]}
+    return padded, {"boxes": boxes[large_enough], "labels": labels[large_enough]}
 
 
-def together(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+def collate(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+    """Stacks pictures; targets stay a list, because pictures have different numbers of boxes."""
     return default_collate([picture for picture, _ in samples]), [target for _, target in samples]
 
 
@@ -121,8 +124,9 @@ parser.add_argument(
     "--arch",
     choices=("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_resnet50_fpn_v2"),
     default="fasterrcnn_mobilenet_v3_large_320_fpn",
+    help="the detector (default fasterrcnn_mobilenet_v3_large_320_fpn)",
 )
-parser.add_argument("--proposals", type=int, metavar="N", help="that train the detector's head, of one picture")
+parser.add_argument("--proposals", type=int, metavar="N", help="proposals of each picture that train the head")
 
 if __name__ == "__main__":
     run(build, parser)

@@ -1,4 +1,4 @@
-"""The demo's picture: what the codec and an attack make of photographs."""
+"""Draws the demo's picture: the effects of the codec and of an attack on photographs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw
 Pictures = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.integer]
 
-TILE = 140  # 5 x 5 pixels for each token of a picture of 224²
+TILE = 140  # side of a tile in pixels: 5 x 5 of them for each token of a picture of 224²
 HEAD, GAP = 18, 4
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One row each: uint8 [N,3,H,W], tokens [N,h,w], δ float [N,3,H,W] in units of the pictures' 0..1."""
+    """The data of N rows: pictures uint8 [N,3,H,W], tokens [N,h,w], and δ float [N,3,H,W] for pictures in 0..1."""
 
     x: Pictures
     q: Pictures
@@ -29,20 +29,20 @@ class Rows:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """x, Q(x), their difference, the tokens, δ, Q(x + δ) and which tokens δ changed, as a PNG."""
+    """Writes a PNG with x, Q(x), their difference, the tokens, δ, Q(x + δ) and the tokens that δ changed."""
     changed = rows.indices != rows.adversarial_indices
-    amplified = round(0.5 / float(np.quantile(np.abs(rows.delta), 0.995)))
+    amplification = round(0.5 / float(np.quantile(np.abs(rows.delta), 0.995)))
     titles = (
         "x",
         "Q(x)",
         "|x - Q(x)| x 4",
         f"tokens, {changed.shape[1]} x {changed.shape[2]}",
-        f"delta x {amplified}",
+        f"delta x {amplification}",
         "Q(x + delta)",
         f"tokens changed: {changed.mean():.1%}",
     )
     difference = np.abs(rows.x.astype(int) - rows.q) * 4
-    delta = 127.5 + 255 * amplified * rows.delta
+    delta = 127.5 + 255 * amplification * rows.delta
     columns = (
         rows.x,
         rows.q,
@@ -64,13 +64,13 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def tile(cell: Pictures) -> Image.Image:
-    """uint8 [3,h,w] as a tile: tokens magnified with hard edges, pictures made smaller."""
+    """Scales uint8 [3,h,w] to a tile: tokens are magnified with hard edges, pictures are shrunk."""
     image = Image.fromarray(np.ascontiguousarray(cell.transpose(1, 2, 0)))
-    few = image.width < TILE
-    return image.resize((TILE, TILE), Image.Resampling.NEAREST if few else Image.Resampling.LANCZOS)
+    magnified = image.width < TILE
+    return image.resize((TILE, TILE), Image.Resampling.NEAREST if magnified else Image.Resampling.LANCZOS)
 
 
 def colours(indices: Indices) -> Pictures:
-    """Tokens [N,h,w] as pictures uint8 [N,3,h,w], each token a colour of its own."""
+    """Colours tokens [N,h,w] as pictures uint8 [N,3,h,w], each token value in its own colour."""
     mixed = indices.astype(np.uint32) * np.uint32(2654435761)
     return np.stack([(mixed >> shift) & 255 for shift in (8, 16, 24)], axis=1).astype(np.uint8)

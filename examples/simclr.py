@@ -1,14 +1,14 @@
-"""SimCLR (Chen et al., 2020) with discrete adversarial training: NT-Xent is attacked.
+"""Train SimCLR (Chen et al., 2020) by discrete adversarial training: NT-Xent is attacked.
 
     python examples/simclr.py
     python examples/simclr.py --data imagenet/train --url http://codec:8000 --amp --out simclr.pt
 
-There are no labels, so the attack is RoCL's (Kim et al., 2020; the DAT paper, Section 4.2): of the two views of
-each picture, the first is moved along the gradient of the contrastive loss against the second, that is, away
-from its own other view and towards other pictures. x_adv = Q(view 1 + δ) then takes the place of view 1. Under
-torchrun the negatives are those of a process's own batch.
+There are no labels, so the attack is that of RoCL (Kim et al., 2020; the DAT paper, Section 4.2): the first of the
+two views of each picture moves along the gradient of the contrastive loss against the second view, that is, away
+from the other view of its picture and towards other pictures. x_adv = Q(view 1 + δ) then replaces view 1. Under
+torchrun, each process uses the negatives of its own batch.
 
---data: a folder of folders of pictures, or WebDataset shards with jpg and cls (labels are not used).
+--data is a folder of folders of pictures, or WebDataset shards with jpg and cls; labels are not used.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from training import Training, example_parser, run
 from training.data import labelled, two_views, view_augmentation
-from training.networks import backbone, head
+from training.networks import backbone, head, own_loss
 
 
 class SimCLR(nn.Module):
-    """Encoder and projector; NT-Xent (Eq. 1 of SimCLR) of two batches of views."""
+    """An encoder, a projector, and NT-Xent (Eq. 1 of SimCLR) of two batches of views."""
 
     def __init__(self, arch: str, temperature: float) -> None:
         super().__init__()
@@ -44,17 +44,12 @@ class SimCLR(nn.Module):
 
 
 def build(options: Namespace) -> Training:
+    """Builds the training that the command line describes."""
     augment = view_augmentation(options.image_size, jitter=0.8 * options.jitter)
     data, _ = labelled(options, partial(two_views, augment))
     model = SimCLR(options.arch, temperature=0.2)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=1e-4, fused=True)
-    return Training(model, data, loss, optimizer)
-
-
-def loss(model: nn.Module, view1: Tensor, view2: Tensor) -> Tensor:
-    """What is attacked, through view 1, and then minimised."""
-    contrastive: Tensor = model(view1, view2)
-    return contrastive
+    return Training(model, data, own_loss, optimizer)
 
 
 parser = example_parser(
@@ -62,8 +57,8 @@ parser = example_parser(
     small={"steps": 30, "batch_size": 32, "image_size": 32, "arch": "resnet18", "lr": 1e-3, "jitter": 0.5},
     full={"epochs": 100, "batch_size": 256, "image_size": 224, "arch": "resnet50", "lr": 1e-3, "jitter": 1.0},
 )
-parser.add_argument("--arch", choices=("resnet18", "resnet50"))
-parser.add_argument("--jitter", type=float, metavar="S", help="strength of the colour distortion, s of SimCLR")
+parser.add_argument("--arch", choices=("resnet18", "resnet50"), help="the backbone")
+parser.add_argument("--jitter", type=float, metavar="S", help="strength of the colour distortion, s in SimCLR")
 
 if __name__ == "__main__":
     run(build, parser)

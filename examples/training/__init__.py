@@ -1,13 +1,13 @@
-"""What the training examples share; each example itself says only what differs.
+"""The code that the training examples share; each example adds its own data, model and loss.
 
-arguments.py    the flags that all have, and their defaults on a CPU and on a GPU
-service.py      the address of a running service, or one that is started and stopped
-data.py         photographs, folders and shards to batches of uint8 pictures
-networks.py     normalisation inside the model, backbones, projection heads
-loop.py         the training loop around AdversarialLoader
-progress.py     one live line
-checkpoint.py   files that are whole or not there
-run.py          an example from its flags to its exit status
+arguments.py    parses the common flags, with defaults for a CPU and for a GPU
+service.py      finds a running service, or starts one and stops it
+data.py         turns photographs, folders and shards into batches of uint8 pictures
+networks.py     defines normalisation inside the model, backbones and projection heads
+loop.py         trains with AdversarialLoader
+progress.py     shows progress on one live line
+checkpoint.py   writes checkpoints that are complete or absent
+run.py          runs an example, from its flags to its exit status
 
 training = Training(model=model, data=data, loss=loss, optimizer=optimizer)    # in `build(options)`
 run(build, parser)                                                             # in `__main__`

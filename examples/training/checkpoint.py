@@ -1,4 +1,4 @@
-"""The state of a training in one file that is whole or not there."""
+"""Writes and reads checkpoints: one file that is complete or absent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 
 class CheckpointError(Exception):
-    """The file is no checkpoint, or another training's."""
+    """The file is not a checkpoint, or belongs to another training."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes under a temporary name, then renames: a kill leaves the checkpoint before."""
+    """Writes under a temporary name and renames, so that a kill leaves the previous checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -27,12 +27,12 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, example: str) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises CheckpointError where it is not a checkpoint of this example."""
+    """Reads what `save` wrote, to the CPU. Raises CheckpointError if it is not a checkpoint of this example."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a checkpoint: {str(error).splitlines()[0]}") from error
     found = state.get("example") if isinstance(state, dict) else None
     if found != example:
-        raise CheckpointError(f"{path}: a checkpoint of {found}, not of {example}")
+        raise CheckpointError(f"{path}: this is a checkpoint of {found}, not of {example}")
     return dict(state)

@@ -1,6 +1,6 @@
-"""Pictures from scikit-image, from folders and from shards, as batches of uint8 tensors.
+"""Reads pictures of scikit-image, of folders and of shards, as batches of uint8 tensors.
 
-Augmentations work on uint8, so that a picture crosses the network in a quarter of the bytes of fp32.
+Augmentations work on uint8, because a picture then crosses the network in a quarter of the bytes of fp32.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "retina")
-WINDOWS = 64  # into each photograph
-SHUFFLED = 1000  # pictures in the buffer that mixes the pictures of shards
+WINDOWS = 64  # of each photograph
+SHUFFLED = 1000  # pictures in the buffer that shuffles shards
 
 
 class DataError(Exception):
-    """--data names nothing that can be read."""
+    """The data cannot be read or used; the message names the file or flag."""
 
 
 @cache
 def photograph(name: str, short_side: int) -> Tensor:
-    """uint8 [3,H,W]: a photograph inside scikit-image, its short side as given."""
+    """Returns a photograph inside scikit-image, uint8 [3,H,W], scaled to this short side."""
     from skimage import data
 
     loaded: Any = getattr(data, name)()
@@ -45,9 +45,9 @@ def photograph(name: str, short_side: int) -> Tensor:
 
 
 class Photographs(Dataset[Any]):
-    """The default data: `transform(picture, label)` of 384 windows into six photographs, labelled by photograph.
+    """The default data: `transform(picture, label)` of 384 windows of six photographs, labelled by photograph.
 
-    The windows lie at random, always the same, their side 1.25 of `image_size`, half the photograph's short side.
+    The windows lie at random but fixed places. Their side is 1.25 `image_size`, half the photograph's short side.
     """
 
     def __init__(self, image_size: int, transform: Callable[[Tensor, int], Any]) -> None:
@@ -71,10 +71,10 @@ class Photographs(Dataset[Any]):
 
 
 def labelled(options: Namespace, transform: Callable[[Tensor, int], Any]) -> tuple[Dataset[Any], int]:
-    """`transform(picture uint8 [3,H,W], label)` of every picture of --data, and how many labels there are.
+    """Returns `transform(picture uint8 [3,H,W], label)` of every picture of --data, and the number of labels.
 
     --data is one folder with a folder for each class, or WebDataset shards (`jpg`, `png` or `webp`, and `cls`);
-    None is `Photographs`. Raises DataError.
+    None stands for `Photographs`. Raises DataError.
     """
     if options.data is None:
         return Photographs(options.image_size, transform), len(PHOTOGRAPHS)
@@ -89,7 +89,7 @@ class Folder(Dataset[Any]):
 
     def __init__(self, data: list[str], transform: Callable[..., Any]) -> None:
         if len(data) > 1:
-            raise DataError(f"--data: one folder or several .tar, got {' '.join(data)}")
+            raise DataError(f"--data: must be one folder or several .tar files, got {' '.join(data)}")
         try:
             found = datasets.ImageFolder(data[0])
         except OSError as error:
@@ -108,10 +108,10 @@ class Folder(Dataset[Any]):
 
 
 class PairedFolder(Folder):
-    """A folder beside one of the same names with Q(x) in it: `transform(picture, Q(picture), label)`.
+    """A folder, paired with one of the same names that holds Q(x): `transform(picture, Q(picture), label)`.
 
     `reconstructions/CLASS/NAME.png` belongs to `data/CLASS/NAME.*`, as `dat discretize data/CLASS/* --out
-    reconstructions/CLASS` writes them. All must be there, and each of its picture's size: DataError.
+    reconstructions/CLASS` writes them. Raises DataError if one is missing or has another size than its picture.
     """
 
     def __init__(self, data: list[str], reconstructions: str, transform: Callable[..., Any]) -> None:
@@ -121,7 +121,7 @@ class PairedFolder(Folder):
     def _pair(self, path: Path, reconstructions: Path) -> Path:
         pair = reconstructions / path.relative_to(self.root).with_suffix(".png")
         if not pair.is_file():
-            raise DataError(f"--reconstructions: {pair} is not there (Q(x) of {path})")
+            raise DataError(f"--reconstructions: {pair} is missing (Q(x) of {path})")
         return pair
 
     def __getitem__(self, index: int) -> Any:
@@ -134,21 +134,21 @@ class PairedFolder(Folder):
 
 
 def same_crop(augment: Callable[..., Any], *pictures: Tensor) -> tuple[Tensor, ...]:
-    """`augment` with the same random numbers on pictures of one size (x and Q(x))."""
+    """Applies `augment` with the same random numbers to pictures of the same size, such as x and Q(x)."""
     augmented = augment(*(tv_tensors.Image(picture) for picture in pictures))
-    several = augmented if isinstance(augmented, tuple) else (augmented,)
-    return tuple(picture.as_subclass(Tensor) for picture in several)
+    results = augmented if isinstance(augmented, tuple) else (augmented,)
+    return tuple(picture.as_subclass(Tensor) for picture in results)
 
 
 def two_views(augment: Callable[[Tensor], Tensor], picture: Tensor, _: int) -> tuple[Tensor, Tensor]:
-    """A sample of self-supervised learning: two augmentations of one picture."""
+    """Returns two augmentations of one picture, a sample of self-supervised learning."""
     return augment(picture), augment(picture)
 
 
 def view_augmentation(image_size: int, *, jitter: float = 0.4, smallest: float = 0.2) -> v2.Transform:
-    """Crop, flip, colours, grey, blur: SimCLR's augmentations, on uint8.
+    """Returns SimCLR's augmentations for uint8: crop, flip, colour jitter, greyscale and blur.
 
-    `jitter` is the strength of brightness and contrast, `smallest` the share of the picture in the smallest crop.
+    `jitter` is the strength of brightness and contrast, `smallest` the smallest crop as a share of the picture.
     """
     blur = v2.GaussianBlur(max(3, image_size // 10 | 1), (0.1, 2.0))
     return v2.Compose(
@@ -163,15 +163,15 @@ def view_augmentation(image_size: int, *, jitter: float = 0.4, smallest: float =
 
 
 def is_shards(data: list[str]) -> bool:
-    """Whether --data are WebDataset shards rather than a folder."""
+    """Returns whether --data names WebDataset shards rather than a folder."""
     return all(name.endswith(".tar") for name in data)
 
 
 def shards(options: Namespace, sample: Callable[[dict[str, Any]], Any]) -> IterableDataset[Any]:
-    """`sample(...)` of the samples of WebDataset shards, endlessly: shards are drawn at random with replacement.
+    """Returns an endless stream of `sample(...)` of WebDataset samples; shards are drawn with replacement.
 
-    So every process and every reader of it has pictures however few the shards are; an epoch is not known.
-    Raises DataError for shards that are not there.
+    This way, every process and each of its readers has pictures however few shards there are. The length of an
+    epoch is unknown. Raises DataError for shards that do not exist.
     """
     try:
         import webdataset
@@ -181,7 +181,7 @@ def shards(options: Namespace, sample: Callable[[dict[str, Any]], Any]) -> Itera
     names = [found for name in names for found in (sorted(glob.glob(name)) if "*" in name else [name])]
     for name in names:
         if "://" not in name and not Path(name).is_file():
-            raise DataError(f"--data: {name} is not there")
+            raise DataError(f"--data: {name} does not exist")
     stream = webdataset.WebDataset(
         names, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node, seed=options.seed
     )
@@ -190,17 +190,19 @@ def shards(options: Namespace, sample: Callable[[dict[str, Any]], Any]) -> Itera
 
 
 def picture_of(sample: dict[str, Any]) -> Tensor:
-    """uint8 [3,H,W] of a WebDataset sample. Raises DataError where there is none."""
+    """Returns the picture of a WebDataset sample, uint8 [3,H,W]. Raises DataError if there is none."""
     for suffix in ("jpg", "jpeg", "png", "webp"):
         if suffix in sample:
             return _opened(io.BytesIO(sample[suffix]))
-    raise DataError(f"no jpg, png or webp, only {sorted(key for key in sample if not key.startswith('__'))}")
+    raise DataError(
+        f"the sample has no jpg, png or webp, only {sorted(key for key in sample if not key.startswith('__'))}"
+    )
 
 
 def boxes_of(sample: dict[str, Any], classes: int) -> tuple[Tensor, Tensor]:
-    """Boxes [n,4] as x, y, width, height in pixels, and labels [n], of a sample's `json`; crowds are left out.
+    """Returns boxes [n,4] (x, y, width, height in pixels) and labels [n] of a sample's `json`, without crowds.
 
-    `objects`: each with `bbox_xywh`, `category_id` (1..classes-1) and `iscrowd`.
+    Its `objects` have `bbox_xywh`, `category_id` (1..classes-1) and `iscrowd`. Raises DataError for other labels.
     """
     objects = [o for o in json.loads(sample["json"])["objects"] if not o.get("iscrowd")]
     labels = torch.tensor([o["category_id"] for o in objects], dtype=torch.int64)
@@ -212,17 +214,17 @@ def boxes_of(sample: dict[str, Any], classes: int) -> tuple[Tensor, Tensor]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The indices of steps `start` to `stop`; what step n reads depends on n and the seed alone.
+    """Yields the indices of steps `start` to `stop`; those of step n depend only on n and the seed.
 
-    So a resumed training goes on where it was. An epoch is a permutation; processes take turns in it, and what
-    does not fill a step of all of them is left out.
+    A resumed training therefore continues with the same samples. An epoch is a permutation, of which the processes
+    take turns; a remainder that does not fill a step of all of them is left out.
     """
 
     def __init__(
         self, length: int, batch_size: int, start: int, stop: int, *, seed: int = 0, rank: int = 0, world: int = 1
     ) -> None:
         if length < batch_size * world:
-            raise DataError(f"{length} pictures, a step takes {batch_size * world}: give a smaller --batch-size")
+            raise DataError(f"a step takes {batch_size * world} of {length} pictures: give a smaller --batch-size")
         self.length, self.batch_size = length, batch_size
         self.start, self.stop = start, stop
         self.seed, self.rank, self.world = seed, rank, world
@@ -250,25 +252,25 @@ def batches(
     *,
     collate: Callable[..., Any] | None = None,
 ) -> Iterable[Any]:
-    """The batches of steps `start` to `stop` (for shards: without end)."""
+    """Returns the batches of steps `start` to `stop`; those of shards have no end."""
     if isinstance(data, IterableDataset):
-        how: dict[str, Any] = {"batch_size": options.batch_size}
+        sampling: dict[str, Any] = {"batch_size": options.batch_size}
     else:
         length = len(data)  # type: ignore[arg-type]
-        of = {"seed": options.seed, "rank": options.rank, "world": options.world}
-        how = {"batch_sampler": StepSampler(length, options.batch_size, start, stop, **of)}
+        place = {"seed": options.seed, "rank": options.rank, "world": options.world}
+        sampling = {"batch_sampler": StepSampler(length, options.batch_size, start, stop, **place)}
     return DataLoader(
         data,
         num_workers=options.workers,
         pin_memory=options.device.type == "cuda",
         collate_fn=collate,
         worker_init_fn=_ignore_interrupts,
-        **how,
+        **sampling,
     )
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C is the trainer's; it ends its readers."""
+    """Leaves Ctrl-C to the trainer, which ends its readers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -283,9 +285,9 @@ def _labelled_sample(transform: Callable[[Tensor, int], Any], sample: dict[str, 
 
 
 def _named(function: Callable[[dict[str, Any]], Any], sample: dict[str, Any]) -> Any:
-    """`function(sample)`; what is wrong with a sample is said with its name."""
+    """Returns `function(sample)`; adds the shard and the key of the sample to its errors."""
     try:
         return function(sample)
     except (DataError, OSError, KeyError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{sample['__url__']}, sample {sample['__key__']}: {what}") from error
+        problem = f"the sample has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{sample['__url__']}, sample {sample['__key__']}: {problem}") from error

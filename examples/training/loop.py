@@ -1,4 +1,4 @@
-"""The training loop of every example: AdversarialLoader around the data, one optimizer step a batch."""
+"""Trains every example: AdversarialLoader attacks the batches, and each batch is one optimizer step."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from . import checkpoint
 from .data import DataError, batches
 from .progress import Progress
 
-WARM_UP = 0.05  # share of the steps in which the learning rate rises
+WARM_UP = 0.05  # share of the steps during which the learning rate rises
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one example is made of.
+    """The parts of a training, as an example builds them.
 
     Attributes:
-        model: takes pictures [N,3,H,W] in 0..1 and normalises them itself.
-        data: a sample is a tuple, the picture first (uint8 [3,H,W]), its Q(x) second where `precomputed`.
-        loss: `loss(model, pictures, *rest)`, the mean over the batch: what is attacked, and then minimised. `rest`
-            is what follows the pictures in a batch.
-        optimizer: over the model's parameters.
-        collate: samples to a batch, where the default cannot.
-        after_step: called after each step, for momentum encoders.
-        precomputed: the data hold Q(x).
-        mix: the share of the batches that are attacked; the others are trained on Q(x) in the place of Q(x + δ).
+        model: takes pictures [N,3,H,W] in 0..1, and normalises them itself.
+        data: its samples are tuples: the picture (uint8 [3,H,W]), then its Q(x) if `precomputed`, then the rest.
+        loss: `loss(model, pictures, *rest)`, a mean over the batch, is attacked and then minimised. `rest` is what
+            follows the pictures in a batch.
+        optimizer: updates the model's parameters.
+        collate: turns samples into a batch, if PyTorch's default cannot.
+        after_step: is called after each step, for momentum encoders.
+        precomputed: says that the data contain Q(x).
+        mix: the share of the batches that are attacked; the others are trained on Q(x) instead of Q(x + δ).
     """
 
     model: nn.Module
@@ -53,10 +53,10 @@ class Training:
 
 
 def train(training: Training, options: Namespace, client: Client) -> Progress:
-    """Algorithm 1 over the data: preset `paper` minimises L(x_adv), `easyrobust` L(x) + L(x_adv).
+    """Runs Algorithm 1 over the data: preset `paper` minimises L(x_adv), `easyrobust` L(x) + L(x_adv).
 
-    Writes --out every --save-every steps, at the end, and when something stops it between steps. Raises what the
-    client, the data and the checkpoint raise, and KeyboardInterrupt.
+    Writes --out every --save-every steps, at the end, and when an error or a signal ends the training. Raises the
+    errors of the client, the data and the checkpoint, and KeyboardInterrupt.
     """
     rank, world, device = options.rank, options.world, options.device
     model = training.model.to(device)
@@ -67,21 +67,21 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
     parts: dict[str, Any] = {"model": model, "optimizer": training.optimizer, "scaler": scaler}
     start, first = _resumed(options, parts)
     parallel = DistributedDataParallel(model) if world > 1 else model
-    torch.manual_seed(options.seed + start * world + rank)  # augmentations; the weights are all the same by now
+    torch.manual_seed(options.seed + start * world + rank)  # for augmentations: all processes have the same weights
 
     def loss_of(network: nn.Module, pictures: Tensor, *rest: Any) -> Tensor:
         with torch.autocast(device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
             return training.loss(network, pictures, *rest)
 
     def minimise(batch: AdversarialBatch) -> float:
-        """One optimizer step; the loss before it."""
+        """Takes one optimizer step; returns the loss before it."""
         pictures = [batch.images, batch.adversarial] if options.preset == "easyrobust" else [batch.adversarial]
         training.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for i, x in enumerate(pictures):
-            # A backward pass for each: half the memory, and DistributedDataParallel wants one for each forward.
-            alone = world > 1 and i < len(pictures) - 1
-            with cast(DistributedDataParallel, parallel).no_sync() if alone else nullcontext():
+            # One backward pass for each forward pass halves the memory, and DistributedDataParallel requires it.
+            unsynchronised = world > 1 and i < len(pictures) - 1
+            with cast(DistributedDataParallel, parallel).no_sync() if unsynchronised else nullcontext():
                 loss = loss_of(parallel, x, *batch.rest)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -91,13 +91,13 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
 
     def save(step: int) -> None:
         if options.out is not None and rank == 0:
-            with whole():
+            with signals_deferred():
                 states = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save(
                     options.out, {"example": options.example, "step": step, "first": progress.first, **states}
                 )
 
-    # The attack works on the model itself: DistributedDataParallel wants a backward pass for each forward pass.
+    # The attack uses the bare model: DistributedDataParallel requires a backward pass for each forward pass.
     loader = AdversarialLoader(
         batches(training.data, options, start, steps, collate=training.collate),
         client,
@@ -113,18 +113,18 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
     model.train()
     progress = Progress(start, steps, first, shown=rank == 0)
     try:
-        with closing(cast(Generator[AdversarialBatch, None, None], iter(loader))) as turns:
+        with closing(cast(Generator[AdversarialBatch, None, None], iter(loader))) as attacked:
             while progress.step < steps:
-                batch = next(turns)
-                with whole():
+                batch = next(attacked)
+                with signals_deferred():
                     for group in training.optimizer.param_groups:
                         group["lr"] = options.lr * rate(progress.step, steps)
                     loss = minimise(batch)
                     if training.after_step is not None:
                         training.after_step()
-                    seen = (len(batch.images) * world, batch.waited_s)
                     beside = "on Q(x)" if batch.loss is None else f"at Q(x) {batch.loss.item():.3f}"
-                    progress.count(loss, beside, batch.tokens_changed, *seen)
+                    images = len(batch.images) * world
+                    progress.count(loss, beside, batch.tokens_changed, images, batch.waited_s)
                 if progress.step % options.save_every == 0 and progress.step < steps:
                     save(progress.step)
     finally:
@@ -135,17 +135,17 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
 
 
 def steps_of(data: Dataset[Any], options: Namespace) -> int:
-    """--steps, or the steps of --epochs. Raises DataError where the data do not say how long an epoch is."""
+    """Returns --steps, or the steps of --epochs. Raises DataError if the length of an epoch is unknown."""
     if options.steps:
         return int(options.steps)
     if isinstance(data, IterableDataset):
-        raise DataError("--data: how many pictures shards hold is not known: give --steps")
-    an_epoch = len(data) // (options.batch_size * options.world)  # type: ignore[arg-type]
-    return int(options.epochs * max(1, an_epoch))
+        raise DataError("--data: the number of pictures in shards is unknown: give --steps")
+    steps_per_epoch = len(data) // (options.batch_size * options.world)  # type: ignore[arg-type]
+    return int(options.epochs * max(1, steps_per_epoch))
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of --lr at a step: a linear rise, then half a cosine down."""
+    """Returns the learning rate at a step as a share of --lr: a linear rise, then half a cosine down to 0."""
     rise = max(1, round(WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -153,22 +153,22 @@ def rate(step: int, steps: int) -> float:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
-    """A Ctrl-C or SIGTERM inside comes at the end: a step that has begun is made, a file that has begun written."""
-    came: list[int] = []
+def signals_deferred() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM to the end of the block, so that a step or a file that has begun is completed."""
+    received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in signals]
     try:
         yield
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _resumed(options: Namespace, parts: dict[str, Any]) -> tuple[int, list[float]]:
-    """The step to begin at and the first losses, with the parts' states taken from --out where --resume says so."""
+    """Restores the parts from --out if --resume is given; returns the step to begin at and the first losses."""
     if not options.resume or not options.out.exists():
         return 0, []
     state = checkpoint.load(options.out, options.example)
@@ -177,6 +177,6 @@ def _resumed(options: Namespace, parts: dict[str, Any]) -> tuple[int, list[float
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise checkpoint.CheckpointError(
-            f"{options.out}: of another model: {str(error).splitlines()[0]}"
+            f"{options.out}: this checkpoint is of another model: {str(error).splitlines()[0]}"
         ) from error
     return state["step"], state["first"]

@@ -1,4 +1,4 @@
-"""Networks that take pictures in 0..1, before normalisation, as the service sends and takes them."""
+"""Networks that take pictures in 0..1, as the service does, and normalise them inside."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what torchvision's networks expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's networks expect
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """Float [N,3,H,W], normalised, of pictures in 0..1 or uint8. Inside the model, so that ∇L is at the picture."""
+    """Normalises pictures [N,3,H,W], uint8 or in 0..1. Inside the model, so that ∇L is at the picture."""
     if pictures.dtype == torch.uint8:
         pictures = pictures.float() / 255
     mean = pictures.new_tensor(MEAN).view(3, 1, 1)
@@ -21,7 +21,7 @@ def normalised(pictures: Tensor) -> Tensor:
 
 
 class Normalised(nn.Module):
-    """A network behind its normalisation."""
+    """A network, preceded by its normalisation."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Normalised(nn.Module):
 
 
 def backbone(arch: str) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, behind its normalisation, and its features' number."""
+    """Returns a torchvision ResNet without classifier, preceded by normalisation, and its number of features."""
     network = models.get_model(arch, weights=None)
     features = network.fc.in_features
     network.fc = nn.Identity()
@@ -41,7 +41,7 @@ def backbone(arch: str) -> tuple[nn.Module, int]:
 
 
 def head(sizes: Sequence[int], *, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
-    """Linear layers of these sizes with BatchNorm and ReLU between them; `last_norm`: BatchNorm at the end too."""
+    """Returns linear layers with BatchNorm and ReLU between them; `last_norm` adds a BatchNorm at the end."""
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         last = i == len(sizes) - 2
@@ -51,3 +51,9 @@ def head(sizes: Sequence[int], *, last_norm: bool = False, last_affine: bool = T
         elif last_norm:
             layers.append(nn.BatchNorm1d(outputs, affine=last_affine))
     return nn.Sequential(*layers)
+
+
+def own_loss(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """Returns the loss that the model itself computes; it is attacked through the first input, then minimised."""
+    loss: Tensor = model(*inputs)
+    return loss

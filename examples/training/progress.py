@@ -1,4 +1,4 @@
-"""One live line in a terminal, a line now and then elsewhere."""
+"""Shows the progress of a training: one live line in a terminal, a line every 5 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 from collections import deque
 
 PLAIN_EVERY_S = 5.0
-ENDS = 5  # losses averaged at either end of a training
+ENDS = 5  # number of losses averaged at each end of a training
 
 
 class Progress:
-    """Counts steps; `first` holds the first losses of the whole training, those before a --resume included.
+    """Counts steps and prints rates. `first` holds the first losses of the training, also from before a --resume.
 
-    The rates are of this process since it began, so that what a start costs once is told too.
+    Rates are means since this process began, and so include the cost of starting.
     """
 
     def __init__(self, step: int, steps: int, first: list[float], *, shown: bool = True) -> None:
@@ -30,7 +30,7 @@ class Progress:
         self._printed_at = -PLAIN_EVERY_S
 
     def count(self, loss: float, beside: str, tokens_changed: float | None, images: int, waited_s: float) -> None:
-        """One step done: its loss and what to show beside it, its pictures, seconds of waiting for the codec."""
+        """Counts one step: its loss, a text to show beside it, its pictures, and its wait for the codec."""
         self.step += 1
         self.images += images
         self.waited_s += waited_s
@@ -47,16 +47,16 @@ class Progress:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the first batch was asked for."""
+        """Seconds since the training began."""
         return max(1e-9, time.monotonic() - self.begun)
 
     def end_line(self) -> None:
-        """Leaves the live line as it stands; what is printed next begins below."""
+        """Ends the live line, so that later output begins on the next one."""
         if self._live and self.step > self.start:
             print(flush=True)
 
     def summary(self) -> str:
-        """`loss 2.31 -> 0.84 in 40 steps, 21 s`: means over the first and the last few steps."""
+        """Returns `loss 2.31 -> 0.84 in 40 steps, 21 s`, with means over the first and the last few steps."""
         few = max(1, min(ENDS, self.steps // 2))
         first, last = self.first[:few], list(self.last)[-few:]
         return (
@@ -66,7 +66,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         if self._live:
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be taken back
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be rewritten
             print(f"\r\x1b[K{line[:width]}", end="", flush=True)
         elif self._shown and (self.elapsed_s - self._printed_at >= PLAIN_EVERY_S or self.step == self.steps):
             self._printed_at = self.elapsed_s
@@ -74,7 +74,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """1:02, or 3:04:05.
+    """Formats seconds as 1:02 or 3:04:05.
 
     >>> clock(62), clock(11045)
     ('1:02', '3:04:05')

@@ -1,4 +1,4 @@
-"""An example from its flags to its exit status."""
+"""Runs an example, from its flags to its exit status."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .data import DataError
 from .loop import Training, train
 from .service import service
 
-INTERRUPTED = 130  # what a shell gives for Ctrl-C
+INTERRUPTED = 130  # the status that a shell reports after Ctrl-C
 
 
 def run(build: Callable[[Namespace], Training], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line, starts what is needed, trains, prints `loss A -> B in N steps, S s`.
+    """Parses the command line, starts a service if none is named, trains, and prints `loss A -> B in N steps, S s`.
 
-    What can go wrong outside of the code (a service that is gone, data that cannot be read, a GPU that is full)
-    ends it with one line on stderr and status 1, Ctrl-C and SIGTERM with status 130; a checkpoint (--out) is
-    written first. Under torchrun each process trains on its share of the data (DistributedDataParallel).
+    Failures outside of the code, such as a lost service, unreadable data or a full GPU, end it with one line on
+    stderr and status 1; Ctrl-C and SIGTERM end it with status 130. The checkpoint --out is written first. Under
+    torchrun, each process trains on its share of the data (DistributedDataParallel).
     """
     options = resolved(parser)
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
@@ -41,7 +41,7 @@ def run(build: Callable[[Namespace], Training], parser: argparse.ArgumentParser)
             torch.manual_seed(options.seed)
             training = build(options)
             with the_service(options) as url:
-                # AdversarialLoader has depth + 3 requests under way at most (its `prefetch` is 2).
+                # AdversarialLoader has at most depth + 3 requests in flight (its `prefetch` is 2).
                 connections = max(8, options.depth + 3)
                 with Client(url, options.codec, timeout_s=options.timeout_s, max_connections=connections) as client:
                     progress = train(training, options, client)
@@ -53,22 +53,23 @@ def run(build: Callable[[Namespace], Training], parser: argparse.ArgumentParser)
     except (DatError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"{options.example}: {one_line(error)}")
     if options.rank == 0:
-        print(progress.summary() if progress.last else f"{options.out}: trained already, {progress.step} steps")
+        print(progress.summary() if progress.last else f"{options.out}: already trained, {progress.step} steps")
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, with its notes, in one line.
+    """Returns the message of an error with its notes, in one line.
 
-    An error in one of DataLoader's processes arrives with that process's traceback for a message: its last line.
+    The message of an error in one of DataLoader's processes is that process's traceback, of which the last line
+    counts.
     """
     text = str(error)
-    said = text.strip().splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-    return " | ".join([said or type(error).__name__, *getattr(error, "__notes__", [])])
+    message = text.strip().splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+    return " | ".join([message or type(error).__name__, *getattr(error, "__notes__", [])])
 
 
 @contextmanager
 def processes(options: Namespace) -> Iterator[None]:
-    """Under torchrun, the process group."""
+    """Forms the process group under torchrun."""
     if options.world == 1:
         yield
         return
@@ -84,23 +85,23 @@ def processes(options: Namespace) -> Iterator[None]:
 
 @contextmanager
 def the_service(options: Namespace) -> Iterator[str]:
-    """The service for all processes: --url, or one that the first process starts on its machine."""
+    """Yields the service of all processes: --url, or one that the first process starts on its machine."""
     if options.url or options.world == 1:
         with service(options.url, options.codec, quiet=True) as url:
             yield url
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != options.world:
-        raise DataError("several machines need --url, a service that all of them reach")
-    told: list[str | None] = [None]
+        raise DataError("several machines need --url, the address of a service that all of them reach")
+    shared_url: list[str | None] = [None]
     if options.rank == 0:
         with service(None, options.codec, quiet=True) as url:
-            told[0] = url
-            distributed.broadcast_object_list(told)
+            shared_url[0] = url
+            distributed.broadcast_object_list(shared_url)
             yield url
-            distributed.barrier()  # the others may still be asking
+            distributed.barrier()  # other processes may still send requests
         return
-    distributed.broadcast_object_list(told)
-    yield str(told[0])
+    distributed.broadcast_object_list(shared_url)
+    yield str(shared_url[0])
     distributed.barrier()
 
 
