@@ -137,16 +137,17 @@ def test_interrupted_pull_ends_with_130_and_keeps_the_part(
 ) -> None:
     monkeypatch.setitem(REGISTRY, "toy", replace(spec, source_url=source.url))
     source.body = bytes(500_000)
-    receive = download._receive
+    receive = download._PartialDownload.receive
 
-    def interrupted(*arguments: Any) -> str:
-        def stop(done: int, total: int | None) -> None:
-            if done > 100_000:
+    def interrupted(partial: Any, *arguments: Any) -> None:
+        def stop(received: int, total: int | None) -> None:
+            if received > 100_000:
                 raise KeyboardInterrupt
 
-        return receive(*arguments[:-1], stop)
+        partial.progress = stop
+        receive(partial, *arguments)
 
-    monkeypatch.setattr(download, "_receive", interrupted)
+    monkeypatch.setattr(download._PartialDownload, "receive", interrupted)
     result = run("pull", "toy", status=130)
     assert result.stderr.endswith("dat codecs pull: interrupted; the same command resumes the download\n")
     assert (home.home / "downloads" / "toy.download.part").stat().st_size > 100_000

@@ -17,6 +17,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
@@ -77,14 +78,14 @@ def download(url: str, path: Path, progress: ProgressCallback | None = None) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a+b") as file:
-            _lock(file, url)
-            _complete(url, file, progress)
-            file.flush()
+            partial = _PartialDownload(url, part, file, progress)
+            partial.lock()
+            partial.complete()
             os.fsync(file.fileno())
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.replace(part, path)
-            _validator_file(file).unlink(missing_ok=True)
+            partial.validator_path.unlink(missing_ok=True)
             return digest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -92,79 +93,109 @@ def download(url: str, path: Path, progress: ProgressCallback | None = None) -> 
         raise DownloadError(url, f"could not be stored in {part}: {error}") from error
 
 
-def _complete(url: str, file: IO[bytes], progress: ProgressCallback | None) -> None:
-    """Makes attempts until the file is complete. Raises DownloadError after ATTEMPTS of them without a new byte."""
-    failures, most_received = 0, _size(file)
-    while True:
+@dataclass
+class _PartialDownload:
+    """The bytes of a file that have arrived so far, in `path`, and beside it the validator that they came with."""
+
+    url: str
+    path: Path
+    file: IO[bytes]
+    progress: ProgressCallback | None
+
+    @property
+    def validator_path(self) -> Path:
+        return Path(f"{self.path}.json")
+
+    def lock(self) -> None:
+        """Lets one process at a time download to this file, since replicas that start together share the folder."""
+        if sys.platform == "win32":
+            return
         try:
-            return _attempt(url, file, progress)
-        except _AttemptFailed as error:
-            received = _size(file)
-            failures = 1 if received > most_received else failures + 1
-            most_received = max(most_received, received)
-            if failures >= ATTEMPTS:
-                problem = f"gave up after {failures} attempts, {received} bytes are kept for the next call: {error}"
-                raise DownloadError(url, problem, error.status) from error
-            time.sleep(BACKOFF_S * 2 ** (failures - 1))
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still_there = os.fstat(self.file.fileno()).st_ino == self.path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            still_there = False
+        if not still_there:
+            problem = f"another process is downloading it ({self.path}); try again when it is done"
+            raise DownloadError(self.url, problem)
 
+    def complete(self) -> None:
+        """Attempts it until the file is complete. Raises DownloadError after ATTEMPTS attempts without a new byte."""
+        failures, most_bytes = 0, self.size()
+        while True:
+            try:
+                return self.attempt()
+            except _AttemptFailed as error:
+                size = self.size()
+                failures = 1 if size > most_bytes else failures + 1
+                most_bytes = max(most_bytes, size)
+                if failures >= ATTEMPTS:
+                    problem = f"gave up after {failures} attempts, {size} bytes are kept for the next call: {error}"
+                    raise DownloadError(self.url, problem, error.status) from error
+                time.sleep(BACKOFF_S * 2 ** (failures - 1))
 
-def _attempt(url: str, file: IO[bytes], progress: ProgressCallback | None) -> None:
-    """Continues the file, or starts it over where it cannot be continued. Raises _AttemptFailed, DownloadError."""
-    validator = _read_validator(file, url)
-    received = _size(file) if validator else 0
-    headers = {"User-Agent": "dat-service"}
-    if received:
-        headers |= {"Range": f"bytes={received}-", "If-Range": validator}
-    with _open(url, headers) as response:
-        if response.status in TRANSIENT:
-            raise _AttemptFailed("the server is overloaded or failing", response.status)
-        if received and response.status in (206, 416):
-            first, total = _content_range(response)
-            if response.status == 416 and total == received:
-                return  # the file was complete, and only the renaming was missing
-            # a server that ignores If-Range would append another file's bytes
-            if response.status == 416 or first != received or _validator(response) not in ("", validator):
-                _validator_file(file).unlink(missing_ok=True)
-                file.truncate(0)
-                raise _AttemptFailed("the source changed; starting over", response.status)
-        elif response.status == 200:
-            length = response.headers.get("Content-Length", "")
-            received, total = 0, int(length) if length.isdecimal() else None
-            _check_is_file(url, response)
-            file.truncate(0)
-            _validator_file(file).write_text(json.dumps({"url": url, "validator": _validator(response)}))
-        else:
-            reason = " ".join(response.reason.split())
-            raise DownloadError(url, f"the server did not send the file: {reason}", response.status)
-        _receive(url, response, file, received, total, progress)
+    def attempt(self) -> None:
+        """Continues the file, or starts it over if it cannot be continued. Raises _AttemptFailed, DownloadError."""
+        validator = self.validator()
+        received = self.size() if validator else 0
+        headers = {"User-Agent": "dat-service"}
+        if received:
+            headers |= {"Range": f"bytes={received}-", "If-Range": validator}
+        with _open(self.url, headers) as response:
+            if response.status in TRANSIENT:
+                raise _AttemptFailed("the server is overloaded or failing", response.status)
+            if received and response.status in (206, 416):
+                first, total = _content_range(response)
+                if response.status == 416 and total == received:
+                    return  # the file was complete, and only the renaming was missing
+                # a server that ignores If-Range would append another file's bytes
+                if response.status == 416 or first != received or _validator(response) not in ("", validator):
+                    self.validator_path.unlink(missing_ok=True)
+                    self.file.truncate(0)
+                    raise _AttemptFailed("the source changed; starting over", response.status)
+            elif response.status == 200:
+                length = response.headers.get("Content-Length", "")
+                received, total = 0, int(length) if length.isdecimal() else None
+                _check_is_file(self.url, response)
+                self.file.truncate(0)
+                self.validator_path.write_text(json.dumps({"url": self.url, "validator": _validator(response)}))
+            else:
+                reason = " ".join(response.reason.split())
+                raise DownloadError(self.url, f"the server did not send the file: {reason}", response.status)
+            self.receive(response, received, total)
 
+    def receive(self, response: Response, received: int, total: int | None) -> None:
+        """Appends the response's bytes to the file. Raises _AttemptFailed if the connection drops."""
+        if total is not None and total - received > _free_bytes(self.path):
+            raise _disk_full(self.path, total - received)
+        while True:
+            if self.progress:
+                self.progress(received, total)
+            try:
+                chunk = response.read(CHUNK_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
+            if not chunk:
+                break
+            if not received and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+                raise DownloadError(self.url, "a web page came instead of a file", response.status)
+            self.file.write(chunk)
+            received += len(chunk)
+        self.file.flush()
+        if total is not None and received != total:
+            raise _AttemptFailed(f"{received} of {total} bytes came")
 
-def _receive(
-    url: str,
-    response: Response,
-    file: IO[bytes],
-    received: int,
-    total: int | None,
-    progress: ProgressCallback | None,
-) -> None:
-    if total is not None and total - received > _free_bytes(file.name):
-        raise _disk_full(Path(file.name), total - received)
-    while True:
-        if progress:
-            progress(received, total)
+    def size(self) -> int:
+        self.file.flush()
+        return os.fstat(self.file.fileno()).st_size
+
+    def validator(self) -> str:
+        """Returns the validator of the bytes received so far, or "" if this address cannot continue them."""
         try:
-            chunk = response.read(CHUNK_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
-        if not chunk:
-            break
-        if not received and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-            raise DownloadError(url, "a web page came instead of a file", response.status)
-        file.write(chunk)
-        received += len(chunk)
-    file.flush()
-    if total is not None and received != total:
-        raise _AttemptFailed(f"{received} of {total} bytes came")
+            values = json.loads(self.validator_path.read_text())
+            return str(values["validator"]) if values["url"] == self.url else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
 
 class _SafeRedirects(HTTPRedirectHandler):
@@ -185,18 +216,15 @@ def _open(url: str, headers: dict[str, str]) -> Response:
         return response
     except HTTPError as error:
         return error
-    except URLError as error:
-        if isinstance(error.reason, ssl.SSLError):
-            raise DownloadError(url, f"the connection cannot be trusted: {error.reason}") from error
-        if isinstance(error.reason, str):
-            raise DownloadError(url, f"the address cannot be used: {error.reason}") from error
-        raise _AttemptFailed(f"{type(error.reason).__name__}: {error.reason}") from error
     except DownloadError:
         raise
-    except (http.client.InvalidURL, ValueError) as error:
-        raise DownloadError(url, f"the address cannot be used: {error}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _AttemptFailed(f"{type(error).__name__}: {error}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, ssl.SSLError):
+            raise DownloadError(url, f"the connection cannot be trusted: {reason}") from error
+        if isinstance(reason, str | ValueError | http.client.InvalidURL):
+            raise DownloadError(url, f"the address cannot be used: {reason}") from error
+        raise _AttemptFailed(f"{type(reason).__name__}: {reason}") from error
 
 
 def _check_is_file(url: str, response: Response) -> None:
@@ -216,19 +244,6 @@ def _validator(response: Response) -> str:
     return str(response.headers.get("Last-Modified", ""))
 
 
-def _validator_file(file: IO[bytes]) -> Path:
-    return Path(f"{file.name}.json")
-
-
-def _read_validator(file: IO[bytes], url: str) -> str:
-    """Returns the validator of the bytes received so far, or "" if this address cannot continue them."""
-    try:
-        values = json.loads(_validator_file(file).read_text())
-        return str(values["validator"]) if values["url"] == url else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
 def _content_range(response: Response) -> tuple[int | None, int | None]:
     """Returns (first byte, total bytes) of the header Content-Range; None for what it does not say."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
@@ -236,26 +251,8 @@ def _content_range(response: Response) -> tuple[int | None, int | None]:
     return int(first) if first else None, int(total) if total and total != "*" else None
 
 
-def _size(file: IO[bytes]) -> int:
-    file.flush()
-    return os.fstat(file.fileno()).st_size
-
-
-def _lock(file: IO[bytes], url: str) -> None:
-    """Lets one process at a time download to this file: replicas that start together share the store's folder."""
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        still_there = os.fstat(file.fileno()).st_ino == os.stat(file.name).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        still_there = False
-    if not still_there:
-        raise DownloadError(url, f"another process is downloading it ({file.name}); try again when it is done")
-
-
-def _free_bytes(path: str | Path) -> int:
-    return shutil.disk_usage(Path(path).parent).free
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path.parent).free
 
 
 def _disk_full(part: Path, needed: int | None = None) -> CodecError:

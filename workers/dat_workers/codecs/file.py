@@ -33,7 +33,7 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a codec's weights came from: an address or file name, the sha256 of that file, and the date (UTC)."""
+    """The origin of a codec's weights: an address or file name, the sha256 of that file, and the date (UTC)."""
 
     source: str
     sha256: str

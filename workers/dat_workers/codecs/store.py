@@ -1,4 +1,4 @@
-"""Where codecs are on this machine: inside the package, or under `$DAT_HOME` (by default the user's cache folder).
+"""Finds and installs codecs: inside the package, or under `$DAT_HOME` (by default the user's cache folder).
 
 HOME/codecs/NAME.safetensors    installed codecs
 HOME/downloads/                 unfinished downloads (`.part`); they are removed once installed

@@ -34,13 +34,10 @@ def delayed_signals() -> Iterator[None]:
     received: list[int] = []
     # Only signals with a Python handler can raise in the block: the defaults and ignored ones stay as they are.
     handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
-    for number in handlers:
-        signal.signal(number, lambda number, _: received.append(number))
     try:
-        yield
+        with handle_signals(lambda number, _: received.append(number), *handlers):
+            yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for number, handler in handlers.items():
             if number in received:
                 handler(number, None)
