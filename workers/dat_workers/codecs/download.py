@@ -120,7 +120,7 @@ class _PartialDownload:
             raise DownloadError(self.url, problem)
 
     def complete(self) -> None:
-        """Attempts it until the file is complete. Raises DownloadError after ATTEMPTS attempts without a new byte."""
+        """Attempts it until the file is complete. Raises DownloadError after ATTEMPTS without a new byte."""
         failures, most_bytes = 0, self.size()
         while True:
             try:
