@@ -19,8 +19,13 @@ def test_the_earlier_handler_is_back_after_the_block() -> None:
 
 def test_a_delayed_signal_arrives_when_the_block_has_ended() -> None:
     steps: list[str] = []
-    with pytest.raises(KeyboardInterrupt), delayed_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        steps.append("the block goes on")
+
+    def interrupted_block() -> None:
+        with delayed_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.append("the block goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_block()
     assert steps == ["the block goes on"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
