@@ -182,6 +182,16 @@ def test_another_requests_answer_is_never_taken(client, server, images, change, 
         client.discretize(images)
 
 
+def test_an_answer_without_the_default_outputs_is_refused(client, server, images):
+    server.change = lambda answer: {**answer, "outputs": {"reconstruction": images}}
+    assert np.array_equal(client.discretize(images, replace_fraction=0.0).reconstruction, images)
+    with pytest.raises(ProtocolError, match="lacks adversarial"):
+        client.discretize(images, np.ones(images.shape, np.float32))
+    with pytest.raises(ProtocolError, match="lacks adversarial"):
+        client.discretize(images, replace_fraction=0.5)
+    assert client.discretize(images, outputs=["reconstruction"], replace_fraction=0.5).adversarial is None
+
+
 def test_one_client_in_many_threads_mixes_nothing_up(server):
     server.delay_s = lambda request: (int(request.inputs["images"][0, 0, 0, 0]) % 7) * 0.001
     with Client(server.url, max_connections=3) as client:

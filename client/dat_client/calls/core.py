@@ -188,7 +188,8 @@ def check_response(call: Call, response: wire.Response) -> None:
     """Raises ProtocolError unless the response has the outputs that the call requested, in the implied shapes."""
     if response.id != call.id:
         raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
-    default = ("reconstruction", "adversarial") if "gradients" in call.inputs else ("reconstruction",)
+    has_attack = "gradients" in call.inputs or call.parameters.get("replace_fraction")
+    default = ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
     missing = set(call.outputs or default) - set(response.outputs)
     if missing:
         raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
