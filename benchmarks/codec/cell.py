@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
-from dat_workers.system.timing import clock_for, cpu_clock, one_line, rates, ratio, time_in_turns
+from dat_workers.system.timing import Timing, clock_for, cpu_clock, one_line, ratio, time_in_turns
 
 OPERATIONS = ("q", "encode", "decode", "host")
 
@@ -107,6 +108,20 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
     built.clear()
     gc.collect()
     return {"size": size, "batch": batch, "baseline": baseline, "results": list(rows.values())}
+
+
+def rates(timing: Timing, images: int) -> dict[str, Any]:
+    """Returns a timing in images/s, ready for JSON: median, lowest, highest and every round; or the error."""
+    if timing.error:
+        return {"error": timing.error}
+    each = [images / s for s in timing.seconds]
+    return {
+        "images_per_s": statistics.median(each),
+        "low": min(each),
+        "high": max(each),
+        "rounds": each,
+        "calls_a_round": timing.calls,
+    }
 
 
 def _calls(

@@ -20,6 +20,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
+from dat_workers.system.timing import Timing
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -31,6 +32,13 @@ SMALL = CodecSpec(
 
 def plan(operations: tuple[str, ...] = ("q",)) -> cell.Plan:
     return cell.Plan(CPU, operations, 2, 1, "taming fp32", {"fp32": 1e9}, lambda line: None)
+
+
+def test_timings_become_rates() -> None:
+    assert cell.rates(Timing((), 0, "ZeroDivisionError"), 4) == {"error": "ZeroDivisionError"}
+    assert cell.rates(Timing((1.0, 2.0, 4.0), 1), 8) == {
+        "images_per_s": 4.0, "low": 2.0, "high": 8.0, "rounds": [8.0, 4.0, 2.0], "calls_a_round": 1,
+    }  # fmt: skip
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

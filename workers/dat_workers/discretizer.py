@@ -91,10 +91,6 @@ class Discretizer:
         """The outputs that this codec has."""
         return OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
 
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
-
     def discretize(
         self,
         images: Array,
@@ -193,7 +189,7 @@ class Discretizer:
 
     def stream(self, batches: Iterable[DeviceBatch | None]) -> Iterator[dict[str, Array]]:
         """Yields the results of one batch after the other, as `run_on_device` does."""
-        return run_on_device(self.device, batches, overlap=self.engine.tricks.overlap)
+        return run_on_device(self.engine.device, batches, overlap=self.engine.tricks.overlap)
 
     def outputs_of(self, results: dict[str, Array], start: int) -> dict[str, Array]:
         """Returns the outputs among a batch's results; `start` is the position of its first image in the request.

@@ -70,7 +70,7 @@ class Batcher:
         threading.Thread(target=self._run, args=(load, loaded), name="codec", daemon=True).start()
         self._discretizer = loaded.result()
         if self._max_wait_s is None:
-            self._max_wait_s = 0.002 if self._discretizer.device.type == "cuda" else 0.0
+            self._max_wait_s = 0.002 if self._discretizer.engine.device.type == "cuda" else 0.0
         threading.Thread(target=self._watch, name="codec-watchdog", daemon=True).start()
         return self._discretizer
 

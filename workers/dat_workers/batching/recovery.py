@@ -41,10 +41,12 @@ def run_in_parts(
     """
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
+    compute = discretizer.compute(parts[0].queued.request.task)
     groups = halves(parts) if is_out_of_memory(error) else [[part] for part in parts]
     for group in groups:
         try:
-            yield group, run_alone(discretizer, group)
+            (results,) = discretizer.stream([device_batch(group, compute)])
+            yield group, results
         except Exception as second:
             if is_out_of_memory(second):
                 reason = str(second).splitlines()[0][:200]
@@ -66,10 +68,3 @@ def halves(parts: Sequence[Part]) -> list[list[Part]]:
         if part.count > count:
             second.append(Part(part.queued, part.start + count, part.count - count))
     return [first, second] if second else [first]
-
-
-def run_alone(discretizer: Discretizer, parts: Sequence[Part]) -> dict[str, Array]:
-    """Computes parts of one task while nothing else is on the device."""
-    compute = discretizer.compute(parts[0].queued.request.task)
-    (results,) = discretizer.stream([device_batch(parts, compute)])
-    return results

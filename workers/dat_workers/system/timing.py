@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -118,17 +117,3 @@ def ratio(timing: Timing, baseline: Timing) -> Ratio | None:
         return None
     each = [theirs / ours for ours, theirs in zip(timing.seconds, baseline.seconds, strict=True)]
     return Ratio(statistics.median(each), min(each), max(each))
-
-
-def rates(timing: Timing, images: int) -> dict[str, Any]:
-    """Returns a timing in images/s, ready for JSON: median, lowest, highest and every round; or the error."""
-    if timing.error:
-        return {"error": timing.error}
-    each = [images / s for s in timing.seconds]
-    return {
-        "images_per_s": statistics.median(each),
-        "low": min(each),
-        "high": max(each),
-        "rounds": each,
-        "calls_a_round": timing.calls,
-    }
