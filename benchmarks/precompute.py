@@ -31,7 +31,7 @@ from PIL import Image
 
 from benchmarks import machine
 from benchmarks.tables import aligned, machine_line
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
 from dat_workers.precompute import JobProgress, Summary, precompute

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 import dat_client.wire as wire
+from dat_client.wire.tensors import Array
 from dat_client.wire.vocabulary import INPUTS, OUTPUTS
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Reservation
-from dat_workers.batching.device_copies import Array
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge

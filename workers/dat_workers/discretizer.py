@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dat_client.wire.tensors import Array
 from dat_client.wire.vocabulary import OUTPUTS
-from dat_workers.batching.device_copies import Array, Compute, DeviceBatch, run_on_device
+from dat_workers.batching.device_copies import Compute, DeviceBatch, run_on_device
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dat_client.wire import vocabulary
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 
 Base = Literal["x", "reconstruction"]
 Normalize = Literal["none", "l2", "sign"]

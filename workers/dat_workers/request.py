@@ -10,6 +10,7 @@ import numpy as np
 
 from dat_client.errors import shown
 from dat_client.wire.scan import largest_magnitudes, range_outside_0_1
+from dat_client.wire.tensors import Array
 from dat_client.wire.vocabulary import (
     GRADIENT_DTYPES,
     INDEX_DTYPES,
@@ -18,7 +19,6 @@ from dat_client.wire.vocabulary import (
     violated_limit,
     with_defaults,
 )
-from dat_workers.batching.device_copies import Array
 from dat_workers.errors import InvalidInput
 from dat_workers.perturbation import PRESETS, Step
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 
 
 @cache

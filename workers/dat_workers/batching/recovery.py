@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import OutOfMemory

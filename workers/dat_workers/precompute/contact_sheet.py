@@ -13,7 +13,7 @@ from PIL import Image
 
 from dat_client.dataset_format.naming import INDICES_FIELD, picture_field, view_prefix
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe

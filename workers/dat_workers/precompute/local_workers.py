@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from dat_client.dataset_format.manifest import ManifestEntry
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.recipe import Recipe

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field, view_prefix
 from dat_client.dataset_format.tar_samples import Sample
+from dat_client.wire.tensors import Array
 from dat_workers.batching.batcher import Batcher
-from dat_workers.batching.device_copies import Array
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from dat_client.dataset_format.manifest import ManifestEntry
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.recipe import Recipe

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dat_client.dataset_format.views import prepared, view_of
-from dat_workers.batching.device_copies import Array
+from dat_client.wire.tensors import Array
 from dat_workers.images.encoded import as_image, encode_jpeg, encode_png
 from dat_workers.perturbation import swaps
 from dat_workers.precompute.recipe import Recipe

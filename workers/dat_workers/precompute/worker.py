@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from dat_client.dataset_format.manifest import ManifestEntry
 from dat_client.dataset_format.tar_samples import DamagedShard
+from dat_client.wire.tensors import Array
 from dat_workers.batching.batcher import Batcher
-from dat_workers.batching.device_copies import Array
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
