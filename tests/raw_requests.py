@@ -1,4 +1,4 @@
-"""Requests as a stranger would write them: bytes and headers, no client of ours."""
+"""Sends requests as any HTTP client could: bytes and headers, without dat_client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reply:
 
 
 def send(url: str, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-    """One request on a connection of its own."""
+    """Sends one request over a new connection."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     try:
@@ -41,7 +41,7 @@ def send(url: str, method: str, path: str, body: Any = None, headers: dict[str, 
 
 
 def tensor(name: str, array: np.ndarray, datatype: str) -> tuple[dict[str, Any], bytes]:
-    """An input in binary form: its JSON entry and its bytes."""
+    """Returns a binary input: its JSON entry and its bytes."""
     data = array.tobytes()
     entry = {
         "name": name,
@@ -53,20 +53,20 @@ def tensor(name: str, array: np.ndarray, datatype: str) -> tuple[dict[str, Any],
 
 
 def infer(url: str, header: Any, tail: bytes = b"", *, codec: str = "identity", length: Any = None) -> Reply:
-    """POST .../infer with any JSON header, any bytes after it, and any Inference-Header-Content-Length."""
+    """Posts any JSON header and any bytes after it, with any Inference-Header-Content-Length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     headers = {"Inference-Header-Content-Length": str(len(text) if length is None else length)}
     return send(url, "POST", f"/v2/models/{codec}/infer", text + tail, headers)
 
 
 def infer_images(url: str, images: np.ndarray, datatype: str, *, codec: str = "identity", **more: Any) -> Reply:
-    """A well-formed request with `images`, plus whatever else the JSON should hold."""
+    """Posts a well-formed request with `images`, and with `more` in the JSON."""
     entry, data = tensor("images", images, datatype)
     return infer(url, {"inputs": [entry], **more}, data, codec=codec)
 
 
 def infer_encoded(url: str, *pictures: bytes, codec: str = "identity") -> Reply:
-    """Encoded pictures as BYTES [N]."""
+    """Posts encoded pictures as BYTES [N]."""
     data = b"".join(len(p).to_bytes(4, "little") + p for p in pictures)
     entry = {
         "name": "images", "datatype": "BYTES", "shape": [len(pictures)],
@@ -76,14 +76,14 @@ def infer_encoded(url: str, *pictures: bytes, codec: str = "identity") -> Reply:
 
 
 def encoded(picture: np.ndarray, kind: str) -> bytes:
-    """JPEG, PNG or WEBP bytes of uint8 [3,H,W]."""
+    """Encodes uint8 [3,H,W] as JPEG, PNG or WEBP."""
     out = io.BytesIO()
     Image.fromarray(picture.transpose(1, 2, 0)).save(out, kind)
     return out.getvalue()
 
 
 def png_bomb(side: int) -> bytes:
-    """A PNG of side x side black pixels, a few hundred kilobytes however large."""
+    """Returns a PNG of side x side black pixels, which takes only a few hundred kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -94,7 +94,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def jpeg_bomb(side: int) -> bytes:
-    """A JPEG whose header says side x side pixels; its data is that of an 8 x 8 one."""
+    """Returns a JPEG of 8 x 8 pixels whose header announces side x side."""
     data = bytearray(encoded(np.zeros((3, 8, 8), np.uint8), "JPEG"))
     frame = data.index(b"\xff\xc0") + 5
     data[frame : frame + 4] = side.to_bytes(2, "big") * 2

@@ -1,4 +1,4 @@
-"""`dat serve` as a process: it starts or says why not, and leaves nothing behind."""
+"""`dat serve` as a process: it starts or reports why not, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_nothing_is_left_running(end: signal.Signals) -> None:
 
 
 def test_two_services_side_by_side(ray_url: str) -> None:
-    """Replica ports are opened with SO_REUSEPORT: shared ones would mix the two up now and then."""
+    """Replica ports are opened with SO_REUSEPORT, so two services with the same ports would mix up requests."""
     with dat_serve("--codec", "identity") as (url, _):
         for _ in range(20):
             with Client(url, "identity") as one, Client(ray_url, "tiny-f8") as other:
@@ -81,7 +81,7 @@ def test_what_cannot_start_says_why(local: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("local", [[], ["--local"]])
 def test_codec_that_does_not_load_in_the_replica_ends_the_command(local: list[str]) -> None:
-    """Engine and dtype only meet where the codec is loaded: in the replica's process."""
+    """Whether engine and dtype fit is only known when the codec is loaded, in the replica's process."""
     said = failing("--engine", "reference", "--dtype", "bf16", "--port", str(free_port()), *local)
     assert "the reference engine is fp32" in said
 

@@ -1,4 +1,4 @@
-"""Threads that send requests, with no retry of any kind, and keep what came back."""
+"""Threads that send requests, without any retries, and record the responses."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.raw_requests import tensor
 
 @dataclass
 class Load:
-    """What came back: when, the error or the status, and of 200 the fingerprint and the bytes of the pictures."""
+    """The responses: the time, the error or status, and for 200 the fingerprint and the bytes of the images."""
 
     results: list[tuple[float, str, str, bytes]] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
-        return [what for _, what, _, _ in self.results if what != "200"]
+        return [outcome for _, outcome, _, _ in self.results if outcome != "200"]
 
     def good_after(self, moment: float) -> bool:
-        return any(when > moment and what == "200" for when, what, _, _ in list(self.results))
+        return any(when > moment and outcome == "200" for when, outcome, _, _ in list(self.results))
 
 
 def infer_body(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a request for Q(x), all binary."""
+    """Returns body and headers of a request for Q(x), with binary tensors."""
     entry, data = tensor("images", images, "UINT8")
     header = json.dumps({"inputs": [entry], "parameters": {"binary_data_output": True}}).encode()
     return header + data, {"Inference-Header-Content-Length": str(len(header))}
@@ -54,14 +54,14 @@ def ask(
 
 @contextmanager
 def load(url: str, codec: str, images: np.ndarray, threads: int = 4, pause_s: float = 0.05) -> Iterator[Load]:
-    """Sends `images` from so many connections until the block ends.
+    """Sends `images` over one connection per thread until the block ends.
 
-    With pauses: what is started meanwhile needs the machine's cores too.
+    Pauses between requests, because processes that are started meanwhile need the cores too.
     """
     parts = urlsplit(url)
     body, headers = infer_body(images)
     path = f"{parts.path}/v2/models/{codec}/infer"
-    seen = Load()
+    traffic = Load()
     end = threading.Event()
 
     def send() -> None:
@@ -70,9 +70,9 @@ def load(url: str, codec: str, images: np.ndarray, threads: int = 4, pause_s: fl
             try:
                 if connection is None:
                     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
-                seen.results.append((time.monotonic(), *ask(connection, path, body, headers)))
+                traffic.results.append((time.monotonic(), *ask(connection, path, body, headers)))
             except (OSError, http.client.HTTPException) as error:
-                seen.results.append((time.monotonic(), f"{type(error).__name__}: {error}", "", b""))
+                traffic.results.append((time.monotonic(), f"{type(error).__name__}: {error}", "", b""))
                 connection.close()
                 connection = None
             end.wait(pause_s)
@@ -83,7 +83,7 @@ def load(url: str, codec: str, images: np.ndarray, threads: int = 4, pause_s: fl
     for worker in workers:
         worker.start()
     try:
-        yield seen
+        yield traffic
     finally:
         end.set()
         for worker in workers:

@@ -1,4 +1,4 @@
-"""Q(x + δ) over the wire, against a straight re-statement of Algorithm 1 with the published modules."""
+"""Q(x + δ) over the wire, compared with a direct implementation of Algorithm 1 with the published modules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reference() -> Engine:
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """17 crops of photographs, and gradients of a (random) network's summed loss at them."""
+    """Returns 17 crops of photographs, and the gradients of a random network's summed loss there."""
     images = np.stack([crop(NAMES[i % 4], 80 + 8 * i, 64)[:, 8 * i : 8 * i + 64] for i in range(17)])
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, 2), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 5, 2))
@@ -55,7 +55,7 @@ def algorithm_1(
     alpha: float,
     epsilon: float | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Tokens of Q(x) and of Q(x + δ), each sample by itself."""
+    """Returns the tokens of Q(x) and of Q(x + δ), computed for each sample alone."""
     clean, attacked = [], []
     for image, gradient in zip(images, g, strict=True):
         x = torch.from_numpy(image[None]).float() / 255
@@ -94,13 +94,13 @@ def test_tokens_are_those_of_algorithm_1(
         "epsilon": epsilon,
     }
     clean, attacked = algorithm_1(reference, images, g, **step)
-    asked = {"preset": preset} if preset else step
+    options = {"preset": preset} if preset else step
     q = codec.discretize(
         images,
         gradients=g,
         gradient_dtype="FP32",
         outputs=["indices", "adversarial_indices", "adversarial"],
-        **asked,
+        **options,
     )
     assert np.array_equal(q.indices, clean)
     assert np.array_equal(q.adversarial_indices, attacked)
@@ -113,13 +113,13 @@ def test_tokens_are_those_of_algorithm_1(
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-30])
 def test_gradient_scale_and_alpha_cancel(codec: Client, batch: tuple[np.ndarray, np.ndarray], scale: float) -> None:
-    """To the last token where scaling is exact; 1e-6 moves the last bit of g, and so a near-tie in a thousand."""
+    """All tokens agree if scaling is exact; 1e-6 changes the last bit of g, and so one near-tie in a thousand."""
     images, g = batch
 
     def tokens(s: float, dtype: str) -> np.ndarray:
         scaled = (g * s).astype(np.float32)
-        asked: dict[str, Any] = {"alpha": 1 / s, "gradient_dtype": dtype, "outputs": ["adversarial_indices"]}
-        return np.asarray(codec.discretize(images, scaled, **asked).adversarial_indices)
+        options: dict[str, Any] = {"alpha": 1 / s, "gradient_dtype": dtype, "outputs": ["adversarial_indices"]}
+        return np.asarray(codec.discretize(images, scaled, **options).adversarial_indices)
 
     assert np.array_equal(tokens(scale, "FP16"), tokens(1.0, "FP16"))
     assert (tokens(1e-6, "FP32") == tokens(1.0, "FP32")).mean() > 0.995

@@ -1,4 +1,4 @@
-"""What a request holds between its parsing and the codec: all of it is counted, or refused at once."""
+"""Everything that a request holds between parsing and codec is reserved, or refused at once."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ async def ask(worker: CodecWorker, request: dict[str, Any]) -> None:
     ids=["value", "name", "wrong", "inputs"],
 )
 def test_no_request_waits_with_all_that_was_parsed_of_it(worker: CodecWorker, more: dict[str, Any]) -> None:
-    """Parsed JSON is 24 times its text: four threads parse at once, and what they refuse is gone."""
+    """Parsed JSON takes 24 times its text: four threads parse at once, and refused requests are freed."""
 
     async def many(count: int) -> int:
         tracemalloc.start()
         try:
-            asked = await asyncio.gather(
+            results = await asyncio.gather(
                 *(ask(worker, {"inputs": [SMALL], **more}) for _ in range(count)), return_exceptions=True
             )
-            assert {type(error) for error in asked} <= {InvalidInput, WireError}
+            assert {type(error) for error in results} <= {InvalidInput, WireError}
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -84,9 +84,9 @@ def test_tensors_that_are_copies_are_counted(worker: CodecWorker) -> None:
     }
     copied = {"numbers": 4 * 192, "bytes": sum(map(len, pictures)), "views": 0}
     tails = {"numbers": b"", "bytes": data, "views": bytes(2 * 192 * 4)}
-    for what, entry in entries.items():
+    for kind, entry in entries.items():
         head = json.dumps({"inputs": [{"name": "images"} | entry]}).encode()
-        body = np.frombuffer(head + tails[what], np.uint8).data
+        body = np.frombuffer(head + tails[kind], np.uint8).data
         with worker.admit("", len(body)) as reservation:
             asyncio.run(decode(worker, body, str(len(head)), reservation))
-            assert worker.held_bytes - len(body) == copied[what], what
+            assert worker.held_bytes - len(body) == copied[kind], kind

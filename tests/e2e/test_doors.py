@@ -1,4 +1,4 @@
-"""What a user does, on Ray Serve and with --local: discretize, decode, pictures for people, tritonclient."""
+"""The uses of a service, on Ray Serve and with --local: discretize, decode, single pictures, tritonclient."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_what_the_service_refuses_reaches_the_caller_as_the_right_error(client: 
 
 
 def test_body_over_the_limit_is_an_answer_and_no_broken_pipe(client: Client, serve_app: Callable[..., str]) -> None:
-    """The refusal comes while the body is still being sent; it must arrive all the same."""
+    """The refusal is sent while the body is still arriving, and must reach the client all the same."""
     small = serve_app(codec="identity", max_body_bytes=1 << 20)
     with Client(small, "identity", retries=0) as c:
         for _ in range(5):
@@ -199,7 +199,7 @@ def test_large_identity_batches_come_back_whole(serve_app: Callable[..., str]) -
 
 
 def test_refused_and_good_requests_on_ray(ray_url: str) -> None:
-    """HAProxy stands between: refusals keep their status and message there."""
+    """Refusals keep their status and message on their way through HAProxy."""
     assert infer_images(ray_url, np.zeros((0, 3, 8, 8), np.uint8), "UINT8", codec="tiny-f8").status == 422
     reply = infer_encoded(ray_url, b"no picture", codec="tiny-f8")
     assert reply.status == 422
@@ -209,7 +209,7 @@ def test_refused_and_good_requests_on_ray(ray_url: str) -> None:
 
 
 def test_operators_see_the_replicas_on_ray(ray_url: str) -> None:
-    """Through HAProxy and Serve, which adds X-Request-Id itself: it must not come twice."""
+    """Serve adds X-Request-Id itself, so the app must not add it too."""
     reply = send(ray_url, "GET", "/metrics")
     assert reply.status == 200
     assert b'dat_codec_info{codec="tiny-f8"' in reply.body

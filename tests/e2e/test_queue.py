@@ -1,4 +1,4 @@
-"""The queue as strangers meet it: deadlines, fairness, who leaves, and what the answers say of time."""
+"""The queue from outside: deadlines, fairness, disconnecting clients, and times in the responses."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def test_a_deadline_is_honoured(tiny: str) -> None:
     assert infer(tiny, images[:1], x_dat_timeout_ms="60000").status == 200
 
 
-@pytest.mark.parametrize("said", ["", "-1", "soon", "1e3", "9" * 12])
-def test_a_deadline_that_is_none_is_refused(tiny: str, said: str) -> None:
-    reply = infer(tiny, np.zeros((1, 3, 8, 8), np.uint8), x_dat_timeout_ms=said)
+@pytest.mark.parametrize("timeout_ms", ["", "-1", "soon", "1e3", "9" * 12])
+def test_a_deadline_that_is_none_is_refused(tiny: str, timeout_ms: str) -> None:
+    reply = infer(tiny, np.zeros((1, 3, 8, 8), np.uint8), x_dat_timeout_ms=timeout_ms)
     assert reply.status == 422
     assert reply.error["field"] == "X-Dat-Timeout-Ms"
 
 
 def test_a_flood_is_refused_and_others_are_not(tiny: str) -> None:
-    """30 pictures a request, six requests at once: at least ten seconds of work against a limit of three."""
+    """Six requests of 30 images at once are at least ten seconds of work, against a limit of three."""
     flood = np.broadcast_to(crop("coffee", 224, 224), (30, 3, 224, 224))
     assert infer(tiny, flood[:4]).status == 200  # the codec's speed is known
     replies: list[Reply] = []
@@ -131,7 +131,7 @@ def test_nothing_stays_held_after_refusals(monkeypatch: pytest.MonkeyPatch, serv
 
 
 def test_places_are_not_had_by_made_up_names(serve_app: Callable[..., str], tmp_path: Path) -> None:
-    """An address holds half of them at most, whatever names it gives itself; so does a key, from any address."""
+    """An address holds half of the slots at most, whatever X-Dat-Client it sends; so does a key."""
     keys = tmp_path / "keys"
     keys.write_text("secret-one infer one\nsecret-two infer two\n")
     for more, others in (({}, {"source": "127.0.0.2"}), ({"api_key_file": keys}, {"key": "secret-two"})):
@@ -160,7 +160,7 @@ def test_places_are_not_had_by_made_up_names(serve_app: Callable[..., str], tmp_
 
 
 def status_from(url: str, source: str = "127.0.0.1", key: str = "") -> int:
-    """The status of one small request from that address, with that key."""
+    """Returns the status of one small request from an address, with a key."""
     parts = urlsplit(url)
     body, headers = request_of(np.zeros((1, 3, 8, 8), np.uint8))
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -176,8 +176,8 @@ def status_from(url: str, source: str = "127.0.0.1", key: str = "") -> int:
 
 @pytest.mark.parametrize(("behind_proxy", "holder"), [(False, "peer/10.0.0.1"), (True, "peer/10.0.0.7")])
 def test_the_address_is_haproxys_word_on_ray_alone(behind_proxy: bool, holder: str) -> None:
-    """Without HAProxy before it X-Forwarded-For is the stranger's own word."""
-    asked = Request(
+    """Without HAProxy in front of the app, clients can write anything into X-Forwarded-For."""
+    request = Request(
         {
             "type": "http",
             "client": ("10.0.0.1", 1),
@@ -185,5 +185,5 @@ def test_the_address_is_haproxys_word_on_ray_alone(behind_proxy: bool, holder: s
             "app": SimpleNamespace(state=SimpleNamespace(behind_proxy=behind_proxy)),
         }
     )
-    caller = caller_of(asked, 0.0)
+    caller = caller_of(request, 0.0)
     assert (caller.holder, caller.flow) == (holder, "/me")

@@ -1,4 +1,4 @@
-"""`dat serve` on a Ray that somebody else started, and what it wrote for `serve run` and `serve deploy`.
+"""`dat serve` on a Ray that was started before, and its configuration for `serve run` and `serve deploy`.
 
 Slow: `python -m pytest -m slow tests/e2e/test_ray_cluster.py`
 """
@@ -32,7 +32,7 @@ IMAGES = np.random.default_rng(5).integers(0, 256, (2, 3, 32, 32), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """A Ray of its own, with the variables that the docs ask for; what joins it needs these."""
+    """Starts a separate Ray with the documented variables, which everything that joins it needs too."""
     folder = Path(tempfile.mkdtemp(prefix="dat-ray-"))  # not pytest's: a socket's path is at most 107 bytes
     port, serve_port = free_port(), free_port()
     block = take_block(serve_port)

@@ -1,5 +1,4 @@
-"""Every row of the design's error list over HTTP: status, message with field, value and limit, and the next
-good request is answered."""
+"""Each kind of bad request gets its status and a message with field, value and limit; the next request works."""
 
 from __future__ import annotations
 
@@ -144,7 +143,7 @@ def test_ten_thousand_by_ten_thousand_claimed_without_bytes(identity: str) -> No
 
 
 def test_ten_thousand_by_ten_thousand_announced(identity: str) -> None:
-    """The announced length is enough: not one byte of the 300 MB is read."""
+    """The announced length suffices for the refusal: none of the 300 MB is read."""
     parts = urlsplit(identity)
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
         s.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 300000200\r\n\r\n")
@@ -264,7 +263,7 @@ def test_sixteen_bit_grey_is_not_guessed_at(identity: str) -> None:
 
 
 def test_upgrade_is_refused_and_the_connection_closed(identity: str) -> None:
-    """The parser would take the body for the next request."""
+    """The parser would take the body for another request."""
     parts = urlsplit(identity)
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
         s.sendall(
@@ -287,8 +286,8 @@ def test_reader_that_does_not_read_gives_its_place_back(serve_app: Callable[...,
     url = serve_app(codec="identity", max_requests=1, body_timeout_s=0.3)
     images = np.zeros((16, 3, 256, 256), np.uint8)
     entry, data = tensor("images", images, "UINT8")
-    asked = {"inputs": [entry], "parameters": {"output_dtype": "FP32", "binary_data_output": True}}
-    head = json.dumps(asked).encode()
+    header_json = {"inputs": [entry], "parameters": {"output_dtype": "FP32", "binary_data_output": True}}
+    head = json.dumps(header_json).encode()
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
         s.sendall(

@@ -1,4 +1,4 @@
-"""However `dat serve` on Ray ends, nothing is left of it.
+"""However `dat serve` on Ray ends, it leaves no processes behind.
 
 Slow: `python -m pytest -m slow tests/e2e/test_serve_ends.py`
 """
@@ -46,7 +46,7 @@ def starting() -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    """Reads what the process writes up to a line that begins so, or its end."""
+    """Reads the process's output up to a line that begins with `word`, or up to its end."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(word):
@@ -63,7 +63,7 @@ def check_gone(processes: set[psutil.Process], patience_s: float) -> None:
 
 @pytest.mark.parametrize("so_many", [4, 8, 12])
 def test_interrupted_while_it_starts(so_many: int) -> None:
-    """By when it has begun so many processes."""
+    """The interrupt comes once that many processes have been started."""
     with starting() as process:
         until(lambda: len(family(process.pid)) >= so_many)
         begun = family(process.pid)
@@ -88,7 +88,7 @@ def test_interrupted_while_it_stops() -> None:
 
 
 def test_killed() -> None:
-    """Ray ends what belongs to a process that is gone, and HAProxy ends with the actor that started it."""
+    """Ray ends the processes of a dead driver, and HAProxy ends with the actor that started it."""
     with starting() as process:
         wait_for(process, "ready")
         begun = family(process.pid)
@@ -98,7 +98,7 @@ def test_killed() -> None:
 
 
 def test_requests_under_way_are_answered() -> None:
-    """Half a request is there when the service is told to stop; the other half comes while it does."""
+    """Half of a request has arrived when the service is told to stop; the other half arrives while it stops."""
     images = np.zeros((2, 3, 32, 32), np.uint8)
     body, headers = infer_body(images)
     with dat_serve("--codec", "identity") as (url, process):

@@ -1,4 +1,4 @@
-"""Updates and the end of a service, without a Ray: what must never start one, and who waits for whom."""
+"""Updating and stopping a service, without Ray: neither may start one, and each waits for the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dat_workers.system.signals import delayed_signals
 
 @pytest.fixture
 def rays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As if no Ray ran; every one that is started is noted here."""
+    """Pretends that no Ray runs, and records each attempt to start one."""
     started: list[str] = []
 
     def init(*_: Any, **__: Any) -> None:
@@ -54,7 +54,7 @@ def test_a_ray_that_does_not_start_is_asked_for_nothing(rays: list[str], monkeyp
 
 
 def test_no_update_begins_once_it_stops(rays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`stop` waits for who is asking Serve, and after that nobody does."""
+    """`stop` waits for a running call to Serve, and no call is made after it."""
     service = RayService(Settings(codec="identity"))
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.serve.shutdown", lambda: None)

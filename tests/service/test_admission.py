@@ -1,4 +1,4 @@
-"""Slots and bytes in fair shares."""
+"""Slots and bytes are divided into fair shares."""
 
 from __future__ import annotations
 

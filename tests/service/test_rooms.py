@@ -23,7 +23,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The rooms that a module imports, also inside functions and for type checking alone."""
+    """Returns the rooms that a module imports, also inside functions and for type checking alone."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""API keys: the file, its rotation, scopes; and what nobody gets however they ask."""
+"""API keys: the file, its rotation and the scopes, and what no client gets whatever it sends."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the service's logger says, wherever it sends that."""
+def messages() -> Iterator[list[str]]:
+    """Collects the messages of the service's logger, whatever its handlers are."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -81,7 +81,7 @@ def test_file_that_is_no_text(file: Path) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_rotation_needs_no_restart(file: Path, said: list[str]) -> None:
+def test_rotation_needs_no_restart(file: Path, messages: list[str]) -> None:
     now = 0.0
     file.write_text("old\n")
     ring = KeyRing(file, clock=lambda: now)
@@ -94,7 +94,7 @@ def test_rotation_needs_no_restart(file: Path, said: list[str]) -> None:
     file.write_text("old\nnew infer night\n")
     assert ring.find("new") is None  # it is looked at once a second
     assert known("old", "new")
-    assert said == ["the API key file has changed: 2 keys"]
+    assert messages == ["the API key file has changed: 2 keys"]
     for broken in ("", "new root\n"):
         file.write_text(broken)
         assert known("old", "new")
@@ -102,7 +102,7 @@ def test_rotation_needs_no_restart(file: Path, said: list[str]) -> None:
     file.unlink()
     assert known("old", "new")
     assert known("old")
-    assert [line.partition(": ")[0] for line in said[1:]] == [
+    assert [line.partition(": ")[0] for line in messages[1:]] == [
         "the changed API key file is not used, the old keys stay valid"
     ] * 3
     replaced = file.with_suffix(".tmp")  # as Kubernetes does it, and everybody should
@@ -136,11 +136,11 @@ def test_what_is_open_without_a_key(serve_app: Callable[..., str], file: Path) -
     file.write_text("user\n")
     url = serve_app(codec="identity", api_key_file=file)
     described = json.loads(send(url, "GET", "/openapi.json").body)["paths"]
-    asked = {
+    routes = {
         (m.upper(), path.replace("{codec}", "identity")) for path, methods in described.items() for m in methods
     }
-    asked |= {("GET", path) for path in ("/", "/docs", "/openapi.json", "/redoc", "/docs/oauth2-redirect")}
-    statuses = {path: send(url, method, path).status for method, path in asked}
+    routes |= {("GET", path) for path in ("/", "/docs", "/openapi.json", "/redoc", "/docs/oauth2-redirect")}
+    statuses = {path: send(url, method, path).status for method, path in routes}
     assert {path for path, status in statuses.items() if status == 200} == {
         "/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready",
     }  # fmt: skip
@@ -167,15 +167,15 @@ def no_cors(reply: Reply) -> bool:
 def test_pages_of_other_sites_get_nothing(open_url: str) -> None:
     origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     for path in ("/v2/models/identity/infer", "/v1/reconstruct", "/metrics", "/v2"):
-        asked = send(open_url, "OPTIONS", path, None, origin)
-        assert asked.status == 405
-        assert no_cors(asked)
+        reply = send(open_url, "OPTIONS", path, None, origin)
+        assert reply.status == 405
+        assert no_cors(reply)
     assert no_cors(send(open_url, "GET", "/v2", None, origin))
     assert no_cors(infer_images(open_url, IMAGE, "UINT8"))
 
 
 def test_pickles_are_not_opened(open_url: str, tmp_path: Path) -> None:
-    """Not as a body, not as the tail of one, not as an encoded picture; and not by numpy."""
+    """Pickles are not read as a body, as its binary part or as an encoded picture, and not by numpy either."""
     trace = tmp_path / "opened"
 
     class Trap:

@@ -1,4 +1,4 @@
-"""From an error to the status and the reason of its response."""
+"""Each error has its status and its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --local takes of headers, on a real uvicorn."""
+"""The limits on headers with --local, on a real uvicorn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dat_service.http.header_limits import MAX_BYTES, LimitedHeaders
 
 
 async def length_of_body(scope: Any, receive: Any, send: Any) -> None:
-    """An ASGI app that answers with how many bytes it was sent."""
+    """An ASGI app that responds with the number of bytes it received."""
     length, more = 0, True
     while more:
         message = await receive()
@@ -45,7 +45,7 @@ def port() -> Iterator[int]:
 
 
 def sent_until_closed(connection: socket.socket, piece: bytes, most: int) -> int:
-    """Bytes that were taken of `piece` over and over before the connection was closed, or `most`."""
+    """Sends `piece` repeatedly; returns the bytes sent until the connection was closed, or `most`."""
     total = 0
     with contextlib.suppress(ConnectionError):
         while total < most:
@@ -55,12 +55,12 @@ def sent_until_closed(connection: socket.socket, piece: bytes, most: int) -> int
 
 
 def answer(connection: socket.socket) -> bytes:
-    """All until the end."""
-    said = b""
+    """Receives everything until the connection is closed."""
+    received = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65536):
-            said += piece
-    return said
+            received += piece
+    return received
 
 
 def connect(port: int) -> socket.socket:
@@ -73,12 +73,12 @@ def test_requests_on_one_connection_go_on(port: int) -> None:
             field = b"a" * (MAX_BYTES // 2)
             head = b"POST / HTTP/1.1\r\nHost: a\r\nX-A: %s\r\nContent-Length: %d\r\n\r\n" % (field, length)
             connection.sendall(head + b"b" * length)
-            said = b""
-            while not said.endswith(b"%08d" % length):
+            received = b""
+            while not received.endswith(b"%08d" % length):
                 piece = connection.recv(65536)
-                assert piece, said
-                said += piece
-            assert said.startswith(b"HTTP/1.1 200")
+                assert piece, received
+                received += piece
+            assert received.startswith(b"HTTP/1.1 200")
 
 
 def test_headers_that_are_too_large_are_refused(port: int) -> None:
@@ -111,7 +111,7 @@ def test_no_end_of_headers(port: int, start: bytes, piece: bytes) -> None:
 def test_headers_that_take_too_long(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header_limits, "TIMEOUT_S", 0.2)
     with connect(port) as connection:
-        assert answer(connection) == b""  # before a word was said
+        assert answer(connection) == b""  # closed before anything was sent
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX-A: a")
         assert answer(connection) == b""

@@ -1,4 +1,4 @@
-"""Request ids, counts and audit lines: on the app as it is served, and on the middleware alone."""
+"""Request ids, metrics and audit lines, on the whole app and on the middleware alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_url(serve_app: Callable[..., str]) -> str:
 
 
 def samples(url: str) -> dict[str, float]:
-    """Value by name and labels but codec and replica."""
+    """Returns the samples by name and labels, without the labels codec and replica."""
     text = send(url, "GET", "/metrics").body.decode()
     rows = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
     return {
@@ -43,16 +43,16 @@ def ask(url: str, request_id: str | None, path: str = "/v2") -> Reply:
 def test_each_answer_has_an_id(open_url: str) -> None:
     for path in ("/v2", "/nowhere", "/metrics"):
         assert ask(open_url, "run-7/step-12", path).headers["x-request-id"] == "run-7/step-12"
-        made = [ask(open_url, None, path).headers["x-request-id"] for _ in range(3)]
-        assert len(set(made)) == 3
-        assert all(re.fullmatch("[0-9a-f]{16}", m) for m in made)
+        generated = [ask(open_url, None, path).headers["x-request-id"] for _ in range(3)]
+        assert len(set(generated)) == 3
+        assert all(re.fullmatch("[0-9a-f]{16}", m) for m in generated)
     for unusable in ("x" * 65, "two words", "na\xefve", ""):
         assert re.fullmatch("[0-9a-f]{16}", ask(open_url, unusable).headers["x-request-id"])
     assert infer_images(open_url, IMAGE, "UINT8").headers["x-request-id"]
 
 
 def test_id_on_the_page_of_a_failure_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    """Starlette makes that page outside of its own middleware."""
+    """Starlette creates the response for status 500 outside of its own middleware."""
     from dat_service.http.app import create_app
     from dat_service.settings import Settings
     from dat_service.worker import CodecWorker
@@ -131,17 +131,22 @@ def test_status_says_what_runs_and_no_secret(
     keys.write_text("s3cr3t infer,admin\n")
     url = serve_app(codec="identity", api_key_file=keys)
     reply = send(url, "GET", "/v1/status", None, {"Authorization": "Bearer s3cr3t"})
-    said = json.loads(reply.body)
-    assert (said["codec"], said["replica"], said["ready"], said["api_keys"]) == ("identity", "local", True, 1)
-    assert said["engine"]["device"] == "cpu"
-    assert said["fingerprint"]
-    assert said["gauges"]["held"] == 0
-    assert said["settings"]["max_images"] == 1024
+    status = json.loads(reply.body)
+    assert (status["codec"], status["replica"], status["ready"], status["api_keys"]) == (
+        "identity",
+        "local",
+        True,
+        1,
+    )
+    assert status["engine"]["device"] == "cpu"
+    assert status["fingerprint"]
+    assert status["gauges"]["held"] == 0
+    assert status["settings"]["max_images"] == 1024
     assert b"s3cr3t" not in reply.body
     assert b"hidden-place" not in reply.body
 
 
-# the middleware alone, over a small app: what it hands on, what it says
+# the middleware alone, around a small app
 
 
 class Clock:
@@ -164,10 +169,10 @@ async def call(app: ASGIApp, sent: list[Message], **scope: Any) -> None:
 
 def test_buffers_and_receive_are_handed_on_as_they_are() -> None:
     view = memoryview(b"abc")
-    seen: list[Receive] = []
+    received: list[Receive] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(receive)
+        received.append(receive)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": view, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
@@ -183,7 +188,7 @@ def test_buffers_and_receive_are_handed_on_as_they_are() -> None:
         await ObservabilityMiddleware(app, Metrics("c", "r"))(
             {"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send
         )
-        assert seen == [receive]
+        assert received == [receive]
         assert sent[1]["body"] is view
         assert sent[0]["headers"][0][0] == b"x-request-id"
 
@@ -208,14 +213,14 @@ def test_answer_that_does_not_end_is_counted_as_such(how: str) -> None:
         if how == "raises":
             raise ConnectionError
 
-    metrics, seen = Metrics("c", "r"), list[RequestRecord]()
-    observe = ObservabilityMiddleware(app, metrics, trace=seen.append)
+    metrics, records = Metrics("c", "r"), list[RequestRecord]()
+    observe = ObservabilityMiddleware(app, metrics, trace=records.append)
     if how == "raises":
         with pytest.raises(ConnectionError):
             asyncio.run(call(observe, []))
     else:
         asyncio.run(call(observe, []))
-    assert [s.status for s in seen] == [499]
+    assert [s.status for s in records] == [499]
     assert metrics.registry.get_sample_value("dat_request_seconds_count", metrics.labels) == 0
 
 

@@ -1,4 +1,4 @@
-"""Log lines: one a record, whatever a stranger wrote into it."""
+"""Each record is one log line, whatever a client wrote into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted, and how several replicas' metrics become one answer."""
+"""Metrics are counted, and those of several replicas are merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Samples = dict[tuple[str, str], float]  # by name and replica
 
 
 def parsed(families: list[Metric]) -> tuple[list[str], Samples]:
-    """The families' names as they come, and the samples by replica and whatever label is left."""
+    """Returns the families' names in their order, and the samples by name with further labels and replica."""
     found = list(text_string_to_metric_families(render(families, "")[0].decode()))
     samples = {}
     for family in found:

@@ -1,4 +1,4 @@
-"""Spans, at a collector of the test's own that takes OTLP over HTTP."""
+"""Spans arrive at a collector of the test's own, by OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture
 def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The spans that came, as OTLP's messages."""
+    """Collects the spans that arrive, as OTLP's messages."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans: list[Any] = []
@@ -58,19 +58,19 @@ def test_spans_of_requests(collected: list[Any]) -> None:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine"}
         assert send(url, "GET", "/v2/models/other", None, headers).status == 404
     # the app has ended, and so all is sent
-    asked = next(s for s in collected if s.name == "POST /v2/models/{codec}/infer")
+    inference = next(s for s in collected if s.name == "POST /v2/models/{codec}/infer")
     picture = next(s for s in collected if s.name == "POST /v1/reconstruct")
-    for request in (asked, picture):
+    for request in (inference, picture):
         stages = [s.name for s in collected if s.parent_span_id == request.span_id]
         assert stages == ["body", "queue", "codec"]
     refused = next(s for s in collected if s.name == "GET /v2/models/{codec}")
     assert refused.trace_id.hex() == TRACE
     assert refused.parent_span_id.hex() == PARENT
-    said = {a.key: a.value.string_value or a.value.int_value for a in refused.attributes}
-    assert said["http.response.status_code"] == 404
-    assert said["dat.request_id"] == "mine"
-    assert not asked.parent_span_id
-    assert asked.end_time_unix_nano > asked.start_time_unix_nano
+    attributes = {a.key: a.value.string_value or a.value.int_value for a in refused.attributes}
+    assert attributes["http.response.status_code"] == 404
+    assert attributes["dat.request_id"] == "mine"
+    assert not inference.parent_span_id
+    assert inference.end_time_unix_nano > inference.start_time_unix_nano
 
 
 def test_stages_follow_one_another(collected: list[Any]) -> None:

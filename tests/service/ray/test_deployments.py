@@ -1,4 +1,4 @@
-"""From settings to what Ray Serve is asked for; nothing is started."""
+"""Settings become Ray Serve deployments; nothing is started."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_gpus_of_others_on_the_cluster_are_no_room(monkeypatch: pytest.MonkeyPat
 def updated(
     several: list[dict[str, Any]], present: float, free: float, address: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
-    """max_surge_percent of each of several codecs, as an update asks for them on so many GPUs."""
+    """Returns max_surge_percent of each codec in an update, with `present` GPUs of which `free` are free."""
     if address is None:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
     else:
@@ -104,13 +104,13 @@ def updated(
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": present})
     monkeypatch.setattr("ray.available_resources", lambda: {"GPU": free})
-    asked: list[Any] = []
-    monkeypatch.setattr("ray.serve.run_many", lambda targets, **_: asked.extend(targets))
+    targets: list[Any] = []
+    monkeypatch.setattr("ray.serve.run_many", lambda new_targets, **_: targets.extend(new_targets))
     service = RayService(*(Settings(codec=f"c{i}", **settings) for i, settings in enumerate(several)))
     service.prefixes = routes(list(service.settings), alone=False)
     with service._folder:
         service._deploy()
-    return [target.target._bound_deployment._deployment_config.max_surge_percent for target in asked]
+    return [target.target._bound_deployment._deployment_config.max_surge_percent for target in targets]
 
 
 def test_more_replicas_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_replicas_by_images_that_wait(queued: dict[str, float] | None, running: 
 
 
 def test_serve_takes_the_policy() -> None:
-    """It pickles it by value, for the controller's process."""
+    """Serve pickles the policy by value, for the controller's process."""
     config = AutoscalingConfig(**options(Settings(autoscale="1:4"), gpus=0, cpus=1)["autoscaling_config"])
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
     assert policy(context({"a": 40.0}, 1, 1))[0] == 3
@@ -181,7 +181,7 @@ def test_serve_config_is_what_serve_deploys(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DAT_MAX_IMAGES", "64")
     config = serve_config("--codec", "tiny-f8", "--host", "0.0.0.0", "--replicas", "3", "--gpus", "0.5")
     [application] = config.applications
-    assert application.deployments == []  # whatever stood there would stand over what `build` makes on the cluster
+    assert application.deployments == []  # they would override the options that `build` returns on the cluster
     assert config.http_options.model_dump(include={"host", "port"}) == {"host": "0.0.0.0", "port": 8000}
     assert (application.name, application.route_prefix) == ("tiny-f8", "/")
     assert application.args == {"codec": "tiny-f8", "replicas": 3, "gpus": 0.5, "max_images": 64}
@@ -240,7 +240,7 @@ def test_serve_config_of_several_codecs(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_do_not_go_together(arguments: list[str], why: str) -> None:
-    """Said at once, before Ray is started."""
+    """The error is reported at once, before Ray is started."""
     finished = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *arguments])
     assert finished.exit_code == 1
     assert "dat serve: " in finished.output

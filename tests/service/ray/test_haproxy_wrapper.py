@@ -1,4 +1,4 @@
-"""dat-haproxy on the configuration that the installed Ray Serve writes, in front of a replica of the test's own."""
+"""dat-haproxy with the configuration that the installed Ray Serve writes, in front of a stand-in replica."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import free_port
 
 
 def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> Path:
-    """What Ray Serve writes for one application with one replica."""
+    """Writes Ray Serve's configuration for one application with one replica."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions
 
@@ -55,7 +55,7 @@ def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> P
 
 
 class StandInReplica(http.server.ThreadingHTTPServer):
-    """Answers with the headers that it got; is healthy, leaves (503) or does not answer (0), as told."""
+    """Responds with the headers it received; `health` is 200 (healthy), 503 (stopping) or 0 (no answer)."""
 
     daemon_threads = True
 
@@ -94,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def running(path: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`dat-haproxy` on a configuration, as Ray starts it."""
+    """Runs `dat-haproxy` with a configuration, as Ray starts it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dat_service.ray.haproxy_wrapper", *arguments, "-db", "-f", str(path)],
         stderr=subprocess.PIPE,
@@ -178,7 +178,7 @@ def test_what_strangers_send_does_not_reach_serve(tmp_path: Path, replica: Stand
 
 
 def test_headers_have_their_limit(tmp_path: Path, replica: StandInReplica) -> None:
-    """Of HAProxy's buffer, 16 KiB, one is kept for what it adds itself (docs/safety.md)."""
+    """Of HAProxy's buffer of 16 KiB, 1 KiB is reserved for what it adds itself (docs/safety.md)."""
     port = free_port()
     with running(ray_config(tmp_path, port, replica.server_port), port):
         assert get(port, headers=[("X-Large", b"x" * 15_000)])[0] == 200
@@ -192,16 +192,16 @@ def test_serves_list_of_routes_is_not_for_strangers(tmp_path: Path, replica: Sta
     path = ray_config(tmp_path, port, replica.server_port)
     assert "/-/routes" in path.read_text()  # Ray's own answer to it
     with running(path, port):
-        for asked in ("/-/routes", "/-/ROUTES"):
+        for path_variant in ("/-/routes", "/-/ROUTES"):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request("GET", asked)
+            connection.request("GET", path_variant)
             response = connection.getresponse()
             assert (response.status, b"toy" in response.read()) == (404, False)
             connection.close()
 
 
 def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandInReplica) -> None:
-    """One series for each method of strangers, for ever, would be a leak."""
+    """One permanent series for each method that clients make up would be a memory leak."""
     port = free_port()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as metrics:
         metrics.bind(str(tmp_path / "metrics.sock"))
@@ -212,15 +212,15 @@ def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandI
                 connection.request(method, "/")
                 connection.getresponse().read()
                 connection.close()
-            said: list[str] = []  # of connections without a request too: those that waited for the port
-            while not said or "MADEUP / HTTP" not in said[-1]:
-                said.append(metrics.recv(9000).decode())
-    methods = [re.findall(r' method="(\w*)"', line) for line in said]
+            log_lines: list[str] = []  # also for connections without a request, those of `running`
+            while not log_lines or "MADEUP / HTTP" not in log_lines[-1]:
+                log_lines.append(metrics.recv(9000).decode())
+    methods = [re.findall(r' method="(\w*)"', line) for line in log_lines]
     assert [method for [method] in methods if method] == ["GET", "OTHER"]
 
 
 def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
-    """And the request does not go to Serve's own proxy."""
+    """Such a request does not reach Serve's own proxy either."""
     port, nobody = free_port(), free_port()
     with StandInReplica() as proxy, running(ray_config(tmp_path, port, nobody, fallback=proxy.server_port), port):
         status, headers, answer = get(port)
@@ -238,8 +238,8 @@ def test_requests_on_a_replica_that_leaves_are_let_finish(tmp_path: Path, replic
         asking.start()
         assert replica.inside.wait(60)
         replica.health = 503
-        seen = replica.checks
-        until(lambda: replica.checks > seen + 5)  # far more than it takes to be down
+        checks_before = replica.checks
+        until(lambda: replica.checks > checks_before + 5)  # far more than it takes to be down
         assert not answers
         replica.hang.set()
         asking.join(60)
@@ -247,7 +247,7 @@ def test_requests_on_a_replica_that_leaves_are_let_finish(tmp_path: Path, replic
 
 
 def test_requests_on_a_replica_that_died_end_at_once(tmp_path: Path, replica: StandInReplica) -> None:
-    """Its host is gone, say: nobody closes the connection of the request that waits."""
+    """If its host is gone, for example, nothing closes the connection of the waiting request."""
     port = free_port()
     path = ray_config(tmp_path, port, replica.server_port)
     with running(path, port):
@@ -275,7 +275,7 @@ def test_listens_where_it_is_told(tmp_path: Path, replica: StandInReplica) -> No
 
 
 def test_ends_with_the_process_that_started_it(tmp_path: Path, replica: StandInReplica) -> None:
-    """An orphan would keep the port, and Serve's next proxy could not listen."""
+    """An orphaned HAProxy would keep the port, and Serve's next proxy could not listen."""
     port = free_port()
     path = ray_config(tmp_path, port, replica.server_port)
     command = [sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "-db", "-f", str(path)]
@@ -306,7 +306,7 @@ def test_amended_once(tmp_path: Path) -> None:
 
 
 def test_another_ray_has_its_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What has no place is named; what is there is amended all the same."""
+    """Amendments that do not fit are reported; the others are applied all the same."""
     path = ray_config(tmp_path, free_port(), free_port())
     path.write_text(path.read_text().replace("http-check expect status 200", "http-check expect rstatus 2.."))
     prepare(binary(), path)

@@ -1,4 +1,4 @@
-"""How a replica shares its metrics with the others, without Ray."""
+"""Replicas share their metrics; tested without Ray."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def test_board_forgets_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scrape_goes_on_without_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that never answers costs a scrape a limited time, and nothing of its own metrics."""
+    """A board that never answers delays a scrape by a limited time, and the replica's own metrics are shown."""
     from concurrent.futures import Future
 
     from dat_service.ray import metrics_board as module
 
     monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
     monkeypatch.setattr(SharedMetrics, "_push", lambda self: None)
-    asked: list[Future[object]] = []
+    futures: list[Future[object]] = []
 
     class Method:
         def remote(self, *_: object) -> SimpleNamespace:
-            asked.append(Future())
-            return SimpleNamespace(future=lambda: asked[-1])
+            futures.append(Future())
+            return SimpleNamespace(future=lambda: futures[-1])
 
     shared = SharedMetrics(busy("r1", 3), "app")
     shared._board = SimpleNamespace(put=Method(), others=Method())
     _, samples = parsed(asyncio.run(shared.families()))
     assert samples["dat_images_total/plain", "r1"] == 3
-    assert len(asked) == 2
+    assert len(futures) == 2

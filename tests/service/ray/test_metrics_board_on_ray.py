@@ -25,7 +25,7 @@ def test_any_replica_answers_for_all() -> None:
 
 
 def when(shared: SharedMetrics, expected: set[str]) -> Samples:
-    """A scrape's samples, once it shows these replicas and no others."""
+    """Scrapes until exactly these replicas are shown, and returns the samples."""
 
     async def ask() -> Samples:
         for _ in range(600):

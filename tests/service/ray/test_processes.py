@@ -88,7 +88,7 @@ def test_those_that_end_by_themselves_are_let() -> None:
 
 
 def test_names_that_are_no_text() -> None:
-    """Any process on the machine may have one."""
+    """Any process on the machine may have such a name."""
     named = (
         "import sys, time; open('/proc/self/comm', 'wb').write(b'\\xff) S 1'); print(flush=True); time.sleep(600)"
     )

@@ -1,6 +1,6 @@
-"""What this service relies on inside Ray, held on the version that is installed.
+"""The installed version of Ray has everything inside that this service relies on.
 
-The configuration that Ray's template renders is held by test_haproxy_wrapper.py.
+The configuration that Ray's template renders is checked by test_haproxy_wrapper.py.
 """
 
 from __future__ import annotations
