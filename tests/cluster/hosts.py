@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, each with its own address. Needs root and iproute2."""
+"""Hosts on one machine: network namespaces on a bridge, each with its own address. They need root and iproute2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Host:
     folder: Path
 
     def start(self, command: Sequence[str], env: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
-        """A process on this host; what it writes goes to a file of that name in `folder`."""
+        """Starts a process on this host, whose output goes to a file of that name in `folder`."""
         with (self.folder / log).open("ab") as file:
             return subprocess.Popen(
                 self.command(command), env=clean_environment(env), stdout=file, stderr=subprocess.STDOUT,
@@ -33,35 +33,35 @@ class Host:
             )  # fmt: skip
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """As this machine runs it there."""
+        """Returns the command line that runs the command on this host."""
         return ["ip", "netns", "exec", self.name, *command]
 
     def cut_off(self) -> None:
-        """Pulls the cable: nothing is refused, nothing answers."""
+        """Pulls the cable: connections are not refused, and nothing answers."""
         ip("link", "set", self.link, "down")
 
     def reconnect(self) -> None:
         ip("link", "set", self.link, "up")
 
     def kill(self) -> int:
-        """SIGKILL to all its processes at once; how many there were."""
+        """Sends SIGKILL to all its processes at once; returns how many there were."""
         killed = 0
         while pids := self.pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
-            time.sleep(0.1)  # some were just starting others
+            time.sleep(0.1)  # some were just starting more
         return killed
 
     def pids(self) -> list[int]:
-        """Its processes that still run."""
+        """Returns its processes that still run."""
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
         return [pid for pid in map(int, listed.stdout.split()) if not is_zombie(pid)]
 
 
 def is_zombie(pid: int) -> bool:
-    """Whether a process has ended (and its parent has not looked yet)."""
+    """Returns whether a process has ended, even if its parent has not read its status yet."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -69,7 +69,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def ip(*arguments: str) -> str:
-    """What iproute2's command writes; raises RuntimeError with what it says."""
+    """Runs iproute2's command and returns its output. Raises RuntimeError with its message."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
@@ -77,13 +77,13 @@ def ip(*arguments: str) -> str:
 
 
 def free_network() -> str:
-    """The first three numbers of a network that has no route: one that was killed leaves its own behind."""
+    """Returns the first three numbers of a network without a route; a killed run leaves its network behind."""
     routes = ip("-4", "route", "show", "table", "all")
     return next(network for i in range(256) if f"{(network := f'10.77.{i}')}.0/24 " not in routes)
 
 
 def why_not() -> str:
-    """What is missing for hosts of one's own; empty where nothing is."""
+    """Returns what is missing to create hosts; an empty text if nothing is."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
     return "" if os.geteuid() == 0 else "network namespaces need root"
@@ -91,19 +91,19 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
-    """So many hosts, that reach one another and are reached from here; all of it goes with the block."""
+    """Creates hosts that reach one another and are reached from here, and removes them after the block."""
     tag = f"dat{os.getpid() % 100_000}"  # interface names have 15 characters
     bridge = f"{tag}br"
     network = free_network()
     outside = f"{network}.254"  # this machine on the bridge
-    made = [
+    created = [
         Host(f"{tag}-{name}", f"{network}.{i + 1}", f"{tag}{name}", folder / name) for i, name in enumerate(names)
     ]
     try:
         ip("link", "add", bridge, "type", "bridge")
         ip("addr", "add", f"{outside}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
-        for host in made:
+        for host in created:
             host.folder.mkdir()
             inside = f"{host.link}i"
             ip("netns", "add", host.name)
@@ -113,11 +113,11 @@ def hosts(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", inside)
             ip("-n", host.name, "link", "set", inside, "up")
             ip("-n", host.name, "link", "set", "lo", "up")
-            # nothing goes there, but programs ask the routes for their own address
+            # nothing uses it, but programs ask the routes for their own address
             ip("-n", host.name, "route", "add", "default", "via", outside)
-        yield made
+        yield created
     finally:
-        for host in made:
+        for host in created:
             host.kill()
             for undo in (["link", "del", host.link], ["netns", "del", host.name]):
                 with contextlib.suppress(RuntimeError):

@@ -1,10 +1,10 @@
-"""Three hosts, a real `ray start` on each; one is cut off and one killed, under 8 trainers who compare answers.
+"""Three hosts with a real `ray start` on each: one is cut off and one killed, while 8 trainers compare answers.
 
     python -m tests.cluster.three_hosts   # as root; DAT_CLUSTER_S=60 seconds of load
 
-Host a is Ray's head and runs `dat serve`; every host has a proxy and, while three are there, a replica. Trainers
-talk to a and b. First c is cut off: the answers that were under way there never come. Its cable is plugged in again
-and Ray started anew there, as an operator would. Then b is killed, once its trainers have gone over to a.
+Host a is Ray's head and runs `dat serve`; every host has a proxy and, while there are three, a replica. Trainers
+talk to a and b. First c is cut off: the answers that were under way there never arrive. Then its cable is plugged
+in and Ray started there again, as an operator would do. At last b is killed, after its trainers have moved to a.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dat_client import Client
 from dat_service.launch import DAT, running_process
 from dat_service.ray import haproxy
 from tests.cluster.hosts import Host, hosts, why_not
-from tests.load.answers import CODEC, SERVE, answers
+from tests.load.answers import CODEC, SERVE, Answers, compute_answers
 from tests.load.traffic import Traffic, show
 
 SECONDS = float(os.environ.get("DAT_CLUSTER_S", "60"))
@@ -33,16 +33,16 @@ TRAINERS = 8
 PORT, GCS_PORT = 8000, 6379
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TOKEN = secrets.token_hex(32)
-CPUS = 2  # of each host, as Ray counts: when one is gone, another takes its replica
+CPUS = 2  # of each host for Ray, so that another host can take the replica of one that is gone
 
 
 def three_hosts(seconds: float = SECONDS) -> dict[str, Any]:
-    """The figures; what the trainers have seen under `errors`."""
-    right = answers()
+    """Returns the figures; `errors` holds the errors of the trainers."""
+    answers = compute_answers()
     with tempfile.TemporaryDirectory(prefix="dat-hosts-") as folder, hosts("abc", Path(folder)) as (a, b, c):
         try:
             with cluster(a, b, c) as service:
-                figures = under_load(a, b, c, right, seconds)
+                figures = under_load(a, b, c, answers, seconds)
                 figures["dat serve wrote"] = [line.strip() for line in service.lines[1:]][-5:]
                 return figures
         except BaseException:
@@ -53,7 +53,7 @@ def three_hosts(seconds: float = SECONDS) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def cluster(a: Host, b: Host, c: Host) -> Iterator[Any]:
-    """Ray on all three, and `dat serve` on a."""
+    """Starts Ray on all three, and `dat serve` on a."""
     start_ray(a, "--head", f"--port={GCS_PORT}")
     for host in (b, c):
         start_ray(host, f"--address={a.address}:{GCS_PORT}")
@@ -66,19 +66,19 @@ def cluster(a: Host, b: Host, c: Host) -> Iterator[Any]:
         yield service
 
 
-def under_load(a: Host, b: Host, c: Host, right: Any, seconds: float) -> dict[str, Any]:
-    """8 trainers for about so long; c is cut off in the first half, b killed in the second."""
+def under_load(a: Host, b: Host, c: Host, answers: Answers, seconds: float) -> dict[str, Any]:
+    """Runs 8 trainers for so many seconds; c is cut off in the first half, b killed in the second."""
     half = TRAINERS // 2
-    with Traffic([url(a)] * half, right) as on_a:
-        with Traffic([url(b)] * half, right) as on_b:
+    with Traffic([url(a)] * half, answers) as on_a:
+        with Traffic([url(b)] * half, answers) as on_b:
             time.sleep(seconds / 8)
             c.cut_off()
             before = on_a.answered + on_b.answered
             time.sleep(3 * seconds / 8)
             answered_without_c = on_a.answered + on_b.answered - before
-        c.kill()  # what Ray left there believes in a cluster that has buried it
+        c.kill()  # Ray's processes there still believe in the cluster, which has given them up
         c.reconnect()
-        with Traffic([url(a)] * half, right) as moved:
+        with Traffic([url(a)] * half, answers) as moved:
             start_ray(c, f"--address={a.address}:{GCS_PORT}")
             time.sleep(seconds / 8)
             killed = b.kill()
@@ -99,14 +99,14 @@ def under_load(a: Host, b: Host, c: Host, right: Any, seconds: float) -> dict[st
 
 
 def url(host: Host) -> str:
-    """On a cluster that `dat serve` joins, a codec has a path of its own."""
+    """Returns the codec's address: on a cluster that `dat serve` joins, it has a path of its own."""
     return f"http://{host.address}:{PORT}/{CODEC}"
 
 
 def start_ray(host: Host, *arguments: str) -> None:
-    """`ray start` on a host where nothing else runs yet; returns when its raylet is up.
+    """Runs `ray start` on a host where nothing else runs yet; returns when its raylet is up.
 
-    Ray gives its own processes 30 s to start, too short on a machine that is busy: it is tried three times.
+    Ray gives its own processes 30 s to start, which is too short on a busy machine, so it is tried three times.
     """
     command = [
         *RAY, "start", *arguments, f"--node-ip-address={host.address}", f"--num-cpus={CPUS}", "--num-gpus=0",
@@ -126,7 +126,7 @@ def start_ray(host: Host, *arguments: str) -> None:
 
 
 def node_environment(host: Host) -> dict[str, str]:
-    """What a node of the cluster needs in its environment when Ray is started there, its files in its own folder.
+    """Returns the environment for Ray on this host, with its files in the host's own folder.
 
     Real hosts have a /tmp each; these share one.
     """
@@ -139,7 +139,7 @@ def node_environment(host: Host) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_TMPDIR": str(folder),
-        "RAY_AUTH_MODE": "token",  # Ray's default, for which all nodes have to know the same one
+        "RAY_AUTH_MODE": "token",  # Ray's default, which needs the same token on all nodes
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -147,7 +147,7 @@ def node_environment(host: Host) -> dict[str, str]:
 
 
 def dat_haproxy(folder: Path) -> Path:
-    """The command that is installed beside Python, or a script that does the same."""
+    """Returns the command that is installed beside Python, or a script that does the same."""
     installed = Path(sys.executable).with_name("dat-haproxy")
     if installed.exists():
         return installed

@@ -1,9 +1,9 @@
-"""10,000 mutated infer requests, a good one compared every 50: no 5xx, no crash, no growth.
+"""Sends 10,000 mutated infer requests, and compares a good one every 50: no 5xx, no crash, no growth.
 
     python -m tests.fuzz.fuzz             # DAT_FUZZ_N=10000 requests, on Ray Serve and with --local
 
-A 503 that says when to come again is an answer, and a 504 to a request that set a deadline. What is no HTTP may be
-answered by closing the connection.
+A 503 with a Retry-After is a fine answer, and so is a 504 to a request that set a deadline. Bytes that are not HTTP
+may be answered by closing the connection.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from tests.load.traffic import show
 
 NUMBER = int(os.environ.get("DAT_FUZZ_N", "10000"))
 GOOD_EVERY = 50
-OWED_S = 60.0  # a whole request is answered within this
-NOT_OWED_S = 0.05  # how long an answer to what is not whole is looked for
+ANSWER_TIMEOUT_S = 60.0  # a whole request must be answered within this time
+BROKEN_TIMEOUT_S = 0.05  # how long to wait for an answer to an incomplete request
 MAX_GROWTH, MAX_MORE_FILES = 1.03, 3  # of each process, since a fifth of the requests
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 
 
 @dataclass
 class Fuzzed:
-    """What came back: statuses (0: closed without an answer) by kind of mutation, and what must not be."""
+    """The statuses by kind of mutation (0: closed without an answer), and the faults."""
 
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
 
 def fuzz(url: str, number: int, *, first: int = 0, each: Callable[[int], None] = lambda i: None) -> Fuzzed:
-    """Sends requests `first` to `first + number`; `each` is called after every one."""
+    """Sends requests `first` to `first + number` and calls `each` after every one."""
     good = good_requests()
-    right = [send(url, message) for message in good]
+    expected = [send(url, message) for message in good]
     fuzzed = Fuzzed()
-    for reply, message in zip(right, good, strict=True):
+    for reply, message in zip(expected, good, strict=True):
         if status_of(reply) != 200:
             fuzzed.faults.append(f"good request {message.header[:200]!r}: {reply[:300]!r}")
     for i in range(first, first + number):
@@ -53,7 +53,7 @@ def fuzz(url: str, number: int, *, first: int = 0, each: Callable[[int], None] =
         try:
             reply = send(url, message)
         except TimeoutError:
-            fuzzed.faults.append(f"seed {i} ({message.kind}): no answer within {OWED_S:g} s")
+            fuzzed.faults.append(f"seed {i} ({message.kind}): no answer within {ANSWER_TIMEOUT_S:g} s")
             continue
         status = status_of(reply)
         fuzzed.statuses[message.kind, status] += 1
@@ -62,14 +62,14 @@ def fuzz(url: str, number: int, *, first: int = 0, each: Callable[[int], None] =
             fuzzed.faults.append(f"seed {i} ({message.kind}): {wrong}")
         if i % GOOD_EVERY == 0:
             at = i // GOOD_EVERY % len(good)
-            if body_of(send(url, good[at])) != body_of(right[at]):
-                fuzzed.faults.append(f"good request {at} after seed {i} is answered otherwise than at first")
+            if body_of(send(url, good[at])) != body_of(expected[at]):
+                fuzzed.faults.append(f"good request {at} after seed {i} is answered differently than at first")
         each(i)
     return fuzzed
 
 
 def fault(message: Message, status: int, reply: bytes) -> str:
-    """What is wrong with an answer; nothing mostly."""
+    """Returns a description of what is wrong with an answer, or an empty text."""
     if status == 0 and message.whole:
         return "closed without an answer"
     deadline = b"x-dat-timeout-ms" in message.to_bytes().lower()
@@ -83,14 +83,14 @@ def fault(message: Message, status: int, reply: bytes) -> str:
 
 
 def send(url: str, message: Message) -> bytes:
-    """The bytes that come back for it on a connection of its own. Raises TimeoutError where an answer is owed."""
+    """Sends it on a new connection and returns the reply. Raises TimeoutError if a whole request gets no answer."""
     parts = urlsplit(url)
     data, reply = message.to_bytes(), b""
-    with socket.create_connection((parts.hostname, parts.port), timeout=OWED_S) as s:
-        with contextlib.suppress(OSError):  # refused before all was sent; the answer may be there
+    with socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_TIMEOUT_S) as s:
+        with contextlib.suppress(OSError):  # refused before all was sent; the answer may have arrived
             s.sendall(data)
-        s.settimeout(OWED_S if message.whole else NOT_OWED_S)
-        deadline = time.monotonic() + OWED_S
+        s.settimeout(ANSWER_TIMEOUT_S if message.whole else BROKEN_TIMEOUT_S)
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
         try:
             while not is_whole(reply, head=message.line.startswith("HEAD")) and time.monotonic() < deadline:
                 more = s.recv(1 << 16)
@@ -106,7 +106,7 @@ def send(url: str, message: Message) -> bytes:
 
 
 def is_whole(reply: bytes, *, head: bool) -> bool:
-    """Whether the first answer in these bytes is there to its end."""
+    """Returns whether these bytes hold a complete answer."""
     fields, end, body = reply.partition(b"\r\n\r\n")
     if not end:
         return False
@@ -115,28 +115,29 @@ def is_whole(reply: bytes, *, head: bool) -> bool:
 
 
 def status_of(reply: bytes) -> int:
-    """The first answer's status; 0 where there is none."""
+    """Returns the status of the answer; 0 if there is none."""
     found = STATUS.match(reply)
     return int(found[1]) if found else 0
 
 
 def body_of(reply: bytes) -> bytes:
+    """Returns the body of the answer."""
     return reply.partition(b"\r\n\r\n")[2]
 
 
 def fuzz_service(number: int, *arguments: str) -> dict[str, Any]:
-    """A `dat serve` under fuzzing: statuses, faults, and processes that grew, ended or are new."""
+    """Fuzzes a `dat serve`; returns statuses, faults, and the processes that grew or ended."""
     with dat_serve("--codec", CODEC, "--threads", "1", *arguments) as service:
         early: dict[int, ResourceUsage] = {}
 
-        def look(i: int) -> None:
+        def sample(i: int) -> None:
             if i == number // 5:
                 early.update(resource_usage(service.pid))
             if i and i % 1000 == 0:
                 print(f"  {i} of {number}", flush=True)
 
         began = time.monotonic()
-        fuzzed = fuzz(service.url, number, each=look)
+        fuzzed = fuzz(service.url, number, each=sample)
         took_s = time.monotonic() - began
         changed = compare(service, early)
     by_status: Counter[int] = Counter()

@@ -1,4 +1,4 @@
-"""Good infer requests, and what a stranger could make of them: bytes of whole HTTP messages, by seed."""
+"""Good infer requests, and mutations of them by seed, as the bytes of whole HTTP messages."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ Json = dict[str, Any]
 
 @dataclass
 class Message:
-    """A request in parts that can be changed apart. `whole`: an answer is owed, as far as HTTP is concerned."""
+    """A request in parts that can be changed separately. `whole`: it is complete HTTP, so it must be answered."""
 
     header: bytes
     tail: bytes
     fields: list[tuple[str, str]] = field(default_factory=list)
     line: str = f"POST /v2/models/{CODEC}/infer HTTP/1.1"
-    length: str | None = None  # Inference-Header-Content-Length; None: the right one
+    length: str | None = None  # of Inference-Header-Content-Length; None: the right one
     content_length: str | None = None
-    raw: bytes | None = None  # instead of all of the above
+    raw: bytes | None = None  # replaces all of the above
     whole: bool = True
     kind: str = "good"
 
     def to_bytes(self) -> bytes:
+        """Returns the bytes of the whole HTTP message."""
         if self.raw is not None:
             return self.raw
         body = self.header + self.tail
         length = str(len(self.header)) if self.length is None else self.length
-        said = str(len(body)) if self.content_length is None else self.content_length
-        lines = [self.line, "Host: x", f"{wire.HEADER_LENGTH}: {length}", f"Content-Length: {said}"]
+        content_length = str(len(body)) if self.content_length is None else self.content_length
+        lines = [self.line, "Host: x", f"{wire.HEADER_LENGTH}: {length}", f"Content-Length: {content_length}"]
         lines += [f"{name}: {value}" for name, value in self.fields]
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body
 
 
 def good_requests() -> list[Message]:
-    """One of each kind: pictures, pictures with gradients and scales, halves, tokens, files, JSON alone."""
+    """Returns one request of each kind: uint8, gradients with scales, fp16, tokens, picture files, JSON alone."""
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (2, 3, SIDE, SIDE), np.uint8)
     gradients = draw.standard_normal(images.shape).astype(np.float16)
@@ -54,7 +55,7 @@ def good_requests() -> list[Message]:
     outputs = [wire.RequestedOutput("reconstruction"), wire.RequestedOutput("indices", binary=False)]
     step = {"preset": "easyrobust", "alpha": 0.2, "epsilon": 0.1, "seed": 7, "replace_fraction": 0.1}
     encode = wire.encode_request
-    made = [
+    encoded_requests = [
         encode({"images": images}, id="7"),
         encode({"images": images, "gradients": gradients, "gradient_scales": scales}, parameters=step),
         encode({"images": (images / np.float32(255)).astype(np.float16)}, outputs=outputs),
@@ -62,7 +63,7 @@ def good_requests() -> list[Message]:
         encode({"images": files}),
         encode({"images": images[:1, :, :8, :8]}, binary=False, binary_default=False),
     ]
-    return [Message(bytes(chunks[0]), b"".join(map(bytes, chunks[1:]))) for chunks, _ in made]
+    return [Message(bytes(chunks[0]), b"".join(map(bytes, chunks[1:]))) for chunks, _ in encoded_requests]
 
 
 NASTY: list[Any] = [
@@ -109,7 +110,7 @@ TEXTS = [
 
 
 def mutated(seed: int, good: list[Message]) -> Message:
-    """Request number `seed`: a good one with one to three changes of one kind."""
+    """Returns request number `seed`: a good one with one to three changes of one kind."""
     draw = random.Random(seed)
     base = draw.choice(good)
     message = Message(base.header, base.tail, list(base.fields))
@@ -123,7 +124,7 @@ def mutated(seed: int, good: list[Message]) -> Message:
 
 
 def change_json(m: Message, draw: random.Random) -> None:
-    """Some value of the JSON header becomes another one, goes, or comes twice."""
+    """Replaces, removes or repeats a value of the JSON header."""
     try:
         tree = json.loads(m.header)
     except ValueError:
@@ -157,7 +158,7 @@ def change_json(m: Message, draw: random.Random) -> None:
 
 
 def change_bytes(m: Message, draw: random.Random) -> None:
-    """Bytes of the header or the tensors are flipped, cut out, put in or repeated."""
+    """Flips, removes, inserts or repeats bytes of the header or of the tensors."""
     name = draw.choice(["header", "tail"])
     data = bytearray(getattr(m, name))
     at = draw.randrange(len(data) + 1)
@@ -174,19 +175,19 @@ def change_bytes(m: Message, draw: random.Random) -> None:
 
 
 def change_values(m: Message, draw: random.Random) -> None:
-    """The tensors hold noise: NaN, infinity, lengths of files that are not, tokens that are too large."""
+    """Fills the tensors with noise: NaN, infinity, wrong lengths of files, tokens that are too large."""
     filling = draw.choice([b"\xff", b"\x00", b"\x7f\x80", b"\x7c\x00", draw.randbytes(97)])
     m.tail = (filling * (len(m.tail) // len(filling) + 1))[: len(m.tail)]
 
 
 def change_length(m: Message, draw: random.Random) -> None:
-    """Inference-Header-Content-Length says another length."""
+    """Sets Inference-Header-Content-Length to another length."""
     near = [str(len(m.header) + off) for off in (-17, -1, 1, 16, len(m.tail))]
     m.length = draw.choice(NUMBERS + near)
 
 
 def cut(m: Message, draw: random.Random) -> None:
-    """The body is shorter or longer than its tensors, and Content-Length says so."""
+    """Makes the body shorter or longer than its tensors, with the right Content-Length."""
     if draw.random() < 0.7:
         m.tail = m.tail[: draw.randrange(len(m.tail) + 1)]
     else:
@@ -194,12 +195,12 @@ def cut(m: Message, draw: random.Random) -> None:
 
 
 def change_fields(m: Message, draw: random.Random) -> None:
-    """Header fields that the service reads, or not, with any text."""
+    """Adds a header field, which the service may read, with any text."""
     m.fields.append((draw.choice(FIELDS), draw.choice(TEXTS).replace("\x00", "")))
 
 
 def change_line(m: Message, draw: random.Random) -> None:
-    """Another method or path."""
+    """Changes the method or the path."""
     method = draw.choice(["POST", "POST", "GET", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH"])
     codec = draw.choice([CODEC, CODEC + "%00", "..%2f..", "é", "x" * 3000, "%", "tiny-f8/versions/1", ""])
     rest = draw.choice(["/infer", "/infer/", "/infer?x=1", "/ready", "", "/infer%20", "//infer", "/generate"])
@@ -207,7 +208,7 @@ def change_line(m: Message, draw: random.Random) -> None:
 
 
 def break_http(m: Message, draw: random.Random) -> None:
-    """What is no HTTP, or other than it says: chunks, lengths, versions, lines, requests behind one another."""
+    """Breaks HTTP itself: chunks, lengths, versions, lines, several requests behind one another."""
     m.whole = False
     good = m.to_bytes()
     head, _, body = good.partition(b"\r\n\r\n")
@@ -219,7 +220,7 @@ def break_http(m: Message, draw: random.Random) -> None:
         return size + b"\r\n" + data + b"\r\n"
 
     match draw.randrange(14):
-        case 0:  # less than Content-Length says
+        case 0:  # shorter than Content-Length
             m.raw = good[: len(head) + 4 + draw.randrange(len(body) + 1)]
         case 1:
             m.raw = head[: draw.randrange(1, len(head))]
@@ -235,7 +236,7 @@ def break_http(m: Message, draw: random.Random) -> None:
             m.raw = chunked + chunk(wrong, body) + b"0\r\n\r\n"
         case 5:
             m.raw = chunked + b"".join(chunk(b"1", bytes([byte])) for byte in body[:300])
-        case 6:  # which of the two holds? nobody may tell
+        case 6:  # two contradicting lengths
             m.raw = head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"%x" % len(body), body) + b"0\r\n\r\n"
         case 7:
             m.raw = good + good + b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -1,4 +1,4 @@
-"""What schemathesis makes of /openapi.json: every operation, with what its schema allows and what it forbids."""
+"""schemathesis tries every operation of /openapi.json with requests that its schema allows and that it forbids."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EXAMPLES = int(os.environ.get("DAT_FUZZ_N", "10000")) // 40
 
 
 def examine(url: str, examples: int) -> Counter[int]:
-    """The statuses of so many requests of every operation and mode. Fails for a 5xx that is no polite refusal."""
+    """Counts the statuses of `examples` requests an operation and mode. Fails for a 5xx without Retry-After."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    seen: Counter[int] = Counter()
+    statuses: Counter[int] = Counter()
     operations = [result.ok() for result in schema.get_all_operations()]
     assert {"/v2/models/{codec}/infer", "/v1/reconstruct", "/v2"} <= {operation.path for operation in operations}
     with requests.Session() as session:
@@ -38,16 +38,16 @@ def examine(url: str, examples: int) -> Counter[int]:
                     phases=[Phase.explicit, Phase.generate],
                     suppress_health_check=list(HealthCheck),
                 )
-                def ask(case: schemathesis.Case) -> None:
-                    if "codec" in (case.path_parameters or {}) and seen.total() % 4:
-                        case.path_parameters["codec"] = CODEC  # hardly ever by chance, and the rest is a 404
+                def send(case: schemathesis.Case) -> None:
+                    if "codec" in (case.path_parameters or {}) and statuses.total() % 4:
+                        case.path_parameters["codec"] = CODEC  # random names give 404 alone
                     reply = case.call(base_url=url, session=session, timeout=60)
-                    seen[reply.status_code] += 1
+                    statuses[reply.status_code] += 1
                     assert reply.status_code < 500 or "Retry-After" in reply.headers, case.as_curl_command()
 
-                with contextlib.suppress(Unsatisfiable):  # nothing is wrong where nothing can be given
-                    ask()
-    return seen
+                with contextlib.suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
+                    send()
+    return statuses
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def examine(url: str, examples: int) -> Counter[int]:
 @pytest.mark.parametrize("arguments", [["--local"], []], ids=["local", "ray"])
 def test_many_requests_of_every_operation(arguments: list[str]) -> None:
     with dat_serve("--codec", CODEC, *arguments) as service:
-        seen = examine(service.url, EXAMPLES)
-    print("\nschemathesis, by status:", dict(sorted(seen.items())))
-    assert seen[200] > 0
-    assert seen.total() > 4 * EXAMPLES
+        statuses = examine(service.url, EXAMPLES)
+    print("\nschemathesis, by status:", dict(sorted(statuses.items())))
+    assert statuses[200] > 0
+    assert statuses.total() > 4 * EXAMPLES

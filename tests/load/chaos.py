@@ -1,4 +1,4 @@
-"""A replica killed every 5 s, HAProxy and Serve's proxy once each, under 8 clients who compare every answer.
+"""Kills a replica every 5 s, and HAProxy and Serve's proxy once each, under 8 clients that compare every answer.
 
 python -m tests.load.chaos            # DAT_CHAOS_S=120 seconds
 """
@@ -13,28 +13,28 @@ import psutil
 
 from benchmarks.processes import dat_serve, in_role, wait_until
 from dat_service.launch import RunningProcess
-from tests.load.answers import SERVE, answers
+from tests.load.answers import SERVE, compute_answers
 from tests.load.traffic import Traffic, show
 
 SECONDS = float(os.environ.get("DAT_CHAOS_S", "120"))
 EVERY_S = 5.0
 CLIENTS = 8
-REPLICAS = 4  # one starts in some 10 s here, so that two or three of them answer at any time
+REPLICAS = 4  # one starts in about 10 s, so that two or three of them answer at any time
 
 
 def chaos(seconds: float = SECONDS) -> dict[str, Any]:
-    """The figures; raises nothing for what the clients have seen."""
-    right = answers()
+    """Returns the figures; errors of the clients are among them and not raised."""
+    answers = compute_answers()
     with dat_serve(*SERVE, "--replicas", str(REPLICAS)) as service:
-        with Traffic([service.url] * CLIENTS, right) as traffic:
+        with Traffic([service.url] * CLIENTS, answers) as traffic:
             killed = kill(service, seconds)
-        wait_for_all(service)  # whatever was killed has come back
+        wait_for_all(service)  # replicas that were killed have been replaced
         figures = traffic.figures()
     return {"seconds": seconds, **killed, **figures}
 
 
 def kill(service: RunningProcess, seconds: float) -> dict[str, int]:
-    """Kills for so long; how many of which role were."""
+    """Kills for so many seconds; returns how many processes of each role were killed."""
     killed = {"replica": 0, "put off": 0, "haproxy": 0, "proxy": 0}
     began = time.monotonic()
     once = {"haproxy": began + seconds / 3, "proxy": began + 2 * seconds / 3}
@@ -54,7 +54,7 @@ def kill(service: RunningProcess, seconds: float) -> dict[str, int]:
 
 
 def kill_one(service: RunningProcess, role: str) -> bool:
-    """SIGKILL to the oldest of that role, which surely serves; False where there is none at this moment."""
+    """Kills the oldest process of that role, which surely serves; returns False if there is none at the moment."""
     try:
         oldest = min(in_role(service.pid, role), key=lambda process: process.create_time(), default=None)
         if oldest is not None:
@@ -66,21 +66,21 @@ def kill_one(service: RunningProcess, role: str) -> bool:
 
 
 def serving(service: RunningProcess) -> list[psutil.Process]:
-    """Replicas that have their codec; Ray shows in a process's title what its actor is doing."""
+    """Returns the replicas that have loaded their codec, as the titles of their processes show."""
     return [process for process in in_role(service.pid, "replica") if "initialize" not in title(process)]
 
 
 def title(process: psutil.Process) -> str:
-    """The process's title; of one that has gone, that it initializes."""
+    """Returns the title of the process, and "initialize" if the process has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
         return "initialize"
 
 
-def wait_for_all(service: RunningProcess, within_s: float = 300) -> None:
-    """Returns when as many replicas as asked for serve again."""
-    wait_until(lambda: len(serving(service)) >= REPLICAS, within_s, f"{REPLICAS} replicas serve again")
+def wait_for_all(service: RunningProcess, timeout_s: float = 300) -> None:
+    """Returns as soon as all replicas serve again."""
+    wait_until(lambda: len(serving(service)) >= REPLICAS, timeout_s, f"{REPLICAS} replicas serve again")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ten times more requests than the codec can answer: who is refused, how long the others wait, what memory does.
+"""Ten times more requests than the codec can answer: refusals, the waits of the others, and memory.
 
     python -m tests.load.overload         # DAT_OVERLOAD_S=60 seconds
 
-Raw clients at a fixed rate, without retries. What waits longer than `max_queue_s` is refused; a service that must
-answer within three times of its unloaded time is given a part of one as the longest wait.
+Raw clients send at a fixed rate, without retries. Requests expected to wait longer than `max_queue_s` are refused.
+Answers must come within three times the unloaded time, so the longest wait is set to a part of that time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.load.traffic import show
 SECONDS = float(os.environ.get("DAT_OVERLOAD_S", "60"))
 TIMES = 10
 CLIENTS = 48
-LONGEST_WAIT = 0.75  # unloaded calls: a request shares the codec with those that came before and after it
-IMAGES, SIDE = 8, 128  # a quarter of a second on one core: refusals take the cores a few per cent
+LONGEST_WAIT = 0.75  # in unloaded calls: a request shares the codec with those before and after it
+IMAGES, SIDE = 8, 128  # a quarter of a second on one core, so that refusals cost the cores a few per cent
 UNLOADED_CALLS = 60
-WARM_SHARE = 0.25  # of the time, until memory has been taken that will be taken
+WARM_SHARE = 0.25  # of the time, after which memory should no longer grow
 
 
 def overload(seconds: float = SECONDS) -> dict[str, Any]:
-    """The figures, with what was not as it must be under `errors`."""
+    """Returns the figures; `errors` lists the wrong answers and statuses."""
     images = shifted_photographs(IMAGES, SIDE)
     with dat_serve(*SERVE) as service:
         alone = unloaded(service.url, images, 20)
@@ -66,7 +66,7 @@ def overload(seconds: float = SECONDS) -> dict[str, Any]:
 
 
 def unloaded(url: str, images: np.ndarray, calls: int) -> dict[str, float]:
-    """Times of one client alone."""
+    """Returns the percentiles of one client's calls without other load."""
     client, replies = RawClient(url, CODEC, images, "alone"), Replies()
     for _ in range(3 + calls):
         record(client, replies, lambda body: True)
@@ -77,22 +77,22 @@ def unloaded(url: str, images: np.ndarray, calls: int) -> dict[str, float]:
 
 
 def flood(service: RunningProcess, images: np.ndarray, per_s: float, seconds: float) -> tuple[Replies, int, int]:
-    """The replies, and the replica's resident bytes once it is warm under this load and at its end."""
-    one = RawClient(service.url, CODEC, images, "reference")
-    _, _, expected = one.post()
-    one.close()
+    """Returns the replies, and the replica's resident bytes once it is warm under this load and at the end."""
+    reference = RawClient(service.url, CODEC, images, "reference")
+    _, _, expected = reference.post()
+    reference.close()
     clients = [RawClient(service.url, CODEC, images, f"client-{i}") for i in range(CLIENTS)]
     replies, warm = Replies(), []
 
-    def look() -> None:
+    def measure_warm() -> None:
         time.sleep(WARM_SHARE * seconds)
         warm.append(replica_rss(service))
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    tail = expected[-images.nbytes :]  # the picture's bytes; the header before them carries figures of the request
+    thread = threading.Thread(target=measure_warm)
+    thread.start()
+    tail = expected[-images.nbytes :]  # the reconstruction; the header before it holds figures of the request
     open_loop(clients, per_s, seconds, replies, lambda body: body[-images.nbytes :] == tail)
-    looking.join()
+    thread.join()
     after = replica_rss(service)
     for client in clients:
         client.close()
@@ -100,7 +100,7 @@ def flood(service: RunningProcess, images: np.ndarray, per_s: float, seconds: fl
 
 
 def replica_rss(service: RunningProcess) -> int:
-    """Resident bytes of all replicas."""
+    """Returns the resident bytes of all replicas."""
     return sum(u.resident_bytes for u in resource_usage(service.pid).values() if u.role == "replica")
 
 

@@ -1,4 +1,4 @@
-"""Clients without retries: one request, one status. What is refused can only be counted so."""
+"""Clients without retries: each request has one status, so that refusals can be counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import dat_client.wire as wire
 
 @dataclass
 class Replies:
-    """What came back: seconds of the answered, statuses (0: no reply at all), and what was wrong with any."""
+    """The replies: seconds of the answered, statuses (0: no reply), seconds of the refused, and faults."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -27,7 +27,7 @@ class Replies:
 
 
 class RawClient:
-    """One connection that is kept, as a flow of its own."""
+    """Keeps one connection, whose requests are a flow of their own in the queue."""
 
     def __init__(self, url: str, codec: str, images: np.ndarray, name: str) -> None:
         parts = urlsplit(url)
@@ -40,7 +40,7 @@ class RawClient:
         }  # fmt: skip
 
     def post(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers with small letters, body."""
+        """Sends the request; returns status, headers with lower-case names, and body."""
         self._connection.request("POST", self._path, self._body, self._headers)
         response = self._connection.getresponse()
         return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
@@ -49,8 +49,8 @@ class RawClient:
         self._connection.close()
 
 
-def record(client: RawClient, replies: Replies, right: Callable[[bytes], bool]) -> None:
-    """One request; a 503 must say when to come again, and a 200 must be right."""
+def record(client: RawClient, replies: Replies, is_right: Callable[[bytes], bool]) -> None:
+    """Sends one request and records it; a 503 must have a Retry-After, and a 200 must be right."""
     began = time.monotonic()
     try:
         status, headers, body = client.post()
@@ -62,7 +62,7 @@ def record(client: RawClient, replies: Replies, right: Callable[[bytes], bool]) 
         replies.statuses[status] += 1
         if status == 200:
             replies.seconds.append(took)
-            if not right(body):
+            if not is_right(body):
                 replies.faults.append("a wrong answer")
         elif status == 503:
             replies.refused_s.append(took)
@@ -74,17 +74,17 @@ def record(client: RawClient, replies: Replies, right: Callable[[bytes], bool]) 
 
 
 def open_loop(
-    clients: list[RawClient], per_s: float, seconds: float, replies: Replies, right: Callable[[bytes], bool]
+    clients: list[RawClient], per_s: float, seconds: float, replies: Replies, is_right: Callable[[bytes], bool]
 ) -> None:
-    """So many requests a second, whether or not the last ones are answered, as long as a client is free."""
+    """Sends so many requests a second, whether or not earlier ones are answered, as long as a client is free."""
     end = time.monotonic() + seconds
 
     def work(i: int, client: RawClient) -> None:
         due = time.monotonic() + i / per_s
         while due < end:
             time.sleep(max(0.0, due - time.monotonic()))
-            record(client, replies, right)
-            # one that was held up does not catch up: it would be a burst that nobody sent
+            record(client, replies, is_right)
+            # a client that was held up does not catch up: that would be a burst
             due = max(due + len(clients) / per_s, time.monotonic())
 
     threads = [threading.Thread(target=work, args=pair) for pair in enumerate(clients)]

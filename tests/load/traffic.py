@@ -1,4 +1,4 @@
-"""Clients that ask without pause, compare every answer and count: what the tests under load stand on."""
+"""Clients that send requests without pause, compare every answer and count: the basis of the tests under load."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.load.answers import CODEC, Answers, kind_of
 
 
 @dataclass
-class Seen:
-    """What one client has seen: seconds of its answered calls, the attempts behind them, and what went wrong."""
+class Record:
+    """The calls of one client: seconds of the answered ones, attempts behind all of them, and the errors."""
 
     seconds: list[float] = field(default_factory=list)
     images: int = 0
@@ -25,27 +25,27 @@ class Seen:
 
 
 class Traffic:
-    """Clients in threads of this process, each in a closed loop with requests of its own, until the block ends.
+    """Clients in threads of this process, each in a closed loop with its own requests, until the block ends.
 
-    >>> with Traffic([url] * 8, answers()) as traffic:     # doctest: +SKIP
+    >>> with Traffic([url] * 8, compute_answers()) as traffic:     # doctest: +SKIP
     ...     time.sleep(60)
-    >>> traffic.figures()["errors"]                         # doctest: +SKIP
+    >>> traffic.figures()["errors"]                                 # doctest: +SKIP
     []
     """
 
     def __init__(
         self,
         urls: Sequence[str],
-        right: Answers,
+        answers: Answers,
         *,
         kinds: Sequence[str] = ("plain", "gradients"),
         most: int = 8,
         timeout_s: float = 60.0,
     ) -> None:
-        self.seen = [Seen() for _ in urls]
-        self._right, self._kinds, self._most, self._timeout_s = right, kinds, most, timeout_s
+        self.records = [Record() for _ in urls]
+        self._answers, self._kinds, self._most, self._timeout_s = answers, kinds, most, timeout_s
         self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(i, url)) for i, url in enumerate(urls)]
+        self._threads = [threading.Thread(target=self._send, args=(i, url)) for i, url in enumerate(urls)]
 
     def __enter__(self) -> Self:
         self.began = time.monotonic()
@@ -56,66 +56,66 @@ class Traffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end.set()  # what is under way is waited for: an answer that never comes would show
+        self._end.set()  # calls under way are waited for, so that an answer that never comes would show
         for thread in self._threads:
             thread.join()
         self.ended = time.monotonic()
 
-    def _ask(self, i: int, url: str) -> None:
-        seen = self.seen[i]
+    def _send(self, i: int, url: str) -> None:
+        record = self.records[i]
         with Client(url, CODEC, timeout_s=self._timeout_s) as client:
-            count_attempts(client, seen)
+            count_attempts(client, record)
             number = 0
             while not self._end.is_set():
-                rows = self._right.rows(i, number, self._most)
+                rows = self._answers.rows(i, number, self._most)
                 began = time.monotonic()
                 try:
-                    self._right.ask(client, rows, kind_of(number + i, self._kinds))
+                    self._answers.check(client, rows, kind_of(number + i, self._kinds))
                 except Exception as error:
-                    seen.errors.append(f"client {i}, request {number}: {type(error).__name__}: {error}")
+                    record.errors.append(f"client {i}, request {number}: {type(error).__name__}: {error}")
                 else:
-                    seen.seconds.append(time.monotonic() - began)
-                    seen.images += len(rows)
+                    record.seconds.append(time.monotonic() - began)
+                    record.images += len(rows)
                 number += 1
 
     @property
     def answered(self) -> int:
-        """Calls with the right answer so far."""
-        return sum(len(seen.seconds) for seen in self.seen)
+        """The number of calls with the right answer so far."""
+        return sum(len(record.seconds) for record in self.records)
 
     def figures(self) -> dict[str, Any]:
-        """Of all clients: calls, images, attempts beyond the first, seconds of a call, errors."""
-        seconds = [s for seen in self.seen for s in seen.seconds]
-        errors = [error for seen in self.seen for error in seen.errors]
+        """Returns calls, images, repeated attempts, percentiles of the call times and errors of all clients."""
+        seconds = [s for record in self.records for s in record.seconds]
+        errors = [error for record in self.records for error in record.errors]
         calls = len(seconds) + len(errors)
         return {
-            "clients": len(self.seen),
+            "clients": len(self.records),
             "calls": calls,
-            "images": sum(seen.images for seen in self.seen),
-            "repeated by the client": sum(seen.attempts for seen in self.seen) - calls,
+            "images": sum(record.images for record in self.records),
+            "repeated by the client": sum(record.attempts for record in self.records) - calls,
             **(percentiles(seconds) if seconds else {}),
             "errors": errors,
         }
 
 
-def count_attempts(client: Client, seen: Seen) -> None:
+def count_attempts(client: Client, record: Record) -> None:
     """Counts what the client sends, answered or not: every call is one attempt or more."""
-    sending = client._way.sending
+    prepare = client._transport.prepare
 
     def counting(call: Any) -> Any:
-        attempt = sending(call)
+        attempt = prepare(call)
 
         def counted(deadline: float, number: int) -> Any:
-            seen.attempts += 1
+            record.attempts += 1
             return attempt(deadline, number)
 
         return counted
 
-    client._way.sending = counting  # type: ignore[method-assign]
+    client._transport.prepare = counting  # type: ignore[method-assign]
 
 
 def show(title: str, figures: dict[str, Any]) -> None:
-    """One figure a line; of the errors the first ten."""
+    """Prints one figure a line, and the first ten of a list."""
     print(f"\n{title}")
     for name, value in figures.items():
         if isinstance(value, list):
