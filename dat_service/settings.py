@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         "auto", description="fp32, tf32, mixed (decoder fp16), fp16, bf16 or auto (mixed on CUDA, fp32 elsewhere)."
     )
     tricks: str = Field(
-        "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or such as all,-graphs."
+        "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or e.g. all,-graphs."
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
     # absolute, because replicas read it in other working directories
@@ -49,11 +49,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
     max_requests: int = Field(256, ge=1, description="Most requests at once in a replica; more get 503.")
     max_held_bytes: int = Field(4096 * MIB, ge=1024, description="Most bytes of requests and responses at once.")
-    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait more seconds get 503.")
+    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait more seconds than this get 503.")
     max_wait_ms: float | None = Field(
         None, ge=0, le=1000, description="Milliseconds a batch waits to fill up. [default: 2 on CUDA, else 0]"
     )
-    watchdog_s: float = Field(120.0, gt=0, description="A replica is replaced if a batch takes more seconds.")
+    watchdog_s: float = Field(120.0, gt=0, description="A replica whose batch takes more seconds is replaced.")
     body_timeout_s: float = Field(15.0, gt=0, description="Longest pause within a body or while reading, seconds.")
     replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec, each with a copy of it.")
     autoscale: str | None = Field(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import command_errors
@@ -27,7 +28,7 @@ app = typer.Typer(
 @app.command("list")
 @command_errors("dat codecs list")
 def list_codecs() -> None:
-    """List the published codecs and the codecs installed on this machine.
+    """List the codecs that are published or installed here.
 
     f is the side in pixels that one token stands for, K the number of codebook entries, and d the size of each.
     """
@@ -57,8 +58,8 @@ def list_codecs() -> None:
 @app.command()
 @command_errors("dat codecs show")
 def show(
-    name: Annotated[str, typer.Argument(help="Name of the codec; `dat codecs list` shows all.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    name: Annotated[str, Argument(help="Name of the codec; `dat codecs list` shows all.")],
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Show the geometry, source, licence and status of a codec. An installed codec is read and verified."""
     from dat_workers.codecs import file
@@ -92,9 +93,9 @@ def show(
 @app.command()
 @command_errors("dat codecs pull", interrupted="interrupted; the same command resumes the download")
 def pull(
-    name: Annotated[str, typer.Argument(help="Name of a published codec; `dat codecs list` shows all.")],
+    name: Annotated[str, Argument(help="Name of a published codec; `dat codecs list` shows all.")],
     url: Annotated[
-        str | None, typer.Option(help="Address to download from. [default: the address where it was published]")
+        str | None, Option(help="Address to download from. [default: the address where it was published]")
     ] = None,
 ) -> None:
     """Download a published codec, check it and install it. An interrupted download is resumed."""
@@ -111,10 +112,10 @@ def pull(
 @command_errors("dat codecs import")
 def import_checkpoint(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Checkpoint file: .ckpt, .zip, .pt or .safetensors.")
+        Path, Argument(metavar="CKPT", help="Checkpoint file: .ckpt, .zip, .pt or .safetensors.")
     ],
-    name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name to install the codec under.")],
-    force: Annotated[bool, typer.Option(help="Replace an installed codec of that name.")] = False,
+    name: Annotated[str, Option("--as", metavar="NAME", help="Name to install the codec under.")],
+    force: Annotated[bool, Option("--force", help="Replace an installed codec of that name.")] = False,
 ) -> None:
     """Install a codec from a checkpoint file.
 
@@ -141,15 +142,16 @@ def import_checkpoint(
 
 @command_errors("dat export")
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder to write the files to.", show_default=False)],
+    folder: Annotated[Path, Argument(help="Folder to write the files to.")],
     codec: options.Codec = "tiny-f8",
     force: Annotated[
-        bool, typer.Option("--force", help="Write even if the folder holds another codec or other files.")
+        bool, Option("--force", help="Write even if the folder holds another codec or other files.")
     ] = False,
 ) -> None:
-    """Write a codec as ONNX: encoder.onnx, codebook.onnx, decoder.onnx and codec.json.
+    """Write a codec as ONNX files.
 
-    The files are checked by running them with ONNX Runtime.
+    These are encoder.onnx, codebook.onnx, decoder.onnx and codec.json. They are checked by running them with ONNX
+    Runtime.
     """
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.onnx.export import write_export

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @command_errors("dat discretize")
 def discretize(
-    pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files.", show_default=False)],
+    pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files.")],
     out: Annotated[
         Path, Option("--out", "-o", help="Folder for NAME.png of each picture, and NAME.npy with --indices.")
     ],
@@ -88,7 +88,7 @@ def precompute(
     source: Annotated[
         list[str],
         Argument(
-            metavar="SRC...",
+            metavar="SRC",
             help="Shards: .tar files, a pattern such as 'train-{000000..000146}.tar', a folder of them, or an "
             "s3://, gs:// or hf:// address. Or a folder of pictures, whose subfolders become the classes.",
         ),

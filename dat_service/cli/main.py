@@ -13,6 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
     rich_markup_mode=None,  # rich would take the brackets of "[default: 8000]" for markup, and drop them
 )
 app.command("serve")(serve.serve)

@@ -37,7 +37,7 @@ def train_codec(
     perceptual: Annotated[
         str, Option(help="Perceptual term: structure (multi-scale L1 and SSIM) or lpips (pip install lpips).")
     ] = "structure",
-    perceptual_weight: Annotated[float, Option(help="Weight of it; the squared error has 1.")] = 0.02,
+    perceptual_weight: Annotated[float, Option(help="Weight of the perceptual term (squared error: 1).")] = 0.02,
     pool: Annotated[int, Option(help="Decoded pictures held in memory.")] = 2000,
     init: Annotated[
         Path | None, Option(help="Codec file of the same geometry to start from, codebook included.")

@@ -42,10 +42,11 @@ def verify(
     ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Also write the table to this file.")] = None,
 ) -> None:
-    """Compare engines and dtypes with taming-transformers' modules in fp32, token by token.
+    """Compare engines and dtypes with the published modules.
 
-    Without --engine and --dtype, everything that runs on this machine is compared. The exit status is 1 if the
-    default engine and dtype fall short or, with these options, if any engine or dtype named by them does.
+    Their tokens and pictures are compared with those of taming-transformers' modules in fp32. Without --engine and
+    --dtype, everything that runs on this machine is compared. The exit status is 1 if the default engine and dtype
+    fall short or, with these options, if any engine or dtype named by them does.
     """
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.config import ENGINE_DTYPES, ENGINES, EngineConfig

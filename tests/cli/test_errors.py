@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from typing import Any
+
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from dat_client import Unavailable
 from dat_service.cli.errors import command_errors
+from dat_service.cli.main import app
 from dat_service.ray.service import ServeFailed
 from dat_service.settings import SettingsError
 from dat_workers.codecs.spec import CodecError
@@ -65,3 +71,34 @@ def test_a_status_that_was_chosen_stays(capsys: pytest.CaptureFixture[str]) -> N
 def test_programming_errors_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), command_errors("dat test"):
         raise error
+
+
+class EndlessService:
+    """Stands in for Ray Serve on a shared cluster: it starts, and refuses to stop."""
+
+    def __init__(self, *_: Any) -> None:
+        self.urls = {"identity": "http://127.0.0.1:9"}
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        raise ServeFailed("on the cluster there may still be identity")
+
+
+def test_a_service_that_does_not_stop_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dat_service.ray.service.RayService", EndlessService)
+    monkeypatch.setattr("dat_service.cli.serve._check_startable", lambda *_, **__: None)
+    monkeypatch.setattr("dat_service.cli.serve._print_ready", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    finished = CliRunner().invoke(app, ["serve", "--codec", "identity"])
+    assert finished.exit_code == 1
+    assert finished.stderr == "dat serve: on the cluster there may still be identity\n"
+
+
+def test_ctrl_c_while_a_codec_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dat_workers.codecs.store.CodecStore.load", interrupt)
+    finished = CliRunner().invoke(app, ["export", "folder"])
+    assert (finished.exit_code, finished.stderr) == (130, "dat export: interrupted\n")
