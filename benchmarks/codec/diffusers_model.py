@@ -56,7 +56,7 @@ def as_vqmodel(model: VQGAN) -> Any:
         out_channels=3,
         down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
         up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)),
-        block_out_channels=tuple(spec.ch * m for m in spec.ch_mult),
+        block_out_channels=tuple(spec.widths),
         layers_per_block=spec.num_res_blocks,
         latent_channels=spec.z_channels,
         sample_size=spec.resolution,
