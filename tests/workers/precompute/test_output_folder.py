@@ -82,6 +82,15 @@ def test_an_entry_that_cannot_be_read_is_none(address: str) -> None:
     folder.end()
 
 
+def test_temporary_files_in_the_manifest_are_not_shards(address: str) -> None:
+    folder = OutputFolder(address)
+    folder.begin()
+    write(folder)
+    folder.fs.pipe_file(folder.at("manifest/.0a1b2c3d"), b"")  # how another job tries whether it may write
+    assert folder.shard_names() == {SHARD.name}
+    folder.end()
+
+
 def test_a_shard_is_bytes_of_its_samples_alone(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path / "dst"))
     folder.begin()
