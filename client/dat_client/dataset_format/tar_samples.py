@@ -14,7 +14,9 @@ from typing import Any, Protocol, Self
 
 from dat_client.dataset_format.naming import key_and_field
 
-READ_BYTES = 1 << 20
+# tarfile copies the rest of its buffer at every read: 2,000 samples of 20 kB take 0.12 s with 32 KiB,
+# as webdataset takes, and 0.45 s with 1 MiB.
+READ_BYTES = 1 << 15
 MAX_FIELD_BYTES = 1 << 30
 # tarfile raises all of these for damaged headers, and the decompressors for damaged streams
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
