@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 help:
 	@echo "make demo           start the service, discretize photographs, draw a picture, stop the service"
 	@echo "make test           run the tests"
-	@echo "make check          check lint, format, types, spelling and versions"
+	@echo "make check          check lint, format, types, spelling, wording and versions"
 	@echo "make format         fix lint and format"
 	@echo "make setup          create .venv;  make clean removes it"
 	@echo "Longer tests:"
@@ -59,6 +59,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy client/dat_client workers/dat_workers dat_service examples benchmarks
 	$(BIN)/codespell
+	$(BIN)/python tests/plain_english.py
 	$(BIN)/python tests/version.py
 
 format: $(INSTALLED)

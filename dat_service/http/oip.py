@@ -129,7 +129,9 @@ INFER_BODY = {
 @codec_router.post("/infer", summary="Discretize images, or decode tokens", openapi_extra=INFER_BODY)
 @codec_router.post("/versions/{version}/infer", include_in_schema=False)
 async def infer_over_http(request: Request, codec: str, version: str | None = None) -> Response:
-    """Inputs: `images` as UINT8 [N,3,H,W], as FP16 or FP32 in 0..1, or as BYTES [N] (JPEG, PNG or WebP files of
+    """Runs the codec on images or tokens.
+
+    Inputs: `images` as UINT8 [N,3,H,W], as FP16 or FP32 in 0..1, or as BYTES [N] (JPEG, PNG or WebP files of
     one size), optionally with `gradients` (FP16, FP32 or INT8, of the images' shape) and `gradient_scales`
     (FP32 [N]); or `indices` alone as UINT16 or INT32 [N,h,w], to decode tokens.
     Outputs: `reconstruction`, `adversarial`, `indices`, `adversarial_indices`. If none is named, the response has

@@ -41,7 +41,7 @@ def tensor(image: Image.Image) -> Tensor:
 
 
 def pictures(number: int) -> tuple[Tensor, Tensor]:
-    """x and Q(x) of a sample."""
+    """Returns x and Q(x) of a sample."""
     x = picture(number)
     return tensor(x), tensor(q_of(x))
 

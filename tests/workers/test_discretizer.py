@@ -151,7 +151,7 @@ def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
 
 
 def test_fp32_is_not_tf32() -> None:
-    """cuDNN would take TF32 for fp32 convolutions by itself; the flag is there without a GPU, too."""
+    """By default cuDNN computes fp32 convolutions in TF32; the flag exists without a GPU, too."""
     torch.backends.cudnn.allow_tf32 = True
     Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
     assert not torch.backends.cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""The metrics board as a real Ray actor: python -m tests.service.ray.test_metrics_board_on_ray"""
+"""The metrics board as a real Ray actor; run it by `python -m tests.service.ray.test_metrics_board_on_ray`."""
 
 from __future__ import annotations
 

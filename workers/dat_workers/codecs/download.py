@@ -55,7 +55,7 @@ class DownloadError(CodecError):
 
 
 class _AttemptFailed(Exception):
-    """This attempt failed; another may succeed."""
+    """An attempt failed; the next may succeed."""
 
     def __init__(self, problem: str, status: int | None = None) -> None:
         super().__init__(problem)

@@ -1,4 +1,6 @@
-"""The CUDA engine, which nothing else in the tests runs. All of it, on a machine with a GPU:
+"""The CUDA engine, which nothing else in the tests runs.
+
+On a machine with a GPU:
 
     python -m pytest tests/workers/engines/torch/test_cuda.py
 
