@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dat_workers.batching.batcher import Batcher
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput
@@ -96,6 +97,18 @@ def test_identity_copies(dtype: Any, n: int, height: int, width: int, output: st
     assert copy.dtype == expected
     back = copy if copy.dtype == np.uint8 else np.round(copy.astype(np.float64) * 255)
     assert np.array_equal(back, levels)
+
+
+def test_identity_returns_images_of_the_wanted_dtype_without_a_copy(identity: Discretizer) -> None:
+    images = np.zeros((2, 3, 9, 15), np.uint8)
+    assert identity.discretize(images)["reconstruction"] is images
+    request = identity.prepare(images)
+    assert request.result is not None
+    assert Batcher().submit(request).result(0).outputs["reconstruction"] is images  # no codec has been started
+
+
+def test_identity_describes_itself_as_no_engine(identity: Discretizer) -> None:
+    assert identity.describe() == {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
 
 
 @pytest.mark.parametrize(
