@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from dat_service.ports import free_port
-from dat_service.ray.processes import descendants, end
+from dat_service.processes import descendants, end
 
 DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, even if it is not on PATH
 READY = "ready"  # `dat serve` writes a line that begins with this word once it answers

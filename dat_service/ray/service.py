@@ -16,8 +16,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from dat_service import ports
+from dat_service.processes import descendants, end, mentioning
 from dat_service.ray import deployments, haproxy
-from dat_service.ray.processes import descendants, end, mentioning
 from dat_service.ray.replica import CodecReplica
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings

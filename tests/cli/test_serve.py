@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dat_client import Client
-from dat_service.ray.processes import descendants, runs
+from dat_service.processes import descendants, runs
 from tests.conftest import DAT, dat_serve, free_port
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from dat_service.ray.processes import descendants, runs
+from dat_service.processes import descendants, runs
 from dat_workers.codecs.file import Origin
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec

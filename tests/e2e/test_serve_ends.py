@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dat_service.ray.processes import descendants, runs
+from dat_service.processes import descendants, runs
 from tests.conftest import DAT, dat_serve, free_port
 from tests.e2e.request_threads import infer_body
 

@@ -10,7 +10,7 @@ import pytest
 
 from dat_client import Client
 from dat_service.launch import StartFailed, running_process, running_service
-from dat_service.ray.processes import runs
+from dat_service.processes import runs
 
 PARENT = """
 import signal, subprocess, sys, time

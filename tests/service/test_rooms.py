@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dat_service"
 
 # from the bottom up; rooms on one floor do not know each other
 FLOORS = [
-    {"settings", "admission", "observability", "ports", "__init__"},
+    {"settings", "admission", "observability", "ports", "processes", "__init__"},
     {"worker", "launch"},
     {"inference"},
     {"http"},

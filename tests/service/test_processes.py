@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import psutil
 
-from dat_service.ray.processes import descendants, end, mentioning, runs
+from dat_service.processes import descendants, end, mentioning, runs
 
 # a process with a child; both go on until they are made to
 FAMILY = """
