@@ -1,4 +1,4 @@
-"""Real photographs, and real services: a process on Ray Serve, a process with --local, an app in a thread."""
+"""Fixtures: real photographs, and real services on Ray Serve, with --local, and in a thread."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def photograph(name: str) -> np.ndarray:
-    """uint8 [3,H,W] of a photograph inside scikit-image."""
+    """Returns uint8 [3,H,W] of a photograph inside scikit-image."""
     from skimage import data
 
     return np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1))
 
 
 def crop(name: str, height: int, width: int) -> np.ndarray:
-    """uint8 [3,height,width]: the middle of a photograph."""
+    """Returns uint8 [3,height,width], the middle of a photograph."""
     picture = photograph(name)
     top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
     return np.ascontiguousarray(picture[:, top : top + height, left : left + width])
@@ -53,7 +53,7 @@ def _logs_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photographs() -> np.ndarray:
-    """uint8 [4,3,224,224]."""
+    """Four photographs, uint8 [4,3,224,224]."""
     return np.stack([crop(name, 224, 224) for name in ("astronaut", "chelsea", "coffee", "rocket")])
 
 
@@ -67,27 +67,27 @@ def dat_serve(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tu
 
 @pytest.fixture(scope="session")
 def ray_url() -> Iterator[str]:
-    """tiny-f8 on Ray Serve, HAProxy mode: what `dat serve` gives a user."""
+    """The address of tiny-f8 on Ray Serve in HAProxy mode, as users get it from `dat serve`."""
     with dat_serve("--codec", "tiny-f8") as (url, _):
         yield url
 
 
 @pytest.fixture(scope="session")
 def local_url() -> Iterator[str]:
-    """tiny-f8 with --local."""
+    """The address of tiny-f8 with --local."""
     with dat_serve("--codec", "tiny-f8", "--local") as (url, _):
         yield url
 
 
 @pytest.fixture(params=["ray", "local"])
 def url(request: pytest.FixtureRequest) -> str:
-    """Both ways to serve, one after the other."""
+    """The addresses of both services, one after the other."""
     return str(request.getfixturevalue(f"{request.param}_url"))
 
 
 @contextmanager
 def app_in_thread(**settings: Any) -> Iterator[str]:
-    """The app under uvicorn in a thread of the test, with settings of its own."""
+    """Runs the app with these settings under uvicorn, in a thread of the test, and yields its address."""
     import uvicorn
 
     from dat_service.http.app import create_app
@@ -114,7 +114,7 @@ def app_in_thread(**settings: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def serve_app() -> Iterator[Callable[..., str]]:
-    """`serve_app(codec="identity", max_images=4)` gives the address of such an app, kept for the module."""
+    """`serve_app(codec="identity", max_images=4)` returns the address of such an app; it lasts for the module."""
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(app_in_thread(**settings))
 

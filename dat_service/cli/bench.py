@@ -49,7 +49,7 @@ def codec(
 
     pairs = choose_engines(pick_device(device), engine or (), dtype or ())
     if not pairs:
-        raise ValueError(f"no engine is named {engine} with dtype {dtype} here")
+        raise ValueError(f"engine {engine}, dtype {dtype}: no such engine runs on {device}")
     if threads:
         torch.set_num_threads(threads)
     batch = batch or default_batch(device)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import DAT, ROOT, dat_serve, free_port
+from dat_service.launch import running_service
+from tests.conftest import DAT, ROOT, dat_serve
 
 # Two processes compute side by side here: each keeps to half of a small machine, and lets go of it when it waits.
 SHARING = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DAT_THREADS": "1"}
@@ -117,32 +118,14 @@ def test_no_arguments_at_all() -> None:
 def test_killed_service_ends_it_readably(example: str) -> None:
     name, *flags = EXAMPLES[example]
     with (
-        killable_service() as (url, service),
-        begun(name, *flags, "--url", url, "--steps", 1000, "--batch-size", 4, "--timeout-s", 5) as process,
+        running_service("--codec", "tiny-f8", "--local", env=os.environ | SHARING) as service,
+        begun(name, *flags, "--url", service.url, "--steps", 1000, "--batch-size", 4, "--timeout-s", 5) as process,
     ):
         os.killpg(service.pid, signal.SIGKILL)
         killed = time.monotonic()
         _, stderr = process.communicate(timeout=60)
         assert time.monotonic() - killed < 30
-    readable((process.returncode, stderr), urlsplit(url).netloc, "AdversarialLoader: batch ")
-
-
-@contextmanager
-def killable_service() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A service of one's own, in a session of its own."""
-    port = free_port()
-    service = subprocess.Popen(
-        [*DAT, "serve", "--codec", "tiny-f8", "--local", "--port", str(port)],
-        env=os.environ | SHARING, stdout=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert service.stdout is not None
-        assert service.stdout.readline().startswith(b"ready")
-        yield f"http://127.0.0.1:{port}", service
-    finally:
-        if service.poll() is None:
-            os.killpg(service.pid, signal.SIGKILL)
-        service.communicate()
+    readable((process.returncode, stderr), urlsplit(service.url).netloc, "AdversarialLoader: batch ")
 
 
 @pytest.mark.slow
