@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import warnings
 from importlib.util import find_spec
@@ -96,6 +97,14 @@ def test_links_and_named_files_exist(page: Path) -> None:
     for word in " ".join(spans(page)).split():
         if re.fullmatch(r"[\w.-]+(/[\w.*-]*)+", word) and word.partition("/")[0] in top:
             assert list(ROOT.glob(word.rstrip("/"))), word
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(page for page in OTHERS if page != CHANGELOG)], ids=str)
+def test_named_python_objects_exist(page: Path) -> None:
+    for span in spans(page):
+        found = re.match(r"dat_(client|workers|service)(\.\w+)+", span)
+        if found and "lightning" not in span:  # which may not be installed
+            pkgutil.resolve_name(found[0])
 
 
 def test_readme_begins_with_its_picture_and_links_every_page() -> None:
