@@ -58,6 +58,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy client/dat_client workers/dat_workers dat_service examples benchmarks
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
 	$(BIN)/python tests/plain_english.py
 	$(BIN)/python tests/version.py

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from dat_client.wire.tensors import Array
 from dat_client.wire.vocabulary import OUTPUTS
-from dat_workers.batching.device_copies import Compute, DeviceBatch, run_on_device
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
+from dat_workers.engines.device_copies import Compute, DeviceBatch, run_on_device
 from dat_workers.engines.factory import create
 from dat_workers.engines.identity import IdentityEngine
 from dat_workers.errors import EngineError, InvalidInput

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dat_client.wire.tensors import Array
-from dat_workers.batching.device_copies import Compute, DeviceBatch
 from dat_workers.batching.fair_queue import QueuedItem
+from dat_workers.engines.device_copies import Compute, DeviceBatch
 from dat_workers.request import CodecRequest, Task
 
 

@@ -22,12 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.batching.device_copies import DeviceBatch, run_on_device
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.device_copies import DeviceBatch, run_on_device
 from dat_workers.engines.factory import create, disable_tf32
 from dat_workers.engines.torch.engine import TorchEngine
 from dat_workers.engines.torch.graphs import SIZES

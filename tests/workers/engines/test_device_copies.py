@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_workers.batching.device_copies import DeviceBatch, run_on_device
+from dat_workers.engines.device_copies import DeviceBatch, run_on_device
 
 CPU = torch.device("cpu")
 
