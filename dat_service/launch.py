@@ -110,7 +110,7 @@ def running_process(
         if not ready_or_ended.wait(start_timeout_s):
             raise StartFailed(f"{' '.join(command)}: not ready after {start_timeout_s:g} s\n{running.log}")
         if not any(line.startswith(READY) for line in running.lines):
-            raise StartFailed(f"{' '.join(command)}: ended with status {process.wait()}\n{running.log}")
+            raise StartFailed(f"{' '.join(command)}: ended with status {process.wait(10)}\n{running.log}")
         yield running
     finally:
         _end(process, stop_timeout_s)

@@ -128,6 +128,18 @@ def test_killed_service_ends_it_readably(example: str) -> None:
     readable((process.returncode, stderr), urlsplit(service.url).netloc, "AdversarialLoader: batch ")
 
 
+def test_without_the_service_package_a_url_is_needed() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'examples'); sys.modules['dat_service'] = None;"
+        "from training.service import service;"
+        "print(service('http://codec:8000', 'tiny-f8').__enter__(), flush=True);"
+        "service(None, 'tiny-f8').__enter__()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "http://codec:8000\n"
+    readable(done, "pip install dat-service", "--url")
+
+
 @pytest.mark.slow
 def test_interrupt_saves_and_resume_goes_on(service: str, tmp_path: Path) -> None:
     out = tmp_path / "simsiam.pt"
