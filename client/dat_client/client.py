@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from dat_client._version import __version__
@@ -20,15 +19,7 @@ from dat_client.calls.checks import integer, positive_seconds
 from dat_client.calls.codec_watch import FingerprintWatch
 from dat_client.calls.core import Array, Call, Discretized, Exchange, decode_call, discretize_call, discretized
 from dat_client.calls.profile import Profile, call_timing
-from dat_client.errors import (
-    DatError,
-    InvalidRequest,
-    ProtocolError,
-    Unauthorized,
-    Unavailable,
-    UnknownCodec,
-    invalid,
-)
+from dat_client.errors import DatError, Unauthorized, Unavailable, UnknownCodec, invalid
 from dat_client.transports import split
 from dat_client.transports.base import Question, Transport
 from dat_client.transports.http import HttpTransport, check_url
@@ -102,6 +93,8 @@ class Client:
         self._api_key = api_key
         if not isinstance(codec, str) or not codec:
             raise invalid("codec", "a name", value=codec)
+        if not isinstance(api_key, str | None):
+            raise invalid("api_key", "printable ASCII", found=type(api_key).__name__)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise invalid("api_key", "printable ASCII", found="other characters")  # a secret is not shown
         self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
@@ -109,13 +102,14 @@ class Client:
         self._open()
 
     def _open(self, closed: bool = False) -> None:
-        self._lock = threading.Lock()
         self._closed = threading.Event()
         if closed:
             self._closed.set()
-        self._executor: ThreadPoolExecutor | None = None
-        self._parts_executor: ThreadPoolExecutor | None = None
-        self._profiles: tuple[Profile, ...] = ()  # replaced under the lock, read without it
+        self._executor = ThreadPoolExecutor(self.max_connections, "dat-client")
+        # The threads of `submit` cannot send parts: all of them may be waiting for parts.
+        parts_at_once = min(self.max_connections, self.max_in_flight)
+        self._parts_executor = ThreadPoolExecutor(parts_at_once, "dat-client-part")
+        self._profiles: set[Profile] = set()  # add, discard and copy are atomic
         headers = {"User-Agent": f"dat-client/{__version__}", CLIENT_ID: self._id}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -230,14 +224,12 @@ class Client:
         time is counted as the network's.
         """
         profile = Profile()
-        with self._lock:
-            self._profiles += (profile,)
+        self._profiles.add(profile)
         try:
             yield profile
         finally:
             profile.end()
-            with self._lock:
-                self._profiles = tuple(running for running in self._profiles if running is not profile)
+            self._profiles.discard(profile)  # a forked child begins with none
 
     def metadata(self) -> dict[str, Any]:
         """Returns the codec's name, inputs and outputs (`GET /v2/models/{codec}`, OIP v2)."""
@@ -273,20 +265,14 @@ class Client:
     def close(self) -> None:
         """Lets submitted calls finish without further repetitions, then closes the connections. Idempotent."""
         self._closed.set()
-        for name in ("_executor", "_parts_executor"):  # in this order, because submitted calls may send parts
-            with self._lock:
-                executor = getattr(self, name)
-                setattr(self, name, None)
-            if executor is not None:
-                executor.shutdown(wait=True)
+        self._executor.shutdown()
+        self._parts_executor.shutdown()  # after the other, because submitted calls may send parts
         self._transport.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -304,20 +290,8 @@ class Client:
         self._open()
 
     def _spawn(self, function: Callable[[], T]) -> Future[T]:
-        with self._lock:
-            self._check_open()
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self.max_connections, thread_name_prefix="dat-client")
-            return self._executor.submit(function)
-
-    def _spawn_part(self, function: Callable[[], T]) -> Future[T]:
-        # The threads of submit cannot run parts: all of them may be waiting for parts.
-        with self._lock:
-            if self._parts_executor is None:
-                self._parts_executor = ThreadPoolExecutor(
-                    min(self.max_connections, self.max_in_flight), thread_name_prefix="dat-client-part"
-                )
-            return self._parts_executor.submit(function)
+        self._check_open()
+        return self._executor.submit(function)
 
     def _infer(self, call: Call, timeout_s: float | None) -> Discretized:
         """Returns the answer to a call, also after `close` if the call waited for a thread."""
@@ -326,7 +300,7 @@ class Client:
         answer = discretized(call, exchange.response)
         if self._profiles:
             timing = call_timing(call, exchange, first_attempt_s, time.perf_counter() - begun_s)
-            for profile in self._profiles:
+            for profile in self._profiles.copy():
                 profile.calls.append(timing)
         self._watch.observe(answer.fingerprint, answer.codec)
         return answer
@@ -346,7 +320,7 @@ class Client:
             return exchange
 
         def attempt_parts(deadline: float, number: int) -> Exchange | DatError:
-            return split.infer(call, self.max_in_flight, send_part, self._spawn_part)
+            return split.infer(call, self.max_in_flight, send_part, self._parts_executor.submit)
 
         first_attempt_s = time.perf_counter()
         exchange = repeated(attempt_parts, wait=closed.wait)
@@ -376,7 +350,7 @@ class Client:
                 return Unavailable(f"{self._transport.address(question)}: {question} is false")
         except (UnknownCodec, Unauthorized):
             raise
-        except (Unavailable, InvalidRequest, ProtocolError) as error:
+        except DatError as error:
             return error
         return None
 

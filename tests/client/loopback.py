@@ -176,11 +176,15 @@ class Handler(BaseHTTPRequestHandler):
         )
         chunks, length = wire.encode_response(**answer, model_version="1")
         data = b"".join(chunks)
-        if fault == "chunked":
+        if fault in ("chunked", "chunk of negative length"):
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.send_header(wire.HEADER_LENGTH, str(length))
             self.end_headers()
+            if fault == "chunk of negative length":
+                self.wfile.write(b"-5\r\nhello\r\n")
+                self.close_connection = True
+                return
             for part in (data[:50], data[50:]):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")

@@ -142,6 +142,7 @@ def test_api_key_is_sent_and_never_shown(server, images):
         ({"retries": -1}, "retries"),
         ({"max_connections": 0}, "max_connections"),
         ({"api_key": "a\r\nb"}, "api_key"),
+        ({"api_key": b"secret"}, "api_key"),
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(arguments, field):
@@ -192,6 +193,14 @@ def test_an_answer_without_the_default_outputs_is_refused(client, server, images
     assert client.discretize(images, outputs=["reconstruction"], replace_fraction=0.5).adversarial is None
 
 
+@pytest.mark.parametrize("value", [10**400, -1, 1.5, "half", [0.5]])
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_share_of_tokens_that_is_none_is_left_out(server, images, value, max_in_flight):
+    server.change = lambda answer: {**answer, "parameters": {"tokens_changed": value}}
+    with Client(server.url, max_in_flight=max_in_flight) as client:
+        assert client.discretize(images).tokens_changed is None
+
+
 def test_one_client_in_many_threads_mixes_nothing_up(server):
     server.delay_s = lambda request: (int(request.inputs["images"][0, 0, 0, 0]) % 7) * 0.001
     with Client(server.url, max_connections=3) as client:
@@ -227,7 +236,7 @@ def test_submit_is_bounded_by_max_connections(server, images):
 def test_submit_checks_at_once_and_makes_no_thread_before(client, images):
     with pytest.raises(InvalidRequest):
         client.submit(images[0])
-    assert client._executor is None
+    assert not any(thread.name.startswith("dat-client") for thread in threading.enumerate())
 
 
 def test_close_lets_submitted_calls_finish(server, images):

@@ -36,7 +36,7 @@ def test_a_pickled_client_keeps_its_settings_and_opens_its_own_connections(serve
         with pickle.loads(pickle.dumps(client)) as copy:
             assert repr(copy) == repr(client)
             assert copy._transport is not client._transport
-            assert copy._executor is None
+            assert copy._executor is not client._executor
             assert copy.__getstate__() == client.__getstate__()
             assert np.array_equal(copy.submit(images).result(20).reconstruction, images)
     assert server.connections == 2
@@ -56,7 +56,7 @@ def test_a_forked_worker_uses_its_own_connections(server, images):
     with Client(server.url, timeout_s=20) as client:
         client.submit(images).result(20)
         before = server.connections
-        with client._lock:
+        with client._executor._shutdown_lock:
             workers = [context.Process(target=child_asks, args=(client, images + n, answers)) for n in range(3)]
             for worker in workers:
                 worker.start()

@@ -75,7 +75,7 @@ def test_profiles_may_overlap_and_be_empty(server, images):
 def test_profiles_of_many_threads_do_not_lose_each_other(client):
     def work(_: int) -> bool:
         with client.profile() as profile:
-            return any(running is profile for running in client._profiles)
+            return profile in client._profiles.copy()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
