@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.tokens_changed import SIDE, trained
-from dat_client.calls.arrays import gradient_tensors
+from dat_client.calls.gradients import gradient_tensors
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.images.crops import centre_crops

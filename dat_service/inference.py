@@ -12,14 +12,14 @@ import numpy as np
 
 import dat_client.wire as wire
 from dat_client.wire.tensors import Array
-from dat_client.wire.vocabulary import INPUTS, OUTPUTS
+from dat_client.wire.vocabulary import INPUTS, OUTPUTS, default_outputs
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
 from dat_workers.images.encoded import decode_pictures
-from dat_workers.request import CodecRequest, Parameters, Task, check_outputs, default_outputs, parse_parameters
+from dat_workers.request import CodecRequest, Parameters, Task, check_outputs, parse_parameters
 
 JSON_BYTES_PER_NUMBER = 20  # a number of a tensor in JSON, with its comma
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dat_client.wire.tensors import Array
-from dat_client.wire.vocabulary import OUTPUTS
+from dat_client.wire.vocabulary import OUTPUTS, default_outputs
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
@@ -30,7 +30,6 @@ from dat_workers.request import (
     check_images,
     check_indices,
     check_outputs,
-    default_outputs,
     pick_output_dtype,
 )
 

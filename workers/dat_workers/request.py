@@ -119,11 +119,6 @@ class CodecRequest:
         return len(next(iter(self.arrays.values())))
 
 
-def default_outputs(has_attack: bool) -> tuple[str, ...]:
-    """Returns the outputs of a request that names none: `adversarial` only if there is something to attack with."""
-    return ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
-
-
 def pick_output_dtype(name: str | None, default: np.dtype[Any]) -> np.dtype[Any]:
     """Returns the numpy dtype that the parameter `output_dtype` names. Raises InvalidInput if it names none."""
     check_parameter("output_dtype", name)

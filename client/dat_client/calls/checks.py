@@ -1,8 +1,9 @@
-"""Checks of arguments that are plain numbers."""
+"""Checks of arguments that are numbers or names; each raises InvalidRequest for a wrong one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from dat_client.errors import invalid
 
@@ -33,4 +34,11 @@ def share(name: str, value: float) -> float:
     """Returns a number in 0..1; raises InvalidRequest."""
     if not is_number(value) or not 0 <= value <= 1:
         raise invalid(name, "a number in 0..1", value=value)
+    return value
+
+
+def choice(name: str, value: str, choices: Collection[str]) -> str:
+    """Returns a string that is among the choices; raises InvalidRequest."""
+    if not isinstance(value, str) or value not in choices:
+        raise invalid(name, f"one of {', '.join(choices)}", value=value)
     return value

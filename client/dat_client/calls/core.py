@@ -5,9 +5,7 @@ Every transport shares these pure functions; no socket is opened here.
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dat_client import wire
-from dat_client.calls.arrays import Kind, gradient_tensors, images_tensor, indices_tensor
+from dat_client.calls.arrays import Kind, images_tensor, indices_tensor
+from dat_client.calls.checks import choice, is_number
+from dat_client.calls.gradients import gradient_tensors
 from dat_client.errors import ProtocolError, WireError, invalid, shown
 from dat_client.wire.messages import Buffer
-from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS
+from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS, default_outputs
 
 #: numpy.ndarray, or torch.Tensor when tensors went in.
 Array: TypeAlias = Any
@@ -81,16 +81,9 @@ class Exchange:
     received: int
 
 
-_counter = itertools.count()
-_process = (0, "")
-
-
-def next_id() -> str:
-    """Returns a request id that no other process gives out."""
-    global _process
-    if _process[0] != os.getpid():  # a forked child must not continue with its parent's ids
-        _process = (os.getpid(), uuid.uuid4().hex[:12])
-    return f"{_process[1]}-{next(_counter)}"
+def new_id() -> str:
+    """Returns a request id that no other call of any process has."""
+    return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class Call:
     kind: Kind
     image_shape: tuple[int, ...] | None
     prepared_s: float
-    id: str = field(default_factory=next_id)
+    id: str = field(default_factory=new_id)
 
     @property
     def batch(self) -> int:
@@ -150,7 +143,7 @@ def _checked_outputs(outputs: Sequence[str] | None) -> tuple[str, ...]:
     if outputs is None:
         return ()
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(OUTPUTS):
+    if not names or any(name not in OUTPUTS for name in names) or len(set(names)) != len(names):
         raise invalid("outputs", f"some of {', '.join(OUTPUTS)}, each once", value=list(names))
     return names
 
@@ -168,9 +161,7 @@ def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None)
             raise invalid(name, "a finite number, a string, True or False", value=value)
         checked[name] = value
     if output_dtype is not None:
-        if output_dtype not in OUTPUT_DTYPES:
-            raise invalid("output_dtype", f"one of {', '.join(OUTPUT_DTYPES)}", value=output_dtype)
-        checked["output_dtype"] = output_dtype
+        checked["output_dtype"] = choice("output_dtype", output_dtype, OUTPUT_DTYPES)
     return checked
 
 
@@ -188,9 +179,9 @@ def check_response(call: Call, response: wire.Response) -> None:
     """Raises ProtocolError unless the response has the outputs that the call requested, in the implied shapes."""
     if response.id != call.id:
         raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
-    has_attack = "gradients" in call.inputs or call.parameters.get("replace_fraction")
-    default = ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
-    missing = set(call.outputs or default) - set(response.outputs)
+    has_attack = "gradients" in call.inputs or bool(call.parameters.get("replace_fraction"))
+    requested = call.outputs or default_outputs(has_attack)
+    missing = set(requested) - set(response.outputs)
     if missing:
         raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
     for name, array in response.outputs.items():
@@ -205,11 +196,10 @@ def check_response(call: Call, response: wire.Response) -> None:
 
 def discretized(call: Call, response: wire.Response) -> Discretized:
     """Returns a checked response as arrays of the call's kind."""
-    tokens_changed = response.parameters.get("tokens_changed")
     return Discretized(
         codec=response.model_name,
         fingerprint=fingerprint_of(response),
-        tokens_changed=float(tokens_changed) if isinstance(tokens_changed, int | float) else None,
+        tokens_changed=tokens_changed_of(response),
         **{name: call.kind.restore(array) for name, array in response.outputs.items() if name in OUTPUTS},
     )
 
@@ -218,3 +208,9 @@ def fingerprint_of(response: wire.Response) -> str | None:
     """Returns the fingerprint of the weights that answered, or the model's version if the server sends none."""
     fingerprint = response.parameters.get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else response.model_version
+
+
+def tokens_changed_of(response: wire.Response) -> float | None:
+    """Returns the share, 0..1, of the tokens that the step changed, None if the server sends no such number."""
+    value: Any = response.parameters.get("tokens_changed")
+    return float(value) if is_number(value) and 0 <= value <= 1 else None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dat_client.aio import AsyncClient
-from dat_client.calls.checks import share
+from dat_client.calls.checks import choice, share
 from dat_client.client import Client
 from dat_client.errors import invalid, shown
-from dat_client.torch._gradient import check_reduction, checked_modules, loss_gradient
+from dat_client.torch._gradient import checked_modules, loss_gradient
 from dat_client.torch._images import checked_images, checked_reconstruction, float_dtype, from_wire, to_wire
 from dat_client.wire.vocabulary import DEFAULTS, PRESETS
 
@@ -115,7 +115,7 @@ class Attack:
     def __post_init__(self) -> None:
         if isinstance(self.client, str | AsyncClient):
             raise invalid("client", "a dat_client.Client", found=type(self.client).__name__)
-        check_reduction(self.reduction)
+        choice("reduction", self.reduction, ("mean", "sum"))
         self.modules = checked_modules(self.model)
         self._start = RandomStart.from_parameters(self.random_start, self.parameters)
 
@@ -154,7 +154,7 @@ class RandomStart:
         """Raises InvalidRequest for a probability outside 0..1, or one above 0 without normalize="l2"."""
         not_none = {name: value for name, value in parameters.items() if value is not None}
         preset = str(not_none.get("preset", DEFAULTS["preset"]))
-        step = {**PRESETS.get(preset, {}), **not_none}  # the service refuses unknown presets
+        step = {**PRESETS.get(preset, PRESETS[DEFAULTS["preset"]]), **not_none}  # the service refuses other presets
         normalize, alpha = step.get("normalize"), step.get("alpha")
         if probability is None:
             probability = EASYROBUST_START if preset == "easyrobust" and normalize == "l2" else 0.0

@@ -65,12 +65,6 @@ def checked_modules(model: Any) -> list[nn.Module]:
     return modules
 
 
-def check_reduction(reduction: str) -> None:
-    """Raises InvalidRequest unless it is `mean` or `sum`."""
-    if reduction not in ("mean", "sum"):
-        raise invalid("reduction", "mean or sum", value=reduction)
-
-
 def loss_gradient(
     loss_fn: Callable[[Tensor], Any], images: Tensor, modules: list[nn.Module], reduction: str
 ) -> tuple[Tensor, Tensor]:

@@ -217,9 +217,12 @@ def _read_body(response: HTTPResponse) -> bytearray | memoryview:
     length = response.length
     if length is None:
         grown = bytearray()
-        while block := response.read(_BLOCK):
-            grown += block
-            _check_size(len(grown))
+        try:
+            while block := response.read(_BLOCK):
+                grown += block
+                _check_size(len(grown))
+        except ValueError as error:  # http.client takes the negative length of a chunk for one of its own arguments
+            raise ConnectionError(f"the reply has a chunk of a wrong length: {error}") from error
         return grown
     _check_size(length)
     body = np.empty(length, np.uint8).data  # a bytearray would be filled with zeros first

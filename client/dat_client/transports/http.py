@@ -11,7 +11,7 @@ from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from dat_client import wire
-from dat_client.calls.core import Call, Exchange, next_id, read_response
+from dat_client.calls.core import Call, Exchange, new_id, read_response
 from dat_client.errors import (
     DatError,
     InvalidRequest,
@@ -117,7 +117,7 @@ class HttpTransport:
 
     def ask(self, question: Question, deadline: float, number: int = 1) -> dict[str, Any]:
         """Returns the JSON object that answers a question; raises as `Client.metadata`."""
-        question_headers = {REQUEST_ID: next_id(), ATTEMPT: str(number)}
+        question_headers = {REQUEST_ID: new_id(), ATTEMPT: str(number)}
         reply = self._send("GET", question, question_headers, (), deadline)
         try:
             answer = json.loads(bytes(reply.body))

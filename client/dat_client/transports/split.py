@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 import numpy as np
 
 from dat_client import wire
-from dat_client.calls.core import Array, Call, Exchange, fingerprint_of
+from dat_client.calls.core import Array, Call, Exchange, fingerprint_of, tokens_changed_of
 from dat_client.errors import DatError, ProtocolError, Unavailable, invalid, shown
 from dat_client.wire.vocabulary import OUTPUTS
 
@@ -121,7 +121,7 @@ class _Joined:
     def response(self, parts: list[wire.Response], weights: list[int]) -> wire.Response:
         """Returns one response for all parts; `tokens_changed` is their mean, weighted by rows."""
         parameters = dict(parts[0].parameters)
-        shares = [part.parameters.get("tokens_changed") for part in parts]
-        if all(isinstance(share, int | float) for share in shares):
-            parameters["tokens_changed"] = float(np.average(np.array(shares, np.float64), weights=weights))
+        shares = [share for part in parts if (share := tokens_changed_of(part)) is not None]
+        if len(shares) == len(parts):
+            parameters["tokens_changed"] = float(np.average(shares, weights=weights))
         return dataclasses.replace(parts[0], outputs=self._outputs, id=self._call.id, parameters=parameters)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from dat_client.wire.tensors import DATATYPES
 
 #: The inputs of a request that sends images. A request that decodes tokens has the single input `indices`.
 INPUTS = ("images", "gradients", "gradient_scales")
@@ -14,22 +14,23 @@ INPUTS = ("images", "gradients", "gradient_scales")
 #: The outputs of a codec. One without tokens has only the first two.
 OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
 
+
+def default_outputs(has_attack: bool) -> tuple[str, ...]:
+    """Returns the outputs of a request that names none.
+
+    A request has an attack, and so the output `adversarial`, if it sends gradients or a replace_fraction above 0.
+    """
+    return ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
+
+
 #: OIP datatype -> numpy dtype of images in either direction, and so the values of the parameter `output_dtype`.
-OUTPUT_DTYPES: dict[str, np.dtype[Any]] = {
-    "UINT8": np.dtype(np.uint8),
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-}
+OUTPUT_DTYPES = {name: DATATYPES[name] for name in ("UINT8", "FP16", "FP32")}
 
 #: OIP datatype -> numpy dtype of `gradients`. INT8 needs `gradient_scales`, FP16 may have them.
-GRADIENT_DTYPES: dict[str, np.dtype[Any]] = {
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-    "INT8": np.dtype(np.int8),
-}
+GRADIENT_DTYPES = {name: DATATYPES[name] for name in ("FP16", "FP32", "INT8")}
 
 #: OIP datatype -> numpy dtype of `indices`.
-INDEX_DTYPES: dict[str, np.dtype[Any]] = {"UINT16": np.dtype(np.uint16), "INT32": np.dtype(np.int32)}
+INDEX_DTYPES = {name: DATATYPES[name] for name in ("UINT16", "INT32")}
 
 #: The suffixes, in lower case, by which encoded pictures are recognised in folders and in shards.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -21,6 +21,14 @@ def test_seconds_that_are_refused(value):
     assert caught.value.value is value
 
 
+@pytest.mark.parametrize("value", ["c", None, 1, ["a"], {}])
+def test_names_that_are_refused(value):
+    assert checks.choice("name", "b", {"a": 1, "b": 2}) == "b"
+    with pytest.raises(InvalidRequest, match=r"^name: got .*, must be one of a, b$") as caught:
+        checks.choice("name", value, {"a": 1, "b": 2})
+    assert caught.value.field == "name"
+
+
 @pytest.mark.parametrize("value", [1, 2.0, "2", None, True])
 def test_integers_that_are_refused(value):
     assert checks.integer("n", 2, 2) == 2

@@ -24,7 +24,9 @@ def call(images, **kwargs):
     )
 
 
-@pytest.mark.parametrize("outputs", [["colour"], [], ["indices", "indices"], "colour"])
+@pytest.mark.parametrize(
+    "outputs", [["colour"], [], ["indices", "indices"], "colour", [["indices"]], ["indices", {}]]
+)
 def test_bad_outputs_are_refused(images, outputs):
     with pytest.raises(InvalidRequest, match="outputs") as caught:
         call(images, outputs=outputs)
@@ -37,7 +39,9 @@ def test_parameters_are_plain_numbers_and_none_is_left_out(images):
     assert call(images).parameters == {}
 
 
-@pytest.mark.parametrize("bad", [{"alpha": float("nan")}, {"seed": [1]}, {"output_dtype": "INT8"}])
+@pytest.mark.parametrize(
+    "bad", [{"alpha": float("nan")}, {"seed": [1]}, {"output_dtype": "INT8"}, {"output_dtype": ["FP16"]}]
+)
 def test_bad_parameters_are_refused_by_name(images, bad):
     with pytest.raises(InvalidRequest) as caught:
         call(images, **bad)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dat_client import InvalidRequest
-from dat_client.calls.arrays import gradient_tensors
+from dat_client.calls.gradients import gradient_tensors
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-9, 1.0, 3e4, 1e20, float(np.finfo(np.float32).max)])

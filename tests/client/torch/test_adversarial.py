@@ -232,6 +232,8 @@ def test_what_is_no_loss_is_refused(codec: Client, x: Tensor, loss: Any, says: s
         ({"random_start": 0.5}, "random_start"),
         ({"random_start": 1.0, "preset": "easyrobust", "alpha": "much"}, "alpha"),
         ({"preset": "authors"}, "preset"),
+        ({"preset": "authors", "normalize": "l2", "random_start": 1.0}, "preset"),
+        ({"gradient_dtype": ["FP16"]}, "gradient_dtype"),
         ({"reconstruction": torch.zeros(3)}, "reconstruction"),
         ({"reconstruction": torch.zeros(4, 3, 32, 32, dtype=torch.int64)}, "reconstruction"),
         ({"reconstruction": torch.full((4, 3, 32, 32), 2.0)}, "reconstruction"),

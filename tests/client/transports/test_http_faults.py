@@ -26,6 +26,7 @@ TRANSIENT = [
     "status 429",
     "status 503 0.01",
     "plain 502",
+    "chunk of negative length",
 ]
 
 
