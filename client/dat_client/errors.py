@@ -71,7 +71,14 @@ def plain(value: Any) -> Any:
 
 
 class DatError(Exception):
-    """The root of the tree: `except DatError` catches every failure of a request, the service or the network."""
+    """The root of the tree: `except DatError` catches every failure of a request, the service or the network.
+
+    `status` is the HTTP status of the service's answer, None if the failure has another origin.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class InvalidRequest(DatError, ValueError):
@@ -95,11 +102,10 @@ class InvalidRequest(DatError, ValueError):
         limit: Any = None,
         status: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, status=status)
         self.field = field
         self.value = value
         self.limit = limit
-        self.status = status
 
 
 def invalid(
@@ -152,30 +158,15 @@ class WireError(InvalidRequest):
 class Unauthorized(DatError):
     """The server requires an API key, or refused the one that was sent (401, 403): `Client(..., api_key=...)`."""
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 class Unavailable(DatError):
     """No good answer arrived in time. The call may be repeated, because Q is a pure function.
 
     `attempts` counts the requests that were sent, `cause` is the last failure in words and `__cause__` that failure
     itself (which pickling drops, because connection errors hold sockets). `status` is the HTTP status of the
-    service's last answer, None where the network failed or a proxy answered.
+    service's last answer, None where the network failed or a proxy answered. `retry_after_s` is the pause in
+    seconds that an Overloaded service asks for, None if it named none.
     """
-
-    def __init__(
-        self, message: str, *, attempts: int = 1, cause: str | None = None, status: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.attempts = attempts
-        self.cause = cause
-        self.status = status
-
-
-class Overloaded(Unavailable):
-    """The server is full. `retry_after_s` is the pause it asks for in seconds, None if it named none."""
 
     def __init__(
         self,
@@ -186,8 +177,14 @@ class Overloaded(Unavailable):
         status: int | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message, attempts=attempts, cause=cause, status=status)
+        super().__init__(message, status=status)
+        self.attempts = attempts
+        self.cause = cause
         self.retry_after_s = retry_after_s
+
+
+class Overloaded(Unavailable):
+    """The server is full: repeat the call after `retry_after_s`, or later if that is None."""
 
 
 class ProtocolError(DatError):

@@ -166,17 +166,14 @@ def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None)
 
 
 def read_response(call: Call, body: Buffer, header_length: str | None) -> wire.Response:
-    """Returns the response in a body; raises ProtocolError if it is none, or not the answer to `call`."""
+    """Returns the response in a body. Raises ProtocolError if it cannot be read or does not answer `call`.
+
+    An answer has the id of its call, and the outputs that the call requested in the shapes that it implies.
+    """
     try:
         response = wire.decode_response(body, header_length)
     except WireError as error:
         raise ProtocolError(f"the answer is not an inference response: {error}") from error
-    check_response(call, response)
-    return response
-
-
-def check_response(call: Call, response: wire.Response) -> None:
-    """Raises ProtocolError unless the response has the outputs that the call requested, in the implied shapes."""
     if response.id != call.id:
         raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
     has_attack = "gradients" in call.inputs or bool(call.parameters.get("replace_fraction"))
@@ -192,6 +189,7 @@ def check_response(call: Call, response: wire.Response) -> None:
         if array.ndim != axes or len(array) != call.batch or (shape and array.shape != shape):
             expected = shown(list(shape)) if shape else f"{axes} axes, the first of length {call.batch}"
             raise ProtocolError(f"{name}: the answer has shape {list(array.shape)}, expected {expected}")
+    return response
 
 
 def discretized(call: Call, response: wire.Response) -> Discretized:

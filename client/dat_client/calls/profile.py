@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dat_client.calls.core import Call, Exchange
 
@@ -67,6 +67,7 @@ def call_timing(call: Call, exchange: Exchange, first_attempt_s: float, seconds:
     )
 
 
+@dataclass(eq=False, repr=False)
 class Profile:
     """The calls of a client inside a `with client.profile()` block.
 
@@ -75,10 +76,9 @@ class Profile:
         seconds: how long the block took, or has taken so far.
     """
 
-    def __init__(self) -> None:
-        self.calls: list[CallTiming] = []
-        self._begun = time.perf_counter()
-        self._ended: float | None = None
+    calls: list[CallTiming] = field(default_factory=list)
+    _begun: float = field(default_factory=time.perf_counter, init=False)
+    _ended: float | None = field(default=None, init=False)
 
     def end(self) -> None:
         """Stops the clock."""

@@ -57,9 +57,10 @@ class Connections:
     def __init__(self, url: str, *, connect_timeout_s: float, limit: int) -> None:
         parts = urlsplit(url)
         self._context = ssl.create_default_context() if parts.scheme == "https" else None
-        self._host, self._port = parts.hostname or "", parts.port
-        if self._port is None:  # http.client would look for a port in the host, and find one in ::1
-            self._port = HTTPConnection.default_port if self._context is None else HTTPSConnection.default_port
+        kind = HTTPConnection if self._context is None else HTTPSConnection
+        self._host = parts.hostname or ""
+        # Without a port, http.client would look for one in the host, and find one in ::1.
+        self._port = kind.default_port if parts.port is None else parts.port
         self._connect_timeout_s = connect_timeout_s
         self._slots = threading.BoundedSemaphore(limit)
         self._idle: deque[HTTPConnection] = deque()  # append and pop are atomic
@@ -83,11 +84,12 @@ class Connections:
         if not self._slots.acquire(timeout=time_left(deadline, "waiting for a connection")):
             raise TimeoutError("timed out waiting for a connection")
         try:
+            request = (deadline, method, target, headers, buffers)
             connection = self._pop_idle()
             if connection is not None:
                 with suppress(Unanswered):
-                    return self._exchange(connection, method, target, headers, buffers, deadline)
-            return self._exchange(self._connect(deadline), method, target, headers, buffers, deadline)
+                    return self._exchange(connection, *request)
+            return self._exchange(self._connect(deadline), *request)
         finally:
             self._slots.release()
 
@@ -124,13 +126,18 @@ class Connections:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return connection
 
-    def _exchange(self, connection: HTTPConnection, *request: Any) -> Reply:
-        usable = False
+    def _exchange(self, connection: HTTPConnection, deadline: float, *request: Any) -> Reply:
+        """Sends a request and returns its reply; keeps the connection if it can carry another request."""
+        reusable = False
         try:
-            reply, usable = _exchange(connection, *request)
-            return reply
+            sent = _send_request(connection, deadline, *request)
+            response = _begin_reply(connection, deadline)
+            body = _read_body(response)
+            response.read()  # nothing is left to read; http.client takes this as the end of the response
+            reusable = sent and not response.will_close
+            return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
         finally:
-            if not usable:
+            if not reusable:
                 connection.close()
             else:
                 self._idle.append(connection)
@@ -151,40 +158,39 @@ def _close_all(connections: deque[HTTPConnection]) -> None:
         connections.pop().close()
 
 
-def _exchange(
+def _send_request(
     connection: HTTPConnection,
+    deadline: float,
     method: str,
     target: str,
     headers: Mapping[str, str],
     buffers: Sequence[bytes | memoryview],
-    deadline: float,
-) -> tuple[Reply, bool]:
-    """Returns the reply, and whether the connection can carry another request."""
-    sock = connection.sock
+) -> bool:
+    """Sends the head and the body. Returns False if the server answers or closes before all is sent."""
     left_s = time_left(deadline, "before sending")
-    sock.settimeout(left_s)
+    connection.sock.settimeout(left_s)
     try:
         connection.putrequest(method, target, skip_accept_encoding=True)
         for name, value in headers.items():
             connection.putheader(name, value)
         connection.putheader(TIMEOUT_MS, str(max(1, int(left_s * 1000))))
         connection.endheaders()
-        sent = _send(sock, buffers, deadline)
+        return _send(connection.sock, buffers, deadline)
     except (BrokenPipeError, ConnectionResetError):
-        sent = False  # the server may have answered before it closed
+        return False  # the server may have answered before it closed
+
+
+def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
+    """Returns the reply after its head was read. Raises Unanswered if the connection ends before."""
 
     def timed_response(sock: Any, **arguments: Any) -> HTTPResponse:
         return HTTPResponse(_DeadlineReader(sock, deadline), **arguments)  # type: ignore[arg-type]
 
     connection.response_class = timed_response  # type: ignore[assignment]
     try:
-        response = connection.getresponse()
+        return connection.getresponse()
     except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
         raise Unanswered(str(error)) from error
-    body = _read_body(response)
-    response.read()  # nothing is left to read; http.client takes this as the end of the response
-    reply = Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
-    return reply, sent and not response.will_close
 
 
 def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: float) -> bool:

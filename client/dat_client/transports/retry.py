@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from dat_client.errors import Overloaded, Unavailable
+from dat_client.errors import Unavailable
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -22,8 +22,7 @@ T = TypeVar("T")
 def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], float]) -> float:
     """Returns the pause after failed attempt 1, 2, …: exponential with full jitter, on top of Retry-After."""
     pause = jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30)))
-    after_s = error.retry_after_s if isinstance(error, Overloaded) else None
-    return pause if after_s is None else after_s + pause
+    return pause + (error.retry_after_s or 0.0)
 
 
 def repeat(

@@ -86,11 +86,8 @@ def infer(
 def wait_for(stop: threading.Event, closed: threading.Event, seconds: float) -> bool:
     """Waits until one of the events is set (returns True) or the time is over (returns False)."""
     end = time.monotonic() + seconds
-    while not closed.is_set():
-        left_s = end - time.monotonic()
-        if stop.wait(max(0.0, min(0.1, left_s))):
-            return True
-        if left_s <= 0.1:
+    while not closed.is_set() and not stop.wait(min(0.1, max(0.0, end - time.monotonic()))):
+        if time.monotonic() >= end:
             return False
     return True
 

@@ -39,21 +39,20 @@ def typed(value: Any, kind: type[T], field: str) -> T:
     return value
 
 
-def get_object(parent: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns the object under a key, an empty one if the key is missing or null."""
+def optional(parent: dict[str, Any], key: str, kind: type[T]) -> T | None:
+    """Returns the value under a key if it is of a type, None if the key is missing or null."""
     value = parent.get(key)
-    return {} if value is None else typed(value, dict, key)
+    return None if value is None else typed(value, kind, key)
 
 
-def get_text(parent: dict[str, Any], key: str) -> str | None:
-    """Returns the string under a key, None if the key is missing or null."""
-    value = parent.get(key)
-    return None if value is None else typed(value, str, key)
+def get_parameters(parent: dict[str, Any]) -> dict[str, Any]:
+    """Returns the object `parameters` of a message or of one of its tensors, an empty one if there is none."""
+    return optional(parent, "parameters", dict) or {}
 
 
 def get_name(entry: Any, field: str) -> str:
     """Returns the name of a tensor's entry."""
-    name = get_text(typed(entry, dict, field), "name")
+    name = optional(typed(entry, dict, field), "name", str)
     if name is None:
         malformed("name missing", field)
     return name

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 from dat_client.errors import WireError, plain, shown
 from dat_client.wire.headers import HEADER_LENGTH
-from dat_client.wire.json import get_name, get_object, get_text, parse, typed
+from dat_client.wire.json import get_name, get_parameters, optional, parse, typed
 from dat_client.wire.tensors import (
     Array,
     datatype_of,
@@ -103,16 +103,16 @@ def encode_request(
     id: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     outputs: Sequence[RequestedOutput] = (),
-    binary: bool = True,
+    binary: bool | Mapping[str, bool] = True,
     binary_default: bool = True,
 ) -> Encoded:
     """Returns the buffers of an inference request and the length of its JSON part.
 
-    `binary` says whether the inputs are sent as binary data; `binary_default` is sent as `binary_data_output` if no
+    `binary` says which inputs are sent as binary data; `binary_default` is sent as `binary_data_output` if no
     `outputs` are named. Raises WireError for a dtype, or a parameter, that the protocol cannot express.
     """
     defaults = {} if outputs else {"binary_data_output": binary_default}
-    entries, tail = _encode_tensors(inputs, dict.fromkeys(inputs, binary))
+    entries, tail = _encode_tensors(inputs, binary)
     header = {
         "id": id,
         "parameters": {**(parameters or {}), **defaults} or None,
@@ -139,7 +139,7 @@ def encode_response(
     `binary` says which outputs are sent as binary data. Raises WireError for a dtype that the protocol lacks, and
     for JSON outputs with NaN, infinity or BYTES that are not text.
     """
-    entries, tail = _encode_tensors(outputs, dict.fromkeys(outputs, binary) if isinstance(binary, bool) else binary)
+    entries, tail = _encode_tensors(outputs, binary)
     header = {
         "model_name": model_name,
         "model_version": model_version,
@@ -160,7 +160,7 @@ def decode_request(
     HTTP 400, otherwise for 422.
     """
     header, rest = _split(body, header_length)
-    parameters = get_object(header, "parameters")
+    parameters = get_parameters(header)
     binary_default = typed(parameters.pop("binary_data_output", False), bool, "binary_data_output")
     for name, value in parameters.items():
         if isinstance(value, float) and not math.isfinite(value):  # 1e999 is legal JSON and becomes infinity
@@ -168,26 +168,26 @@ def decode_request(
     outputs: list[RequestedOutput] = []
     for index, entry in enumerate(typed(header.get("outputs", []), list, "outputs")):
         name = get_name(entry, f"outputs[{index}]")
-        binary = get_object(entry, "parameters").get("binary_data", binary_default)
+        binary = get_parameters(entry).get("binary_data", binary_default)
         outputs.append(RequestedOutput(name, typed(binary, bool, f"outputs[{index}].binary_data")))
     if len({output.name for output in outputs}) != len(outputs):
         malformed("an output is named twice", "outputs", [output.name for output in outputs])
     inputs = _decode_tensors(header, "inputs", rest, max_strings)
-    return Request(inputs, get_text(header, "id"), parameters, outputs, binary_default)
+    return Request(inputs, optional(header, "id", str), parameters, outputs, binary_default)
 
 
 def decode_response(body: Buffer, header_length: int | str | None = None) -> Response:
     """Returns the inference response in a body, as `decode_request`; raises WireError."""
     header, rest = _split(body, header_length)
-    model_name = get_text(header, "model_name")
+    model_name = optional(header, "model_name", str)
     if model_name is None:
         malformed("the key is missing", "model_name")
     return Response(
         model_name,
         _decode_tensors(header, "outputs", rest),
-        get_text(header, "model_version"),
-        get_text(header, "id"),
-        get_object(header, "parameters"),
+        optional(header, "model_version", str),
+        optional(header, "id", str),
+        get_parameters(header),
     )
 
 
@@ -220,14 +220,14 @@ def _without_none(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode_tensors(
-    tensors: Mapping[str, Array], binary: Mapping[str, bool]
+    tensors: Mapping[str, Array], binary: bool | Mapping[str, bool]
 ) -> tuple[list[dict[str, Any]], list[bytes | memoryview]]:
     entries: list[dict[str, Any]] = []
     tail: list[bytes | memoryview] = []
     for name, array in tensors.items():
         datatype = datatype_of(array, name)
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
-        if binary.get(name, False):
+        if binary if isinstance(binary, bool) else binary.get(name, False):
             buffer = to_buffer(array, name)
             entry["parameters"] = {"binary_data_size": len(buffer)}
             tail.append(buffer)
@@ -281,7 +281,7 @@ def _decode_tensors(
         for member in ("datatype", "shape"):
             if member not in entry:
                 malformed(f"{member} is missing", label)
-        size = get_object(entry, "parameters").get("binary_data_size")
+        size = get_parameters(entry).get("binary_data_size")
         if (size is None) == ("data" not in entry):
             malformed("it must have either data or binary_data_size", label)
         if size is not None and (type(size) is not int or not 0 <= size <= len(rest) - offset):

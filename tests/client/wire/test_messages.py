@@ -172,3 +172,11 @@ def test_tritonclient_style_request_is_understood():
     assert request.binary_default
     assert request.parameters == {}
     assert request.inputs["images"].tolist() == [[[[0, 0.25], [0.5, 1]]]]
+
+
+def test_each_tensor_can_be_binary_or_json() -> None:
+    tensors = {"a": np.arange(3, dtype=np.int32), "b": np.arange(3, dtype=np.int32), "c": np.zeros(1, np.uint8)}
+    binary = {"a": True, "b": False}  # a tensor that is missing here is sent as JSON
+    chunks, _ = wire.encode_request(tensors, binary=binary)
+    assert chunks[1:] == [tensors["a"].tobytes()]
+    assert wire.encode_response("m", tensors, binary=binary)[0][1:] == chunks[1:]
