@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from dat_service.bench.timing import clock_for
 from dat_workers.engines.torch.network import tf32
-from dat_workers.system.timing import clock_for
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -32,10 +32,10 @@ from PIL import Image
 from benchmarks import machine
 from benchmarks.tables import aligned, machine_line
 from dat_client.wire.tensors import Array
+from dat_service.bench.timing import Timing, ratio, time_in_turns
 from dat_workers.discretizer import Discretizer
 from dat_workers.images.crops import centre_crops
 from dat_workers.precompute import JobProgress, Summary, precompute
-from dat_workers.system.timing import Timing, ratio, time_in_turns
 
 SIDE = 224
 SHARDS, SAMPLES = 1000, 10

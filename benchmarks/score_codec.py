@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from benchmarks.tables import rate
+from dat_service.bench.timing import time_in_turns
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.images.crops import centre_crops
-from dat_workers.system.timing import time_in_turns
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ from benchmarks.codec.report import show_cell, show_steps
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.engines.factory import disable_tf32, pick_device
+from dat_workers.errors import one_line
 from dat_workers.system.files import write_atomically
-from dat_workers.system.timing import one_line
 
 GEOMETRIES = {"vq-f8": "vqgan-openimages-f8-16384", "vq-f16": "vqgan-openimages-f16-16384"}
 BASELINE = "taming fp32"

@@ -15,11 +15,12 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.codec import roofline
 from benchmarks.codec.contestants import Candidate, Codec, engine_candidate
+from dat_service.bench.timing import Timing, clock_for, cpu_clock, ratio, time_in_turns
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
-from dat_workers.system.timing import Timing, clock_for, cpu_clock, one_line, ratio, time_in_turns
+from dat_workers.errors import one_line
 
 OPERATIONS = ("q", "encode", "decode", "host")
 

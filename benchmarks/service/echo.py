@@ -22,9 +22,10 @@ from benchmarks.processes import clean_environment, dat_serve
 from benchmarks.service.peers.socket_echo import LENGTH
 from dat_client import Client
 from dat_client.transports.connections import Connections
+from dat_service.bench.timing import ratio, time_in_turns
 from dat_service.launch import StartFailed, running_process
 from dat_service.ports import free_port
-from dat_workers.system.timing import one_line, ratio, time_in_turns
+from dat_workers.errors import one_line
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Call = Callable[[], object]

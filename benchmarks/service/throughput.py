@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.pictures import shifted_photographs
 from benchmarks.processes import clean_environment, dat_serve
 from dat_client import Client
+from dat_service.bench.timing import Timing, ratio
 from dat_service.launch import READY, StartFailed
-from dat_workers.system.timing import Timing, ratio
 
 MIXED = (1, 7, 16, 40)
 SMALL = (1,) * 16

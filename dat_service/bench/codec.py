@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dat_service.bench.timing import Timing, ratio, time_in_turns
 from dat_workers.codecs.store import CodecStore, load_model
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs, pick_device
+from dat_workers.errors import one_line
 from dat_workers.images.crops import sample_crops
-from dat_workers.system.timing import Timing, one_line, ratio, time_in_turns
 
 REFERENCE = "reference fp32"
 PHOTOGRAPHS = 16  # distinct ones; larger batches repeat them

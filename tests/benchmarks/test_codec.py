@@ -16,11 +16,11 @@ from benchmarks import machine
 from benchmarks.codec import __main__ as codec
 from benchmarks.codec import cell, roofline
 from benchmarks.codec.contestants import Candidate, Codec, candidates, engine_candidate
+from dat_service.bench.timing import Timing
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
-from dat_workers.system.timing import Timing
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

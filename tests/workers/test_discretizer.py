@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dat_workers.discretizer
 from dat_workers.batching.batcher import Batcher
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
@@ -105,6 +106,16 @@ def test_identity_returns_images_of_the_wanted_dtype_without_a_copy(identity: Di
     request = identity.prepare(images)
     assert request.result is not None
     assert Batcher().submit(request).result(0).outputs["reconstruction"] is images  # no codec has been started
+
+
+def test_identity_spends_no_pass_on_checks_of_its_images(
+    identity: Discretizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dat_workers.discretizer, "record_finite", None)
+    images = np.array([-0.0, 0.5, 1.0], np.float32).reshape(1, 3, 1, 1)
+    outputs = identity.discretize(images, np.zeros_like(images))
+    assert outputs["reconstruction"].tobytes() == images.tobytes()
+    assert np.array_equal(outputs["adversarial"], images)
 
 
 def test_identity_describes_itself_as_no_engine(identity: Discretizer) -> None:

@@ -271,7 +271,8 @@ class Discretizer:
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
         indices = self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
-        record_finite(finite, "finite_latents", indices.ge(0))
+        if not self.engine.returns_images_unchanged:
+            record_finite(finite, "finite_latents", indices.ge(0))
         return indices
 
     def _decode(
@@ -279,6 +280,8 @@ class Discretizer:
     ) -> Tensor:
         """Decodes tokens to images of `size`, and enters in `finite` which are finite."""
         images = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
+        if self.engine.returns_images_unchanged:
+            return images
         # before clipping, which would turn infinity into white
         record_finite(finite, "finite_images", images.isfinite())
         return images.clamp(0, 1)

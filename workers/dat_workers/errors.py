@@ -60,3 +60,8 @@ class Full(RuntimeError):
 
 class DeadlinePassed(RuntimeError):
     """The caller's time is over; whatever was not computed yet is not computed."""
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error as text; kept as an exception it would keep its frames' tensors alive."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from dat_workers.codecs.file import Origin, write
 from dat_workers.codecs.spec import CodecError, CodecSpec
+from dat_workers.system.signals import handle_signals
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.export import exported_weights
 from dat_workers.training.trainer import Trainer
@@ -73,3 +76,22 @@ def test_a_run_can_start_from_a_codec(pictures: Path, tmp_path: Path) -> None:
     other = CodecSpec("toy-f2", ch=64, ch_mult=(1, 1), num_res_blocks=1, codebook_size=64, latent_dim=4)
     with pytest.raises(CodecError, match="another shape"):
         Trainer(TrainConfig(other, (pictures,), tmp_path / "c", crop=32, init=file))
+
+
+def test_a_second_signal_acts_as_it_did_before_the_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config(pictures, tmp_path))
+    noted: list[int] = []
+    earlier: list[int] = []
+
+    def interrupted_step() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        noted.extend(trainer.received_signals)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"mse": 1.0, "commitment": 1.0}
+
+    monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    with handle_signals(lambda number, _: earlier.append(number), signal.SIGTERM):
+        assert not trainer.run(lambda line: None)
+    assert noted == trainer.received_signals == earlier == [signal.SIGTERM]

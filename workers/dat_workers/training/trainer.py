@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -215,8 +216,15 @@ class Trainer:
         if self.step:
             report(f"continuing from step {self.step} of {config.steps}")
         self.received_signals.clear()
-        stopping = handle_signals(self._note_signal, signal.SIGINT, signal.SIGTERM)
-        with stopping, (config.out / "log.jsonl").open("a") as log:
+        noting = ExitStack()
+
+        def note_signal(number: int, frame: FrameType | None) -> None:
+            """Ends the loop after the current step; a second signal acts as it would without this method."""
+            self.received_signals.append(number)
+            noting.close()
+
+        noting.enter_context(handle_signals(note_signal, signal.SIGINT, signal.SIGTERM))
+        with noting, (config.out / "log.jsonl").open("a") as log:
             while self.step < config.steps and not self.received_signals:
                 terms = self.train_step()
                 now = time.monotonic()
@@ -247,9 +255,3 @@ class Trainer:
             return False
         report(f"samples: {self.save_samples()}")
         return True
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ends the loop after the current step; a second signal interrupts the step."""
-        if self.received_signals:
-            signal.default_int_handler(number, frame)
-        self.received_signals.append(number)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import timeit
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs
-from dat_workers.system.timing import clock_for, one_line, time_in_turns
+from dat_workers.errors import one_line
 from dat_workers.verify.agreement import Agreement, ReferenceOutputs, compare_outputs
 from dat_workers.verify.diagnose import find_overflow
 
@@ -98,7 +99,8 @@ def survey(
         rows[row.name] = replace(row, agreement=agreement, overflow=overflow)
     if ready:
         report(f"timing {len(ready)} engines")
-    speeds = _images_per_s(ready, expected.images[: TIMED_IMAGES["cuda" if cuda else "cpu"]], rounds)
+    timed = expected.images[: TIMED_IMAGES["cuda" if cuda else "cpu"]]
+    speeds = {name: _images_per_s(engine, timed, rounds) for name, engine in ready.items()}
     return [replace(row, images_per_s=speeds.get(row.name)) for row in rows.values()]
 
 
@@ -116,18 +118,20 @@ def _pairs(default: Engine, engines: Sequence[str], dtypes: Sequence[str]) -> li
     return available if cuda else [*available, ("torch", "tf32")]
 
 
-def _images_per_s(engines: Mapping[str, Engine], images: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Times Q of images that are on the engine's device, all engines in turn; those that fail are left out."""
-    if not engines:
-        return {}
-    device = next(iter(engines.values())).device
-    calls = {name: partial(_q, engine, images.to(engine.device)) for name, engine in engines.items()}
-    timings = time_in_turns(calls, rounds=rounds, warmup=1, clock=clock_for(device), least_s=0)
-    return {name: len(images) / timing.median for name, timing in timings.items() if not timing.error}
+def _images_per_s(engine: Engine, images: torch.Tensor, rounds: int) -> float | None:
+    """Times Q of images on the engine's device. Returns None if it fails, for example for lack of memory."""
+    on_device = images.to(engine.device)
 
+    def q() -> None:
+        engine.decode(engine.encode(on_device))
+        if on_device.is_cuda:
+            torch.cuda.synchronize()
 
-def _q(engine: Engine, images: torch.Tensor) -> torch.Tensor:
-    return engine.decode(engine.encode(images))
+    try:
+        q()  # the first call with this number of images is slower
+        return len(images) / statistics.median(timeit.repeat(q, number=1, repeat=rounds))
+    except Exception:
+        return None
 
 
 def fastest_passing(rows: Sequence[Row]) -> Row | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dat_workers.system.timing import Timing, cpu_clock, ratio, time_in_turns
+from dat_service.bench.timing import Timing, cpu_clock, ratio, time_in_turns
 
 
 def fake(order: list[str], cost: dict[str, list[float]]) -> tuple[dict[str, Callable[[], object]], object]:

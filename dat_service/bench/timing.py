@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dat_workers.errors import one_line
+
 Clock = Callable[[Callable[[], object], int], float]
 
 LEAST_S = 0.05  # a sample is at least this long, if need be of several calls: clocks and launches are noisy below
@@ -62,11 +64,6 @@ def cuda_clock(call: Callable[[], object], calls: int) -> float:
 def clock_for(device: torch.device) -> Clock:
     """Returns the clock for a device: CUDA events on a GPU, else the wall clock."""
     return cuda_clock if device.type == "cuda" else cpu_clock
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error as text; kept as an exception it would keep its frames' tensors alive."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
 def time_in_turns(
