@@ -47,6 +47,7 @@ from dat_client.originals import address, locate_sources, made_from_pictures, pi
 __all__ = ["load", "prepared", "read_manifest", "read_settings", "view_of"]
 
 EPOCH_COUNTERS = 1024  # worker processes beyond this number share counters
+NEEDED_SETTINGS = {"outputs", "picture", "resize", "crop", "augment", "variants"}
 MANIFEST_THREADS = 16  # manifest entries that are fetched at the same time
 
 
@@ -129,6 +130,8 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
     if found != FORMAT:
         message = f"{os.fspath(dst)}: format {shown(found)}, this dat-client reads {FORMAT}: update it"
         raise InvalidDataset(message)
+    if missing := NEEDED_SETTINGS - settings.keys():
+        raise InvalidDataset(f"{os.fspath(dst)}: its {RECIPE_FILE} lacks {', '.join(sorted(missing))}")
     return dict(settings)
 
 

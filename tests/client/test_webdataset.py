@@ -394,6 +394,9 @@ def test_folders_that_precompute_did_not_write_are_refused(own: tuple[Path, Path
         (dst / "precompute.json").write_text(damaged)
         with pytest.raises(InvalidDataset, match=r"dst: its precompute.json is not JSON|dst: format None"):
             load(dst)
+    (dst / "precompute.json").write_text('{"format": 1, "outputs": [], "crop": null}')
+    with pytest.raises(InvalidDataset, match=r"dst: its precompute.json lacks augment, picture, resize, variants$"):
+        load(dst)
     (dst / "aside").rename(dst / "precompute.json")
     edited(dst, f"manifest/{NAMES[1]}.json", settings="4567")
     with pytest.raises(InvalidDataset, match="shards of 2 different settings"):

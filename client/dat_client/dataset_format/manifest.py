@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Self
 
 FORMAT = 1  # the value of "format" in precompute.json
@@ -46,7 +46,7 @@ class ManifestEntry:
             record["skipped"] = tuple((sample["key"], sample["reason"]) for sample in record["skipped"])
             record["nbytes"] = record.pop("bytes")
             record["source"] = tuple(record["source"][key] for key in SOURCE_KEYS)
-            return cls(**record)
+            return cls(**{field.name: record[field.name] for field in fields(cls)})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a manifest entry ({type(error).__name__}: {error})") from error
 

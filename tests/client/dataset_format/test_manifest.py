@@ -18,6 +18,11 @@ def test_an_entry_comes_back_from_its_file() -> None:
     }  # fmt: skip
 
 
+def test_members_that_a_newer_writer_added_are_ignored() -> None:
+    record = json.loads(ENTRY.to_json()) | {"pictures": 7}
+    assert ManifestEntry.from_json(json.dumps(record).encode()) == ENTRY
+
+
 @pytest.mark.parametrize(
     "text",
     [
