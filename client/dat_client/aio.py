@@ -19,7 +19,7 @@ T = TypeVar("T")
 def _constructor(
     init: Callable[Concatenate[Client, P], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[AsyncClient, P], None]]:
-    """Gives a constructor the arguments of Client's."""
+    """Gives a constructor the signature of Client's."""
     return functools.wraps(init)
 
 

@@ -148,10 +148,10 @@ class Client:
                 device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`, which are answered in numpy.
             gradients: the loss's gradient at each image, float16/float32 of the images' shape. For
                 `normalize="none"` it must be that of the summed loss. With it the answer has `adversarial`.
-            gradient_dtype: the datatype in which gradients are sent. FP16 has a scale for each sample, so that a
-                gradient of 1e-9 survives, but not values far below the sample's largest (use FP32 for
-                `normalize="sign"`). FP32. INT8 has a scale for each sample and half the bytes of FP16;
-                docs/thin-links.md has its cost in tokens.
+            gradient_dtype: the datatype in which gradients are sent. FP16 comes with a scale for each sample, so
+                that a gradient of 1e-9 survives; values far below the sample's largest do not. FP32 keeps those
+                too, which `normalize="sign"` needs. INT8 comes with a scale for each sample and has half the bytes
+                of FP16; docs/thin-links.md has its cost in tokens.
             outputs: some of reconstruction, adversarial, indices, adversarial_indices; None for the server's
                 default (reconstruction, with gradients adversarial too).
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
@@ -294,7 +294,7 @@ class Client:
         return self._executor.submit(function)
 
     def _infer(self, call: Call, timeout_s: float | None) -> Discretized:
-        """Returns the answer to a call, also after `close` if the call waited for a thread."""
+        """Returns the answer to a call. A call that waited for a thread is answered after `close`, too."""
         begun_s = time.perf_counter()
         exchange, first_attempt_s = self._exchange(call, timeout_s)
         answer = discretized(call, exchange.response)
@@ -329,7 +329,7 @@ class Client:
         return exchange, first_attempt_s
 
     def _repeater(self, target: str, timeout_s: float | None) -> Callable[..., Any]:
-        """Returns `repeat` with one deadline, from now, for everything that it repeats."""
+        """Returns `repeat` with a deadline `timeout_s` from now, which all its calls share."""
         timeout_s = self.timeout_s if timeout_s is None else positive_seconds("timeout_s", timeout_s)
         deadline = time.monotonic() + timeout_s
         return functools.partial(

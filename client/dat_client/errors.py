@@ -22,20 +22,6 @@ import json
 import reprlib
 from typing import Any
 
-__all__ = [
-    "CodecChanged",
-    "DatError",
-    "InvalidDataset",
-    "InvalidRequest",
-    "Overloaded",
-    "ProtocolError",
-    "TooLarge",
-    "Unauthorized",
-    "Unavailable",
-    "UnknownCodec",
-    "WireError",
-]
-
 MAX_SHOWN = 80  # characters
 
 _repr = reprlib.Repr()

@@ -38,10 +38,11 @@ def made_from_pictures(settings: Mapping[str, Any]) -> bool:
 
 
 def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], pictures: bool) -> dict[str, str]:
-    """Returns, for each shard of the manifest, the address of its source shard; with `pictures`, of their folder.
+    """Returns, for each shard of the manifest, the address of the shard that it was made from.
 
-    `source` is a folder of either, one shard, a brace pattern or a glob. Shards are matched by name, so the source
-    may have moved since. Raises InvalidDataset where a pattern has no shard of that name, or two.
+    With `pictures` the dataset was made from a folder of pictures, and that is the address for all shards. `source`
+    is this folder, or a folder of shards, one shard, a brace pattern or a glob. Shards are matched by name, so the
+    source may have moved since. Raises InvalidDataset if not exactly one shard of a pattern has the name.
     """
     text = os.fspath(source)
     if pictures:

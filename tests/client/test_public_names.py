@@ -8,15 +8,13 @@ import sys
 
 import pytest
 
+from dat_client import errors
+
 PUBLIC = {
     "dat_client": {
         "AsyncClient", "Client", "CodecChanged", "DatError", "Discretized", "InvalidDataset", "InvalidRequest",
         "Overloaded", "ProtocolError", "TooLarge", "Unauthorized", "Unavailable", "UnknownCodec", "WireError",
         "__version__",
-    },
-    "dat_client.errors": {
-        "CodecChanged", "DatError", "InvalidDataset", "InvalidRequest", "Overloaded", "ProtocolError", "TooLarge",
-        "Unauthorized", "Unavailable", "UnknownCodec", "WireError",
     },
     "dat_client.wire": {
         "DATATYPES", "HEADER_LENGTH", "Encoded", "ErrorBody", "Request", "RequestedOutput", "Response", "WireError",
@@ -25,6 +23,10 @@ PUBLIC = {
     },
     "dat_client.torch": {"Adversarial", "AdversarialBatch", "AdversarialLoader", "adversarial", "straight_through"},
     "dat_client.webdataset": {"load", "prepared", "read_manifest", "read_settings", "view_of"},
+}  # fmt: skip
+EXCEPTIONS = {
+    "CodecChanged", "DatError", "InvalidDataset", "InvalidRequest", "Overloaded", "ProtocolError", "TooLarge",
+    "Unauthorized", "Unavailable", "UnknownCodec", "WireError",
 }  # fmt: skip
 
 
@@ -35,6 +37,11 @@ def test_exported_names(name: str) -> None:
     module = importlib.import_module(name)
     assert set(module.__all__) == PUBLIC[name]
     assert all(hasattr(module, exported) for exported in module.__all__)
+
+
+def test_names_of_the_exceptions() -> None:
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    assert {name for name, value in classes.items() if issubclass(value, Exception)} == EXCEPTIONS
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own imports warn

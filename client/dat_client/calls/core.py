@@ -64,7 +64,7 @@ class Discretized:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An answered inference request, with what a profile needs to know of it.
+    """An answered inference request, and the times and sizes from which a profile is computed.
 
     Attributes:
         timing: seconds that the server spent, by stage (body, queue, codec, total); empty if it reports none.

@@ -118,9 +118,9 @@ class AdversarialLoader:
         self.precomputed = precomputed
         self.mix = share("mix", mix)
         self._device = device
-        self._answer_options: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
+        answer_options = {"output_dtype": output_dtype, "timeout_s": timeout_s}
         self._attack = Attack(
-            client, model, reduction, random_start, generator, gradient_dtype, self._answer_options, parameters
+            client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters
         )
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ class AdversarialLoader:
             if self.precomputed:
                 pending.reconstruction = checked_reconstruction(batch[1], pending.images)
             else:
-                pending.future = self.client.submit(pending.sent, **self._answer_options)
+                pending.future = self.client.submit(pending.sent, **self._attack.answer_options)
         return True
 
     def _request_adversarial(self, batch: _PendingBatch) -> None:

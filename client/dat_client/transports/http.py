@@ -61,15 +61,6 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def codec_path(codec: str) -> str:
-    """Returns the path of a codec, its name percent-encoded.
-
-    >>> codec_path("a/b c")
-    '/v2/models/a%2Fb%20c'
-    """
-    return f"/v2/models/{quote(codec, safe='')}"
-
-
 class HttpTransport:
     """A codec behind a URL; see `Transport`."""
 
@@ -80,7 +71,7 @@ class HttpTransport:
         self._prefix = urlsplit(url).path
         self._headers = {"Accept-Encoding": "identity", **headers}
         self._connections = Connections(url, connect_timeout_s=connect_timeout_s, limit=max_connections)
-        path = codec_path(codec)
+        path = f"/v2/models/{quote(codec, safe='')}"
         self._paths = {
             "infer": f"{path}/infer",
             "live": "/v2/health/live",

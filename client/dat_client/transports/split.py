@@ -37,10 +37,11 @@ def infer(
     send_part: Callable[[Call, threading.Event], Exchange],
     spawn: Callable[[Callable[[], Exchange]], Future[Exchange]],
 ) -> Exchange | DatError:
-    """Returns the answer to `call`, sent as at most `count` requests at the same time, or why one of them failed.
+    """Sends `call` as at most `count` requests at the same time and joins their answers.
 
-    `send_part` repeats a part until its event is set. Raises Unavailable where two codecs answered: all parts must
-    be sent again.
+    `send_part` repeats a part until its event is set. The error of a part that failed is returned instead of
+    raised, because its request was repeated already. Raises Unavailable if two codecs answered: all parts must be
+    sent again.
     """
     stop = threading.Event()
     joined = _Joined(call)

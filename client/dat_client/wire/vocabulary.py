@@ -11,7 +11,7 @@ from dat_client.wire.tensors import DATATYPES
 #: The inputs of a request that sends images. A request that decodes tokens has the single input `indices`.
 INPUTS = ("images", "gradients", "gradient_scales")
 
-#: The outputs of a codec. One without tokens has only the first two.
+#: The outputs of a codec. A codec without tokens has only the first two.
 OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
 
 
