@@ -21,12 +21,17 @@ from typing import Any
 
 import pytest
 
+from dat_service.ray.haproxy import SERVE
 from dat_service.ray.haproxy_wrapper import MARK, amend, binary, prepare
 from tests.conftest import free_port
 
 
 def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> Path:
-    """Writes Ray Serve's configuration for one application with one replica."""
+    """Writes Ray Serve's configuration for one application with one replica.
+
+    A health check fails after 500 ms. With 100 ms, the checks of a stand-in that shares a busy machine with other
+    tests failed twice in a row now and then, and HAProxy cut off the request that it was answering.
+    """
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions
 
@@ -38,8 +43,10 @@ def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> P
         metrics_socket_path=str(folder / "metrics.sock"),
         metrics_port=free_port(),
         stats_port=free_port(),
-        health_check_inter="100ms",
+        health_check_inter="500ms",
         health_check_fastinter="50ms",
+        health_check_fall=int(SERVE["RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL"]),
+        observe_mark_down_enabled=False,
     )
     backend = BackendConfig(
         name="http-toy",
@@ -141,6 +148,16 @@ def get(port: int, path: str = "/", headers: list[tuple[str, bytes]] | None = No
         connection.close()
 
 
+def any_replica(port: int) -> bool:
+    """Whether HAProxy counts a replica as alive; it answers this request itself."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", "/-/healthz")
+        return connection.getresponse().status == 200
+    finally:
+        connection.close()
+
+
 def until(check: Any) -> None:
     deadline = time.monotonic() + 60
     while not check():
@@ -223,6 +240,8 @@ def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
     """Such a request does not reach Serve's own proxy either."""
     port, nobody = free_port(), free_port()
     with StandInReplica() as proxy, running(ray_config(tmp_path, port, nobody, fallback=proxy.server_port), port):
+        # Before that, HAProxy would still try to connect, and cut the request off once it counts the replica as dead.
+        until(lambda: not any_replica(port))
         status, headers, answer = get(port)
         assert status == 503
         assert headers["Retry-After"] == "1"
