@@ -54,8 +54,6 @@ def running_service(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     stderr: int | None = subprocess.STDOUT,
-    start_timeout_s: float = 300,
-    stop_timeout_s: float = 90,
 ) -> Iterator[RunningProcess]:
     """Runs `dat serve` with these arguments on a free port while the block runs; see `running_process`.
 
@@ -64,14 +62,8 @@ def running_service(
     http://127.0.0.1:43210
     """
     port = free_port()
-    with running_process(
-        [*DAT, "serve", "--port", str(port), *arguments],
-        f"http://127.0.0.1:{port}",
-        env=env,
-        stderr=stderr,
-        start_timeout_s=start_timeout_s,
-        stop_timeout_s=stop_timeout_s,
-    ) as service:
+    command = [*DAT, "serve", "--port", str(port), *arguments]
+    with running_process(command, f"http://127.0.0.1:{port}", env=env, stderr=stderr) as service:
         yield service
 
 

@@ -53,6 +53,7 @@ class CodecWorker:
     def load(self) -> None:
         """Loads and warms up the codec. Errors are raised, so that a replica without a codec never serves."""
         self.discretizer = self.batcher.start(self.make)
+        self.metrics.describe(self.discretizer)
 
     def make(self) -> Discretizer:
         """Creates the discretizer; called in the thread that will run it."""

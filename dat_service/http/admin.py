@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from dat_service import __version__
 from dat_service.http.auth import require_admin
-from dat_service.observability.metrics import MetricsSource, render
+from dat_service.observability.metrics import GAUGES, MetricsSource, render
 from dat_service.worker import CodecWorker
 
 router = APIRouter(tags=["For operators"], dependencies=[Depends(require_admin)])
@@ -37,7 +37,7 @@ async def status(request: Request) -> dict[str, Any]:
         "engine": discretizer.describe() if discretizer else None,
         "ready": worker.ready,
         "uptime_s": round(time.monotonic() - state.started, 3),
-        "gauges": worker.metrics.gauges(),
+        "gauges": {attribute: float(getattr(worker, attribute)) for attribute, _ in GAUGES.values()},
         "api_keys": len(state.keys.keys),
         "settings": worker.settings.model_dump(mode="json", exclude={"api_key_file"}),
     }

@@ -18,7 +18,8 @@ from dat_workers.errors import DeadlinePassed, EngineError, Full, InvalidInput, 
 
 log = logging.getLogger("dat_service")
 
-# 4xx: the request's fault; 503: too much load, or a replica without a codec; 500: the service's fault
+# 4xx: the request's fault; 503: too much load, or a replica without a codec; 500: the service's fault.
+# An HTTPException has a status of its own, and the first two classes may have one (`status_of`).
 STATUSES: dict[type[Exception], int] = {
     wire.WireError: 400, MalformedBody: 400, InvalidKey: 401, InsufficientScope: 403, NotServed: 404,
     TooLarge: 413, InvalidInput: 422, ClientDisconnect: INCOMPLETE, EngineError: 500, Full: 503, Unhealthy: 503,

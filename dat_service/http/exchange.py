@@ -67,9 +67,8 @@ def caller_of(request: Request, started: float) -> Caller:
             raise InvalidInput(TIMEOUT_MS, repr(timeout_ms), "a whole number of milliseconds, below 10^11")
         deadline = started + int(timeout_ms) / 1000
     address = request.client.host if request.client else ""
-    if (
-        request.app.state.behind_proxy
-    ):  # HAProxy replaces the header that the client sent; nobody else may be trusted
+    if request.app.state.behind_proxy:
+        # HAProxy writes this header in place of the client's; without HAProxy it may say anything.
         address = request.headers.get("x-forwarded-for", address)
     key_id = getattr(request.state, "key_id", "")
     holder = f"key/{key_id}" if key_id else f"peer/{address[:64]}"

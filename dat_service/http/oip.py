@@ -5,6 +5,7 @@ Specification: the KServe "Open Inference Protocol" REST description and Triton'
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Any
 
@@ -152,7 +153,7 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
 async def decode(
     worker: CodecWorker, body: memoryview, header_length: str | None, reservation: Reservation
 ) -> CheckedRequest:
-    """Decodes the request in a body, in a thread if its JSON part is long, and checks its names and parameters.
+    """Decodes the request in a body, in a thread if that may take long, and checks its names and parameters.
 
     Parsed JSON takes up to 24 times the memory of its text. The decoded request is small apart from its tensors;
     the bytes of those that are not views of the body are reserved.
@@ -171,8 +172,8 @@ async def decode(
         reservation.grow(sum(map(nbytes_of, copies)))
         return request
 
-    # encoded pictures are copied out of the body, which takes time
-    quick = json_bytes <= SMALL_JSON and b"BYTES" not in body[:json_bytes].tobytes()
+    # BYTES are copied out of the body, which takes time. An escape such as \u0042 may hide the word.
+    quick = json_bytes <= SMALL_JSON and not re.search(rb"BYTES|\\", body[:json_bytes])
     return parse() if quick else await worker.run_in_thread(parse)
 
 

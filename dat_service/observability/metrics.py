@@ -6,12 +6,18 @@ Counters begin at 0 with each replica and disappear with it: query them with rat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+
+from dat_workers.discretizer import Discretizer
+
+# a creation time would be one more series for each counter and histogram
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LABELS = ("codec", "replica")
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, math.inf)
@@ -46,7 +52,6 @@ class Metrics:
     def __init__(self, codec: str, replica: str) -> None:
         self.labels = {"codec": codec, "replica": replica}
         self.registry = CollectorRegistry(auto_describe=False)
-        self._worker: Any = None
         counter, histogram = self._counter, self._histogram
         self._images = counter("dat_images_total", "Images that were computed, by kind of request.", "kind")
         self._bytes = counter("dat_bytes_total", "Bytes of request bodies (in) and responses (out).", "direction")
@@ -62,7 +67,12 @@ class Metrics:
         self._fill = histogram("dat_batch_fill", "Images in a batch over its capacity.", FILL)
         about = "Share of a request's tokens that the adversarial step changed."
         self._changed = histogram("dat_tokens_changed_ratio", about, RATIO)
-        self.registry.register(self)
+        self._gauges = {
+            attribute: Gauge(name, help_text, LABELS, registry=self.registry)
+            for name, (attribute, help_text) in GAUGES.items()
+        }
+        about = "The codec that the replica serves, and its engine."
+        self._codec = Info("dat_codec", about, LABELS, registry=self.registry)
         # Show these as 0 from the start: rate() misses what happens before a series has its first sample.
         for kind in ("plain", "adversarial", "decode"):
             self._images.labels(**self.labels, kind=kind)
@@ -78,12 +88,14 @@ class Metrics:
 
     def watch(self, worker: Any) -> None:
         """Names the CodecWorker that the gauges are read from at each scrape."""
-        self._worker = worker
+        for attribute, gauge in self._gauges.items():
+            gauge.labels(**self.labels).set_function(partial(getattr, worker, attribute))
 
-    def gauges(self) -> dict[str, float]:
-        """Returns the gauges by the worker's attribute; empty without a worker."""
-        attributes = [attribute for attribute, _ in GAUGES.values()] if self._worker is not None else []
-        return {a: float(getattr(self._worker, a)) for a in attributes}
+    def describe(self, discretizer: Discretizer) -> None:
+        """Records which codec is served, once it is loaded."""
+        facts = {"fingerprint": discretizer.fingerprint, **discretizer.describe()}
+        shown = {name: facts[name] for name in ("fingerprint", "engine", "device", "dtype")}
+        self._codec.labels(**self.labels).info(shown)
 
     def batch(self, rows: int, capacity: int, seconds: float) -> None:
         """Records that the codec computed a batch of `rows` images, out of at most `capacity`, in `seconds`."""
@@ -114,28 +126,9 @@ class Metrics:
         """Records that an HTTP request was refused."""
         self._refusals.labels(**self.labels, reason=reason).inc()
 
-    def collect(self) -> Iterator[Metric]:
-        """Yields the gauges and the codec's description, read at this moment (prometheus_client's Collector)."""
-        values = tuple(self.labels.values())
-        current = self.gauges()
-        for name, (attribute, help_text) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, help_text, labels=LABELS)
-            if attribute in current:
-                gauge.add_metric(values, current[attribute])
-            yield gauge
-        info = InfoMetricFamily("dat_codec", "The codec that the replica serves, and its engine.", labels=LABELS)
-        discretizer = getattr(self._worker, "discretizer", None)
-        if discretizer is not None:
-            facts = {"fingerprint": discretizer.fingerprint, **discretizer.describe()}
-            info.add_metric(values, {name: facts[name] for name in ("fingerprint", "engine", "device", "dtype")})
-        yield info
-
     def families(self) -> list[Metric]:
-        """Returns all metrics, without the creation times that prometheus_client adds as series of their own."""
-        families = list(self.registry.collect())
-        for family in families:
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-        return families
+        """Returns all metrics as they are at this moment."""
+        return list(self.registry.collect())
 
 
 def merged(parts: Iterable[Iterable[Metric]]) -> list[Metric]:
@@ -151,13 +144,8 @@ def merged(parts: Iterable[Iterable[Metric]]) -> list[Metric]:
 
 def render(families: list[Metric], accept: str) -> tuple[bytes, str]:
     """Returns the metrics as text and their media type: OpenMetrics if `accept` asks for it, else Prometheus."""
-
-    class Collected:
-        def collect(self) -> list[Metric]:
-            return families
-
     try:
         encode, media_type = choose_encoder(accept)
     except (TypeError, ValueError):  # the Accept header names a version that is not a number
         encode, media_type = choose_encoder("")
-    return encode(Collected()), media_type
+    return encode(SimpleNamespace(collect=lambda: families)), media_type

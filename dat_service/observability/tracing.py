@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
-from importlib.util import find_spec
+from importlib import import_module
 
 from dat_client.wire.headers import TIMED_STAGES
 from dat_service import __version__
 from dat_service.observability.records import RequestRecord
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 
 
 class TracingUnavailable(ValueError):
@@ -27,13 +26,11 @@ def wanted() -> bool:
     if not configured:
         return False
     try:
-        missing = any(find_spec(name) is None for name in ("opentelemetry.sdk.trace", EXPORTER))
-    except ModuleNotFoundError:  # a parent package is missing
-        missing = True
-    if missing:
+        import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")  # it imports the SDK too
+    except ImportError:
         raise TracingUnavailable(
             f"{configured[0]} is set, but OpenTelemetry is not installed: pip install 'dat-service[otel]'"
-        )
+        ) from None
     return True
 
 

@@ -22,7 +22,8 @@ def exposed() -> dict[str, set[str]]:
     metrics = Metrics("tiny-f8", "r1")
     described = {"engine": "cpu", "device": "cpu", "dtype": "fp32"}
     discretizer = SimpleNamespace(fingerprint="ab", describe=lambda: described)
-    metrics.watch(SimpleNamespace(**{attribute: 1 for attribute, _ in GAUGES.values()}, discretizer=discretizer))
+    metrics.watch(SimpleNamespace(**{attribute: 1 for attribute, _ in GAUGES.values()}))
+    metrics.describe(discretizer)
     metrics.refused("full")
     metrics.request(200, 1, 1, 1.0)
     metrics.answered("adversarial", 1, 0.1, 0.1)

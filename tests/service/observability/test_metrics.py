@@ -36,7 +36,7 @@ def test_batches_and_answers() -> None:
     metrics.batch(rows=16, capacity=16, seconds=0.5)
     metrics.answered("adversarial", images=7, queue_s=0.03, tokens_changed=0.25)
     metrics.answered("plain", images=5, queue_s=0.04, tokens_changed=None)
-    metrics.watch(SimpleNamespace(queued_images=40, held=3, held_bytes=1 << 20, healthy=True, discretizer=None))
+    metrics.watch(SimpleNamespace(queued_images=40, held=3, held_bytes=1 << 20, healthy=True))
     _, samples = parsed(metrics.families())
     value = {name: v for (name, _), v in samples.items()}
     assert value["dat_images_total/adversarial"] == 7

@@ -240,7 +240,7 @@ def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
     """Such a request does not reach Serve's own proxy either."""
     port, nobody = free_port(), free_port()
     with StandInReplica() as proxy, running(ray_config(tmp_path, port, nobody, fallback=proxy.server_port), port):
-        # Before that, HAProxy would still try to connect, and cut the request off once it counts the replica as dead.
+        # Until then HAProxy tries to connect, and cuts the request off when it begins to count the replica as dead.
         until(lambda: not any_replica(port))
         status, headers, answer = get(port)
         assert status == 503
