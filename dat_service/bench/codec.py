@@ -22,7 +22,7 @@ from dat_workers.codecs.store import CodecStore, load_model
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs, pick_device
-from dat_workers.errors import one_line
+from dat_workers.errors import InvalidInput, one_line
 from dat_workers.images.crops import sample_crops
 
 REFERENCE = "reference fp32"
@@ -41,12 +41,19 @@ class Row:
 
 
 def choose_engines(device: torch.device, engines: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the (engine, dtype) pairs of that name, or all; half precision on a CPU is slow and must be named."""
+    """Returns the (engine, dtype) pairs of that name, or all; half precision on a CPU is slow and must be named.
+
+    Raises InvalidInput if the names fit no pair of this device.
+    """
     cuda = device.type == "cuda"
     pairs = [("reference", "fp32"), *engine_dtype_pairs(cuda)]
     if not engines and not dtypes:
         return [(engine, dtype) for engine, dtype in pairs if cuda or dtype == "fp32"]
-    return [pair for pair in pairs if (not engines or pair[0] in engines) and (not dtypes or pair[1] in dtypes)]
+    chosen = [pair for pair in pairs if (not engines or pair[0] in engines) and (not dtypes or pair[1] in dtypes)]
+    if not chosen:
+        possible = ", ".join(f"{engine} {dtype}" for engine, dtype in pairs)
+        raise InvalidInput("engine and dtype", " ".join((*engines, *dtypes)), f"any of {possible}")
+    return chosen
 
 
 def measure(

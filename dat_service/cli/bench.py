@@ -13,7 +13,7 @@ from typer import Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import log, print_table
+from dat_service.cli.output import check_output_file, log, print_table
 
 if TYPE_CHECKING:
     from dat_service.bench.codec import Row
@@ -47,9 +47,8 @@ def codec(
     from dat_workers.engines.factory import pick_device
     from dat_workers.system.files import write_atomically
 
+    check_output_file("--out", out)
     pairs = choose_engines(pick_device(device), engine or (), dtype or ())
-    if not pairs:
-        raise ValueError(f"engine {engine}, dtype {dtype}: no such engine runs on {device}")
     if threads:
         torch.set_num_threads(threads)
     batch = batch or default_batch(device)

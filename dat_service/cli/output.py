@@ -7,9 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from dat_workers.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +24,12 @@ WIDTH_OF_A_PIPE = 200  # rich would cut names at 80 columns where a program read
 def log(line: str) -> None:
     """Prints a line to stderr, so that stdout holds only the result."""
     typer.echo(line, err=True)
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """Raises InvalidInput, before the work is done, if its result could not be written to this file."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InvalidInput(option, path, "a file in a folder that exists")
 
 
 def print_table(table: Table) -> None:

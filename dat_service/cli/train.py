@@ -57,15 +57,20 @@ def train_codec(
     from dat_workers.codecs.spec import CodecError, CodecSpec
     from dat_workers.codecs.store import check_name, load_model
     from dat_workers.engines.factory import pick_device
+    from dat_workers.errors import InvalidInput
     from dat_workers.training.config import TrainConfig
     from dat_workers.training.export import exported_weights
     from dat_workers.training.trainer import Trainer
 
     check_name(name)
+    try:
+        multiples = tuple(int(multiple) for multiple in ch_mult.split(","))
+    except ValueError as error:
+        raise InvalidInput("--ch-mult", repr(ch_mult), "whole numbers with commas, such as 1,1,2,4") from error
     spec = CodecSpec(
         name,
         ch=ch,
-        ch_mult=tuple(int(m) for m in ch_mult.split(",")),
+        ch_mult=multiples,
         num_res_blocks=res_blocks,
         codebook_size=codebook_size,
         latent_dim=latent_dim,

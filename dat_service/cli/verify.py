@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import log, print_table
+from dat_service.cli.output import check_output_file, log, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,7 @@ def verify(
         for value in values or ():
             if value not in known:
                 raise InvalidInput(option, repr(value), f"one of {', '.join(known)}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InvalidInput("--json", json_file, "a file in a folder that exists")
+    check_output_file("--json", json_file)
     file = CodecStore().load(name)
     if crop % file.spec.factor:
         raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
@@ -108,11 +107,9 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
 
     with path.open("rb") as file:
         try:
-            array = np.load(file, allow_pickle=False)
-        except EOFError as error:
-            raise InvalidInput("--gradients", path, "a .npy file; it is empty") from error
-    if not isinstance(array, np.ndarray):
-        raise InvalidInput("--gradients", path, "a .npy file of one array")
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # numpy's parser of headers raises errors of many kinds on damaged files
+            raise InvalidInput("--gradients", path, f"a .npy file of numbers ({error})") from error
     check_gradients(array, None, shape)
     return torch.from_numpy(array).float()
 

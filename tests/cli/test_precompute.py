@@ -82,6 +82,16 @@ def test_contradictory_options_are_refused(tmp_path: Path, options: list[str], m
     assert not list(tmp_path.glob("dst/*.*"))
 
 
+def test_an_empty_address_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell passes one where a variable is not set."""
+    source = write_shards(tmp_path / "src", 1, 1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for arguments in ((source, ""), ("", tmp_path / "dst")):
+        assert "address: '' is not usable" in run(*arguments, "--codec", "identity", code=1)
+    assert not list(Path().iterdir())
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     source = write_shards(tmp_path / "src", 1, 1)

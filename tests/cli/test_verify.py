@@ -42,12 +42,12 @@ def test_what_cannot_be_here_does_not_fail_what_can() -> None:
     assert "cpu fp32: PASS" in run("--engine", "cpu").stdout
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18])
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18, b"PK\x03\x04 cut off", b"garbage"])
 def test_files_that_hold_no_gradients_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "g.npy"
     file.write_bytes(content)
     said = run("--gradients", str(file), status=1)
-    assert "--gradients" in said.output
+    assert "is not usable; expected a .npy file of numbers" in said.stderr
 
 
 def test_command_fails_for_what_was_asked_and_falls_short() -> None:
@@ -85,7 +85,13 @@ def test_command_takes_gradients_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--dtype", "fp8"], "fp8"), (["--engine", "onyx"], "onyx"), (["--crop", "60"], "multiple of f = 8")],
+    [
+        (["--dtype", "fp8"], "fp8"),
+        (["--engine", "onyx"], "onyx"),
+        (["--crop", "60"], "multiple of f = 8"),
+        (["--json", "/"], "--json: / is not usable"),
+        (["--json", "/none/v.json"], "a folder that exists"),
+    ],
 )
 def test_command_refuses(arguments: list[str], says: str) -> None:
     assert says in run(*arguments, status=1).stderr

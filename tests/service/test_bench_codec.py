@@ -56,7 +56,8 @@ def test_half_precision_on_a_cpu_must_be_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--engine", "onyx"], "onyx"),
+        (["--engine", "onyx"], "onyx is not usable; expected any of reference fp32, torch fp32"),
+        (["--out", "/none/r.json"], "--out: /none/r.json is not usable; expected a file in a folder that exists"),
         (["--device", "cuda:77"], "cuda:77"),
         (["--codec", "no-such-codec"], "no-such-codec"),
         (["--images", "/nowhere"], "/nowhere"),

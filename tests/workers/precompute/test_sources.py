@@ -4,9 +4,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from dat_workers.errors import InvalidInput
-from dat_workers.precompute.sources import find
+from dat_workers.precompute.sources import find, naming_address
 from tests.workers.precompute.shards import encoded, picture, write_shards, write_tar
 
 
@@ -111,3 +112,9 @@ def test_two_shards_of_one_name_and_loose_pictures_are_refused(tmp_path: Path) -
     (tmp_path / "pictures" / "loose.png").write_bytes(b"")
     with pytest.raises(InvalidInput, match=r"loose\.png"):
         find(str(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyError("x")])
+def test_only_errors_of_storages_become_os_errors(error: Exception) -> None:
+    with pytest.raises(type(error)), naming_address("s3://bucket/q"):
+        raise error

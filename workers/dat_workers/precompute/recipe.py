@@ -58,13 +58,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for output in self.outputs:
             if output not in STORED_FIELDS:
-                raise InvalidInput("outputs", repr(output), f"of {', '.join(STORED_FIELDS)}")
+                raise InvalidInput("outputs", repr(output), f"any of {', '.join(STORED_FIELDS)}")
         if not set(self.outputs) & {"reconstruction", "indices"}:
             raise InvalidInput("outputs", list(self.outputs), "reconstruction, indices or both among them")
         if len(set(self.outputs)) < len(self.outputs):
             raise InvalidInput("outputs", list(self.outputs), "each once")
         if self.picture not in PICTURE_FORMATS:
-            raise InvalidInput("format", repr(self.picture), f"of {', '.join(PICTURE_FORMATS)}")
+            raise InvalidInput("format", repr(self.picture), f"one of {', '.join(PICTURE_FORMATS)}")
         if not 1 <= self.quality <= 100:
             raise InvalidInput("quality", self.quality, "1 to 100")
         for name in ("resize", "crop"):

@@ -20,7 +20,8 @@ from dat_workers.errors import InvalidInput
 from dat_workers.system.threads import DaemonThreads
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
-NOT_STORAGE = ("builtins", "dat_workers", "ray")  # packages whose exceptions do not come from a storage
+# packages whose exceptions do not come from a storage
+NOT_STORAGE = ("builtins", "dat_workers", "numpy", "ray", "torch")
 PICTURES_A_SHARD = 1000
 LOOKUP_THREADS = 16  # each shard takes a request or two to a storage that may be remote
 
@@ -135,7 +136,12 @@ def is_object_store(address: str) -> bool:
 
 
 def open_address(address: str) -> tuple[Any, str]:
-    """Returns the file system of an address and the path in it. Raises InvalidInput if its package is missing."""
+    """Returns the file system of an address and the path in it.
+
+    Raises InvalidInput for no address at all, which would be the working directory, and if its package is missing.
+    """
+    if not address:
+        raise InvalidInput("address", "''", "a path or an fsspec address")
     try:
         # without a cache, because other processes write too and a cached listing may be outdated
         options = {"use_listings_cache": False} if is_object_store(address) else {}

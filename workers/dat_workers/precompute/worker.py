@@ -111,7 +111,8 @@ class Worker:
 
         def skip(key: str, reason: str) -> None:
             if not options.skip:
-                raise SampleFailed(f"{shard.address}, sample {key}: {reason}")
+                place = f"sample {key}" if key else "after the last sample"
+                raise SampleFailed(f"{shard.address}, {place}: {reason}")
             skipped.append((key, reason))
             self._count(skipped=1)
 
