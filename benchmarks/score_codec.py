@@ -40,7 +40,7 @@ def main() -> None:
     mse = np.square(x.astype(np.float64) - q["reconstruction"]).reshape(len(x), -1).mean(1)
     psnr = 10 * np.log10(255**2 / np.maximum(mse, 1e-10))
     used_entries, entries = len(np.unique(q["indices"])), discretizer.spec.codebook_size
-    print(f"{arguments.codec}, fingerprint {discretizer.fingerprint[:12]}, {discretizer.describe()}")
+    print(f"{arguments.codec}, fingerprint {discretizer.fingerprint[:12]}, {discretizer.engine.describe()}")
     print(f"{len(x)} centre crops of {arguments.crop} x {arguments.crop}")
     print(f"PSNR mean {psnr.mean():.2f} dB, median {np.median(psnr):.2f}, lowest {psnr.min():.2f}")
     print(f"codebook: {used_entries} of {entries} entries in use, {used_entries / entries:.1%}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.config import EngineConfig, EngineDtype, EngineName
 
 MIB = 1024 * 1024
 OTHER_VARIABLES = ("DAT_HOME",)  # the folder of installed codecs, dat_workers/codecs/store.py
@@ -27,11 +27,11 @@ class Settings(BaseSettings):
     codec: str = Field("tiny-f8", description="Codec to serve.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
-    engine: Literal["auto", "torch", "cpu", "onnx", "reference"] = Field(
+    engine: EngineName = Field(
         "auto", description="Engine: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference."
     )
     device: str = Field("auto", description="Device: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"] = Field(
+    dtype: EngineDtype = Field(
         "auto", description="fp32, tf32, mixed (decoder fp16), fp16, bf16 or auto (mixed on CUDA, fp32 elsewhere)."
     )
     tricks: str = Field(

@@ -91,7 +91,7 @@ def taming_candidate(precision: str, device: torch.device) -> Candidate:
     def build(model: VQGAN, shape: torch.Size) -> Codec:
         from dat_workers.engines.reference import ReferenceEngine
 
-        published = ReferenceEngine(model, device, "fp32")  # copies the weights
+        published = ReferenceEngine(model, device)  # copies the weights
 
         def mode() -> AbstractContextManager[Any]:
             if precision in HALF:

@@ -34,7 +34,7 @@ async def status(request: Request) -> dict[str, Any]:
         "codec": worker.settings.codec,
         "replica": worker.metrics.labels["replica"],
         "fingerprint": discretizer.fingerprint if discretizer else None,
-        "engine": discretizer.describe() if discretizer else None,
+        "engine": discretizer.engine.describe() if discretizer else None,
         "ready": worker.ready,
         "uptime_s": round(time.monotonic() - state.started, 3),
         "gauges": {attribute: float(getattr(worker, attribute)) for attribute, _ in GAUGES.values()},

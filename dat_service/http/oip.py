@@ -78,7 +78,7 @@ async def ready(request: Request, response: Response) -> dict[str, bool]:
 async def model_metadata(request: Request, codec: str, version: str | None = None) -> dict[str, Any]:
     discretizer = worker_of(request, codec, version).discretizer
     assert discretizer is not None
-    spec, engine = discretizer.spec, discretizer.describe()
+    spec, engine = discretizer.spec, discretizer.engine.describe()
     images = {"datatype": "UINT8", "shape": [-1, 3, -1, -1]}
     tokens = {"datatype": "UINT16", "shape": [-1, -1, -1]}
     inputs: list[dict[str, Any]] = [

@@ -93,7 +93,7 @@ class Metrics:
 
     def describe(self, discretizer: Discretizer) -> None:
         """Records which codec is served, once it is loaded."""
-        facts = {"fingerprint": discretizer.fingerprint, **discretizer.describe()}
+        facts = {"fingerprint": discretizer.fingerprint, **discretizer.engine.describe()}
         shown = {name: facts[name] for name in ("fingerprint", "engine", "device", "dtype")}
         self._codec.labels(**self.labels).info(shown)
 

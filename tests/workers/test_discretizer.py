@@ -119,7 +119,7 @@ def test_identity_spends_no_pass_on_checks_of_its_images(
 
 
 def test_identity_describes_itself_as_no_engine(identity: Discretizer) -> None:
-    assert identity.describe() == {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
+    assert identity.engine.describe() == {"engine": "none", "device": "cpu", "dtype": "none", "tricks": "none"}
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,6 @@ class Discretizer:
         discretizer.warm_up(side)
         return discretizer
 
-    def describe(self) -> dict[str, str]:
-        """Returns engine, device, dtype and tricks as text, as `Engine.describe` does."""
-        return self.engine.describe()
-
     def warm_up(self, side: int = 224) -> None:
         """Prepares the engine and discretizes one grey image, so that no request pays for first calls."""
         self.engine.warm_up(side)
@@ -200,8 +196,8 @@ class Discretizer:
             bad = [start + i for i, finite in enumerate(results.get(name, ())) if not finite]
             if bad:
                 raise EngineError(
-                    f"codec {self.spec.name} on {self.describe()}: {checked} of images {bad[:8]} came out with "
-                    "values that are not finite; run it with --dtype fp32"
+                    f"codec {self.spec.name} on {self.engine.describe()}: {checked} of images {bad[:8]} came out "
+                    "with values that are not finite; run it with --dtype fp32"
                 )
         # On the device tokens are int32, since few operations of PyTorch support uint16.
         return {

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dat_workers.engines.torch.tricks import Tricks
 
-ENGINES = ("auto", "torch", "cpu", "onnx", "reference")
-ENGINE_DTYPES = ("auto", "fp32", "tf32", "mixed", "fp16", "bf16")  # mixed: encoder in fp32, decoder in fp16
+EngineName = Literal["auto", "torch", "cpu", "onnx", "reference"]
+EngineDtype = Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"]  # mixed: encoder in fp32, decoder in fp16
+ENGINES: tuple[str, ...] = get_args(EngineName)
+ENGINE_DTYPES: tuple[str, ...] = get_args(EngineDtype)
+FP32_ENGINES = ("cpu", "onnx", "reference")  # they have no other precision and no tricks
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class EngineConfig:
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}, must be 0 (all cores) or more")
         Tricks.parse(self.tricks, cuda=False)
-        if self.engine in ("cpu", "onnx", "reference") and self.tricks not in ("auto", "none"):
+        if self.engine in FP32_ENGINES and self.tricks not in ("auto", "none"):
             raise ValueError(f"tricks is {self.tricks!r}: the engine {self.engine!r} knows none")
 
     @property

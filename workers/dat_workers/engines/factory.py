@@ -6,7 +6,7 @@ import torch
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
-from dat_workers.engines.config import ENGINE_DTYPES, EngineConfig
+from dat_workers.engines.config import ENGINE_DTYPES, FP32_ENGINES, EngineConfig
 
 
 def engine_dtype_pairs(cuda: bool) -> list[tuple[str, str]]:
@@ -49,19 +49,21 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
     if name == "auto":
         on_cpu = pick_device(config.device).type == "cpu"
         name = "cpu" if on_cpu and dtype in ("auto", "fp32") and tricks in ("auto", "none") else "torch"
+    if name in FP32_ENGINES and dtype not in ("auto", "fp32"):
+        raise ValueError(f"dtype is {dtype!r}, must be auto or fp32 for the engine {name!r}")
     if name == "onnx":
         from dat_workers.engines.onnx.engine import OnnxEngine
 
-        return OnnxEngine(model, config.device, dtype)
+        return OnnxEngine(model, config.device)
     device = pick_device(config.device)
     if name == "cpu":
         from dat_workers.engines.cpu.engine import CpuEngine
 
-        return CpuEngine(model, device, dtype)
+        return CpuEngine(model, device)
     if name == "reference":
         from dat_workers.engines.reference import ReferenceEngine
 
-        return ReferenceEngine(model, device, dtype)
+        return ReferenceEngine(model, device)
     from dat_workers.engines.torch.engine import TorchEngine
 
     return TorchEngine(model, device, dtype, tricks)

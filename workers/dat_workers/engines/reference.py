@@ -21,9 +21,7 @@ class ReferenceEngine(Engine):
 
     name = "reference"
 
-    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
-        if dtype not in ("auto", "fp32"):
-            raise ValueError(f"dtype is {dtype!r}: the reference engine is fp32")
+    def __init__(self, model: VQGAN, device: torch.device) -> None:
         try:
             from taming.modules.diffusionmodules.model import Decoder, Encoder
             from taming.modules.vqvae.quantize import VectorQuantizer2

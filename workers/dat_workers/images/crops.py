@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dat_client.dataset_format.tar_samples import DamagedShard, samples_in_tar
 from dat_client.wire.vocabulary import PICTURE_SUFFIXES
 from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import as_image, decode_picture, pixels
@@ -20,8 +20,8 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-imag
 def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
     """Yields (name, encoded bytes) of every picture in a tar shard, under a folder, or of one file.
 
-    Shards are read in their own order, folders by name. Raises InvalidInput for a shard that is not a tar file, and
-    FileNotFoundError.
+    Shards are read in their own order, by webdataset's rule for names; folders are sorted by name. Raises
+    InvalidInput for a shard that is damaged or not a tar file, and FileNotFoundError.
     """
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
@@ -31,13 +31,12 @@ def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
         yield source.name, source.read_bytes()
         return
     try:
-        with tarfile.open(source) as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(PICTURE_SUFFIXES):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    yield member.name, file.read()
-    except tarfile.TarError as error:
+        with source.open("rb") as file:
+            for sample in samples_in_tar(file):
+                for field, content in sample.fields.items():
+                    if f".{field}".endswith(PICTURE_SUFFIXES):
+                        yield f"{sample.key}.{field}", content
+    except DamagedShard as error:
         raise InvalidInput(str(source), error, "a whole tar shard, a folder or a picture") from error
 
 

@@ -77,7 +77,7 @@ class Worker:
         self.batcher = Batcher(max_wait_s=MAX_WAIT_S, max_queue_s=float("inf"), watchdog_s=WATCHDOG_S)
         self.discretizer = self.batcher.start(lambda: Discretizer.warm_from_store(codec, config))
         self.config = config
-        engine = self.discretizer.describe()
+        engine = self.discretizer.engine.describe()
         self.on_gpu = engine["device"] != "cpu" or engine.get("provider", CPU_PROVIDER) != CPU_PROVIDER
         self.pipeline = SamplePipeline(self.discretizer, self.batcher, low_priority=not self.on_gpu)
         self._counts = WorkerCounts()
@@ -90,7 +90,7 @@ class Worker:
         if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
             raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
         return recipe.made_by(
-            self.discretizer.fingerprint, self.discretizer.describe(), threads=self.config.cpu_threads
+            self.discretizer.fingerprint, self.discretizer.engine.describe(), threads=self.config.cpu_threads
         )
 
     def make_shard(self, shard: Shard, options: ShardOptions) -> ManifestEntry:

@@ -123,7 +123,7 @@ def test_what_auto_picks() -> None:
     model = load_model("tiny-f8")
     assert create(EngineConfig("auto", device="cpu"), model).name == "cpu"
     assert create(EngineConfig("auto", device="cpu", dtype="bf16"), model).name == "torch"
-    assert Discretizer.from_store("tiny-f8", EngineConfig(device="cpu")).describe()["engine"] == "cpu"
+    assert Discretizer.from_store("tiny-f8", EngineConfig(device="cpu")).engine.describe()["engine"] == "cpu"
 
 
 @pytest.mark.parametrize(("device", "dtype", "says"), [("meta", "auto", "meta"), ("cpu", "bf16", "fp32")])

@@ -39,7 +39,7 @@ def test_engine_agrees_with_the_published_modules(
 
 def test_describe_names_the_provider(home: Path, graphs: dict[str, bytes]) -> None:
     discretizer = Discretizer.from_store("tiny-f8", EngineConfig("onnx", device="cpu"))
-    assert discretizer.describe() == {
+    assert discretizer.engine.describe() == {
         "engine": "onnx", "device": "cpu", "dtype": "fp32", "tricks": "none", "provider": "CPUExecutionProvider"
     }  # fmt: skip
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 20, 13), dtype=np.uint8)

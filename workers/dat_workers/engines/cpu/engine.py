@@ -28,18 +28,16 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # m
 class CpuEngine(Engine):
     """Runs a VQGAN in fp32 on the CPU: each image by itself, two at a time if the engine has all cores.
 
-    >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu"), "auto").dtype  # doctest: +SKIP
+    >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu")).dtype  # doctest: +SKIP
     'fp32'
     """
 
     name = "cpu"
     batch = 4  # so that the two images computed at a time wait for each other once in four images
 
-    def __init__(self, model: VQGAN, device: torch.device, dtype: str) -> None:
+    def __init__(self, model: VQGAN, device: torch.device) -> None:
         if device.type != "cpu":
             raise ValueError(f"device is {str(device)!r}: the engine 'cpu' runs on a CPU; on CUDA use 'torch'")
-        if dtype not in ("auto", "fp32"):
-            raise ValueError(f"dtype is {dtype!r}: the engine 'cpu' is fp32")
         self.device = device
         self.model = model.to(device).eval().requires_grad_(False)
         self.decoder = FastDecoder(model)

@@ -30,17 +30,15 @@ MAX_POSITIONS = 4 * LARGE_ATTENTION  # the graph computes attention as one matri
 class OnnxEngine(Engine):
     """Runs a codec in fp32 in ONNX Runtime; tensors come and go on the CPU.
 
-    >>> OnnxEngine(load_model("tiny-f8"), "cpu", "auto").provider  # doctest: +SKIP
+    >>> OnnxEngine(load_model("tiny-f8"), "cpu").provider  # doctest: +SKIP
     'CPUExecutionProvider'
 
-    Raises RuntimeError if a package is missing, ValueError for another dtype and for a device without a provider.
+    Raises RuntimeError if a package is missing, ValueError for a device without a provider.
     """
 
     name = "onnx"
 
-    def __init__(self, model: VQGAN, device: str, dtype: str) -> None:
-        if dtype not in ("auto", "fp32"):
-            raise ValueError(f"dtype is {dtype!r}, must be auto or fp32 for the engine 'onnx'")
+    def __init__(self, model: VQGAN, device: str) -> None:
         require_packages("onnxruntime")
         providers = pick_providers(device)
         folder = cached_export(model)

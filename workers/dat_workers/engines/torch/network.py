@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,7 @@ def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
     in -1..1 to latents fp32, latents fp32 to images of its own dtype. For tf32 call it inside `tf32(True)`: the
     layers of FP32_LAYERS switch it off for themselves.
     """
-    if precision == "fp32" and not any(
-        (tricks.channels_last, tricks.fused_norm, tricks.folded_upsample, tricks.sdpa, tricks.fused_codebook)
-    ):
+    if precision == "fp32" and replace(tricks, graphs=False, overlap=False) == Tricks():
         return model
     network = copy.deepcopy(model)
     _convert(network, "", precision, tricks)
