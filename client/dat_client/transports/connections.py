@@ -6,6 +6,7 @@ limited by what is left of one deadline. urllib3 would receive each block into `
 
 from __future__ import annotations
 
+import functools
 import io
 import select
 import socket
@@ -56,11 +57,12 @@ class Connections:
 
     def __init__(self, url: str, *, connect_timeout_s: float, limit: int) -> None:
         parts = urlsplit(url)
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
-        kind = HTTPConnection if self._context is None else HTTPSConnection
-        self._host = parts.hostname or ""
+        is_https = parts.scheme == "https"
+        kind = HTTPSConnection if is_https else HTTPConnection
         # Without a port, http.client would look for one in the host, and find one in ::1.
-        self._port = kind.default_port if parts.port is None else parts.port
+        port = kind.default_port if parts.port is None else parts.port
+        context: dict[str, Any] = {"context": ssl.create_default_context()} if is_https else {}
+        self._new_connection = functools.partial(kind, parts.hostname or "", port, **context)
         self._connect_timeout_s = connect_timeout_s
         self._slots = threading.BoundedSemaphore(limit)
         self._idle: deque[HTTPConnection] = deque()  # append and pop are atomic
@@ -109,17 +111,13 @@ class Connections:
 
     def _connect(self, deadline: float) -> HTTPConnection:
         timeout = min(self._connect_timeout_s, time_left(deadline, "before connecting"))
-        connection: HTTPConnection
-        if self._context is None:
-            connection = HTTPConnection(self._host, self._port, timeout=timeout)
-        else:
-            connection = HTTPSConnection(self._host, self._port, timeout=timeout, context=self._context)
+        connection = self._new_connection(timeout=timeout)
         try:
             connection.connect()
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the server closed during the handshake
             raise
         except ssl.SSLError as error:
-            raise ProtocolError(f"{self._host}: TLS failed: {error}") from error
+            raise ProtocolError(f"{connection.host}: TLS failed: {error}") from error
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):

@@ -10,20 +10,9 @@ from http.client import HTTPException
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-from dat_client import wire
+from dat_client import errors, wire
 from dat_client.calls.core import Call, Exchange, new_id, read_response
-from dat_client.errors import (
-    DatError,
-    InvalidRequest,
-    Overloaded,
-    ProtocolError,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-    UnknownCodec,
-    invalid,
-    shown,
-)
+from dat_client.errors import DatError, ProtocolError, Unavailable, invalid, shown
 from dat_client.transports.base import Question
 from dat_client.transports.connections import Connections, Reply
 from dat_client.wire.headers import (
@@ -153,22 +142,22 @@ def error_of(reply: Reply, url: str) -> DatError | None:
         return None
     if 300 <= status < 400:
         location = shown(reply.header("location") or "elsewhere")
-        return ProtocolError(f"{url}: {status}: redirects to {location}; use that address")
+        return errors.ProtocolError(f"{url}: {status}: redirects to {location}; use that address")
     body = wire.decode_error(reply.body)
     own_status = status if body else None  # without OIP's error body, a proxy answered
     text = body.error if body else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
     message = f"{url}: {status}: {text}"
     pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
     if status == 429 or (status == 503 and pause_s is not None):
-        return Overloaded(message, cause=message, status=own_status, retry_after_s=pause_s)
+        return errors.Overloaded(message, cause=message, status=own_status, retry_after_s=pause_s)
     if status == 408 or status >= 500:
-        return Unavailable(message, cause=message, status=own_status)
+        return errors.Unavailable(message, cause=message, status=own_status)
     if status in (401, 403):
-        return Unauthorized(f"{message} (api_key)", status=status)
+        return errors.Unauthorized(f"{message} (api_key)", status=status)
     if status == 404 and not body:
-        return ProtocolError(f"{message}: no inference service at this address")
-    kinds: dict[int, type[InvalidRequest]] = {404: UnknownCodec, 413: TooLarge}
-    kind = kinds.get(status, InvalidRequest)
+        return errors.ProtocolError(f"{message}: no inference service at this address")
+    kinds: dict[int, type[errors.InvalidRequest]] = {404: errors.UnknownCodec, 413: errors.TooLarge}
+    kind = kinds.get(status, errors.InvalidRequest)
     if not body:
         return kind(message, status=status)
     return kind(message, field=body.field, value=body.value, limit=body.limit, status=status)
