@@ -21,7 +21,7 @@ from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
 from dat_workers.images.encoded import decode_pictures
 from dat_workers.request import CodecRequest, Parameters, Task, check_outputs, parse_parameters
 
-JSON_BYTES_PER_NUMBER = 20  # a number of a tensor in JSON, with its comma
+JSON_BYTES_PER_NUMBER = 20  # assumed for each number of a tensor in JSON, with its comma
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         None, ge=0, le=1000, description="Milliseconds a batch waits to fill up. [default: 2 on CUDA, else 0]"
     )
     watchdog_s: float = Field(120.0, gt=0, description="A replica whose batch takes more seconds is replaced.")
-    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause within a body or while reading, seconds.")
+    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause while sending or reading, in seconds.")
     replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec, each with a copy of it.")
     autoscale: str | None = Field(
         None, pattern=r"^[0-9]+:[0-9]+$", description="MIN:MAX replicas, by the number of waiting images."

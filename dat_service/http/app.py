@@ -26,8 +26,8 @@ def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None)
     >>> worker.load()
     >>> app = create_app(worker)
 
-    `all_metrics`: the metrics of all replicas, on Ray Serve; it also tells that requests come through HAProxy.
-    Raises ValueError for an unusable API key file, and for a collector of spans without OpenTelemetry.
+    `all_metrics` is the metrics of all replicas on Ray Serve, where requests come through HAProxy; None elsewhere.
+    Raises ValueError for an unusable API key file, and if a collector of spans is configured without OpenTelemetry.
     """
     settings = worker.settings
     logs.configure(settings.log_format, settings.log_level)

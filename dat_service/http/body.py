@@ -118,11 +118,11 @@ async def _disconnected(request: Request) -> None:
 
 
 class TransportMiddleware:
-    """ASGI middleware that stores the connection of a request that uvicorn itself handles in the scope.
+    """ASGI middleware that puts the connection into the scope of each request that uvicorn itself handles.
 
-    Views of tensors may be sent there. Ray Serve's own proxy, to which HAProxy falls back while it sees no
-    replica, pickles everything that is sent, and views cannot be pickled. The stored connection itself is never
-    pickled: it stays in this process.
+    Tensors may be sent as views on such a connection. Ray Serve's own proxy, to which HAProxy falls back while it
+    sees no replica, pickles everything that is sent, and views cannot be pickled. The connection in the scope is
+    never pickled: it stays in this process.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""The environment variables by which Ray Serve is told about HAProxy and about the replicas' ports."""
+"""The environment variables that configure HAProxy and the replicas' ports in Ray Serve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVE = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # An unhealthy replica has failed its requests already, and on a GPU its successor waits for its place.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # How old the numbers may be that autoscale.py gets.
+    # The numbers that autoscale.py gets are at most so many seconds old.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     # How long a stopping replica still answers before it closes its port: HAProxy must be reloaded by then.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
@@ -33,16 +33,16 @@ SERVE = {
 }
 
 
-LOOPBACK = "127.0.0.1"  # where Serve is told to listen on a Ray of its own
+LOOPBACK = "127.0.0.1"  # Serve listens here if the service has started its Ray itself
 
 
 def environment(folder: Path, host: str, port: int, first_port: int) -> dict[str, str]:
-    """Returns the variables for a Ray of its own, whose HAProxy keeps its files in `folder`.
+    """Returns the variables for a Ray that the service starts itself; HAProxy keeps its files in `folder`.
 
     `first_port` is the first port for replicas, from the block that ports.take_block reserves. Every path and port
-    belongs to this service alone, so that two services can run side by side. Serve would let its replicas listen on
-    the same address as HAProxy, open to other machines; so Serve is told LOOPBACK, and only dat-haproxy the real
-    `host` and `port`. Writes the executable that Ray starts as its HAProxy.
+    belongs to this service alone, so that two services can run side by side. Replicas listen on the address that
+    Serve is given, so Serve gets LOOPBACK: otherwise replicas could be reached from other machines. dat-haproxy
+    alone gets the real `host` and `port`. Writes the executable that Ray starts as its HAProxy.
     """
     binary = folder / "dat-haproxy"
     command = shlex.join([sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "--listen", f"{host}:{port}"])

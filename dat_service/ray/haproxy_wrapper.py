@@ -23,7 +23,7 @@ LOOPBACK = r"\g<1>127.0.0.1:"
 
 # Serve reads these headers itself and decodes some of them without checking: a single byte above 127 would end as
 # status 500. With `disconnect-disabled` Serve leaves the body to the app; otherwise it reads the whole body before
-# the app can apply its limits. Its list of routes would tell anybody, without a key, what is served.
+# the app can apply its limits. Serve's list of routes would show what is served to anybody without a key.
 FRONTEND = """\
     http-request set-header x-request-disconnect-disabled ?1
     http-request del-header x-request-timeout-seconds
@@ -57,7 +57,7 @@ def _frontend(config: str, _: Path) -> tuple[str, int]:
 
 
 def _listen(address: str) -> Amendment:
-    """Listens on another address than the one that Serve was told."""
+    """Makes HAProxy listen on another address than the one that Serve was given."""
 
     def listen(config: str, _: Path) -> tuple[str, int]:
         return _replace(r"^(frontend http_frontend\n    bind ).*", rf"\g<1>{address}", config)
@@ -122,7 +122,7 @@ AMENDMENTS: tuple[Amendment, ...] = (_frontend, _private_ports, _errors, _method
 def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, list[str]]:
     """Returns Ray's configuration with all amendments that fit it, and the names of those that do not.
 
-    `folder` is where error pages are written; `listen` is HOST:PORT if it differs from what Serve was told.
+    `folder` is where error pages are written; `listen` is HOST:PORT if it differs from Serve's.
     """
     if config.startswith(MARK):
         return config, []

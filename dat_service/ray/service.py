@@ -200,13 +200,13 @@ class RayService:
 
         Raises ServeFailed if Serve, on a shared cluster, does not stop an application.
         """
-        # first of all: where a process came from is only known while its parents run
+        # taken first, because the descendants of a process can only be found while it runs
         ours = self._processes()
         failures: dict[str, Exception] = {}
         self._stopping = True
         started = ray.is_initialized()
         try:
-            with self._changes:  # wait until an update that runs now has asked Serve; none begins after this
+            with self._changes:  # a running update hands its applications to Serve first; no other begins now
                 pass
             if started:
                 # serve.shutdown ends HAProxy at once, and with it the responses that replicas are still sending
@@ -222,8 +222,8 @@ class RayService:
         finally:
             ours |= self._processes()
             ray.shutdown()
-            # Processes take their time on a busy machine, and HAProxy may have been started again meanwhile. If Ray
-            # did not start, none of them was told to end.
+            # Processes end late on a busy machine, and HAProxy may have been started again meanwhile. If Ray did
+            # not start, none of them was asked to end, so there is nothing to wait for.
             for process in end(ours | self._processes(), patience_s=10 if started else 0):
                 log.debug("process %d, started by Ray, did not end without a signal", process.pid)
             self._folder.cleanup()

@@ -91,7 +91,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        with contextlib.suppress(OSError):  # nobody waits for it any more
+        with contextlib.suppress(OSError):  # the connection may be closed already
             self.end_headers()
             self.wfile.write(body)
 
@@ -204,7 +204,7 @@ def test_headers_have_their_limit(tmp_path: Path, replica: StandInReplica) -> No
             assert s.recv(1000).startswith(b"HTTP/1.1 4")
 
 
-def test_serves_list_of_routes_is_not_for_strangers(tmp_path: Path, replica: StandInReplica) -> None:
+def test_serves_list_of_routes_is_hidden(tmp_path: Path, replica: StandInReplica) -> None:
     port = free_port()
     path = ray_config(tmp_path, port, replica.server_port)
     assert "/-/routes" in path.read_text()  # Ray's own answer to it
@@ -217,7 +217,7 @@ def test_serves_list_of_routes_is_not_for_strangers(tmp_path: Path, replica: Sta
             connection.close()
 
 
-def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandInReplica) -> None:
+def test_rays_metrics_count_known_methods_only(tmp_path: Path, replica: StandInReplica) -> None:
     """One permanent series for each method that clients make up would be a memory leak."""
     port = free_port()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as metrics:
@@ -236,7 +236,7 @@ def test_rays_metrics_know_the_methods_there_are(tmp_path: Path, replica: StandI
     assert [method for [method] in methods if method] == ["GET", "OTHER"]
 
 
-def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
+def test_without_a_replica_the_status_is_503_with_retry_after(tmp_path: Path) -> None:
     """Such a request does not reach Serve's own proxy either."""
     port, nobody = free_port(), free_port()
     with StandInReplica() as proxy, running(ray_config(tmp_path, port, nobody, fallback=proxy.server_port), port):
@@ -249,19 +249,19 @@ def test_no_replica_is_said_with_retry_after(tmp_path: Path) -> None:
         assert proxy.checks == 0
 
 
-def test_requests_on_a_replica_that_leaves_are_let_finish(tmp_path: Path, replica: StandInReplica) -> None:
+def test_requests_on_a_stopping_replica_finish(tmp_path: Path, replica: StandInReplica) -> None:
     port = free_port()
     with running(ray_config(tmp_path, port, replica.server_port), port):
         answers: list[int] = []
-        asking = threading.Thread(target=lambda: answers.append(get(port, "/wait")[0]))
-        asking.start()
+        waiting = threading.Thread(target=lambda: answers.append(get(port, "/wait")[0]))
+        waiting.start()
         assert replica.inside.wait(60)
         replica.health = 503
         checks_before = replica.checks
         until(lambda: replica.checks > checks_before + 5)  # far more than it takes to be down
         assert not answers
         replica.hang.set()
-        asking.join(60)
+        waiting.join(60)
         assert answers == [200]
 
 
@@ -278,11 +278,11 @@ def test_requests_on_a_replica_that_died_end_at_once(tmp_path: Path, replica: St
             except ConnectionError:
                 got.append(502)
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        waiting = threading.Thread(target=ask)
+        waiting.start()
         assert replica.inside.wait(60)
         replica.health = 0
-        asking.join(60)
+        waiting.join(60)
         assert got == [502]  # the end of the connection says as much
 
 
@@ -307,7 +307,7 @@ def test_ends_with_the_process_that_started_it(tmp_path: Path, replica: StandInR
     until(lambda: not listens(port))
 
 
-def test_figures_are_for_this_machine(tmp_path: Path) -> None:
+def test_metrics_and_statistics_are_for_this_machine_alone(tmp_path: Path) -> None:
     config, missing = amend(ray_config(tmp_path, free_port(), free_port()).read_text(), tmp_path)
     assert missing == []
     binds = [line.split()[1] for line in config.splitlines() if line.split()[:1] == ["bind"]]
@@ -324,8 +324,8 @@ def test_amended_once(tmp_path: Path) -> None:
     assert path.read_text() == once
 
 
-def test_another_ray_has_its_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Amendments that do not fit are reported; the others are applied all the same."""
+def test_amendments_that_do_not_fit_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The amendments that do fit are applied all the same."""
     path = ray_config(tmp_path, free_port(), free_port())
     path.write_text(path.read_text().replace("http-check expect status 200", "http-check expect rstatus 2.."))
     prepare(binary(), path)
