@@ -31,7 +31,9 @@ def test_nothing_is_held_in_the_end() -> None:
     assert not shares.take("c", 1)
     shares.give("a", 30)
     shares.give("b", 70)
+    assert shares.take("d", 0)
     assert shares.held == 0
+    assert not shares._holders  # or every peer that ever called would stay in memory
     assert shares.take("c", 100)
 
 
