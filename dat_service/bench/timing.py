@@ -13,7 +13,7 @@ from dat_workers.errors import one_line
 
 Clock = Callable[[Callable[[], object], int], float]
 
-LEAST_S = 0.05  # a sample is at least this long, if need be of several calls: clocks and launches are noisy below
+LEAST_S = 0.05  # the least length of a sample, if need be of several calls: shorter ones are mostly noise
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Timing:
     """The seconds per call of one contestant, one number for each round; or the error that put it out."""
 
     seconds: tuple[float, ...]
-    calls: int = 0  # of the contestant, behind each number
+    calls: int = 0  # of the contestant, averaged in each number
     error: str | None = None
 
     @property

@@ -47,7 +47,7 @@ class Unhealthy(EngineError):
 
 
 class Full(RuntimeError):
-    """As many requests are held or wait as may; come again in `retry_after_s`.
+    """No more requests can be held or queued now; try again in `retry_after_s` seconds.
 
     >>> str(Full("64 requests are held", "at most 64", 1))
     '64 requests are held, at most 64; try again in 1 s'
@@ -59,7 +59,7 @@ class Full(RuntimeError):
 
 
 class DeadlinePassed(RuntimeError):
-    """The caller's time is over; whatever was not computed yet is not computed."""
+    """The caller's deadline has passed; the rest of the request is not computed."""
 
 
 def one_line(error: BaseException) -> str:

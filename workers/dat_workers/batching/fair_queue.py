@@ -2,8 +2,8 @@
 
 Each flow (a client) has a tag, the virtual time at which its next row may start; taking rows moves it on by their
 cost. The flow with the smallest tag is next. Virtual time goes on by what each of the waiting flows was due, and is
-never behind the flow served last: a flow that comes back from a pause has saved nothing up, and a client that takes
-a new name each time gains nothing. With n flows that always wait, each gets 1/n of the codec, whatever the sizes
+never behind the flow served last: a flow that comes back from a pause has no credit, and a client that takes a new
+name each time gains nothing. With n flows that always wait, each gets 1/n of the codec, whatever the sizes
 and numbers of their requests.
 """
 
@@ -102,9 +102,9 @@ class FairQueue(Generic[T]):
             self._forget_flows()
 
     def cost_before(self, flow: str, cost: float) -> float:
-        """Returns the cost that is served before `cost` more of this flow would be.
+        """Returns the cost of the rows that are served before a new request of `cost` in this flow.
 
-        Of each other flow that is at most as much as of this one.
+        In that time each other flow is served at most as much as this flow.
         """
         own = self._flows[flow].cost if flow in self._flows else 0.0
         return own + sum(min(f.cost, own + cost) for name, f in self._flows.items() if name != flow)

@@ -26,8 +26,8 @@ from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.unpickle import unpickle
 
 MAX_MEMBER_BYTES = 16 << 30
-# Weights of the training loss: LPIPS and the discriminator. Of vq-f4's 55 keys beside the network, the number that
-# users report, 33 belong to LPIPS and 22 to the discriminator. `model_ema.*` never occurs.
+# Weights of the training loss. Users report 55 keys of vq-f4 that do not belong to the network: 33 of LPIPS and 22
+# of the discriminator. `model_ema.*` never occurs.
 DROPPED_PREFIX = "loss."
 
 

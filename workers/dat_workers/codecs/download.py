@@ -245,7 +245,7 @@ def _validator(response: Response) -> str:
 
 
 def _content_range(response: Response) -> tuple[int | None, int | None]:
-    """Returns (first byte, total bytes) of the header Content-Range; None for what it does not say."""
+    """Returns (first byte, total bytes) of the header Content-Range; None for a part that is absent."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     first, total = match.groups() if match else (None, None)
     return int(first) if first else None, int(total) if total and total != "*" else None

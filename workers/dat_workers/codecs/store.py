@@ -84,7 +84,7 @@ class CodecStore:
             path = self.path(name)
             if not path.is_file():
                 return "broken: not in the package" if name in EMBEDDED else "not installed"
-            _check_identity(name, file.read_header(path).spec, path)
+            _check_matches_name(name, file.read_header(path).spec, path)
         except CodecError as error:
             return f"broken: {error}"
         return "embedded" if name in EMBEDDED else "installed"
@@ -102,7 +102,7 @@ class CodecStore:
         if not path.is_file():
             raise self._absent(name)
         codec = file.read(path)
-        _check_identity(name, codec.spec, path)
+        _check_matches_name(name, codec.spec, path)
         return codec
 
     def _absent(self, name: str) -> CodecError:
@@ -126,7 +126,7 @@ class CodecStore:
         path = self.path(spec.name)
         if spec.name in EMBEDDED:
             raise CodecError(f"codec {spec.name!r} ships inside the package; choose another name")
-        _check_identity(spec.name, spec, path)
+        _check_matches_name(spec.name, spec, path)
         if not replace and self.status(spec.name) == "installed":
             old, new = file.read_header(path).fingerprint, file.fingerprint(spec, tensors)
             if old != new:
@@ -137,7 +137,7 @@ class CodecStore:
         return file.write(path, spec, tensors, origin)
 
 
-def _check_identity(name: str, spec: CodecSpec, path: Path) -> None:
+def _check_matches_name(name: str, spec: CodecSpec, path: Path) -> None:
     if spec.name != name:
         raise CodecError(f"{path} holds codec {spec.name!r}, not {name!r}")
     if name in REGISTRY and file.geometry(spec) != file.geometry(REGISTRY[name]):

@@ -51,7 +51,8 @@ class Engine(ABC):
 def rows_at_once(engine: Engine, pixels: int) -> int:
     """Returns how many images of `pixels` pixels to compute together.
 
-    It is a power of two, as CUDA graphs have it, and shrinks as images grow, since memory grows with the pixels.
+    The number is a power of two, like the batch sizes of the CUDA graphs. It shrinks as images grow, since memory
+    grows with the pixels.
     """
     rows = max(1, min(engine.batch, engine.batch * 224 * 224 // pixels))
     return 1 << (rows.bit_length() - 1)

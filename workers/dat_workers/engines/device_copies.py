@@ -46,8 +46,8 @@ def run_on_device(
     [[2.0, 2.0]]
 
     With `overlap`, which exists on CUDA alone, the next batch is handed over before the results of the last one are
-    waited for, and copies run on streams of their own. None in place of a batch means that there is none now, and
-    that the results still outstanding are to be yielded.
+    waited for, and copies run on streams of their own. None in place of a batch means that none is ready yet: the
+    outstanding results are yielded without waiting for one.
     """
     if overlap:
         yield from _run_overlapped(device, batches)

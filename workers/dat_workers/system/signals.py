@@ -32,7 +32,7 @@ def delayed_signals() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    # Only signals with a Python handler can raise in the block: the defaults and ignored ones stay as they are.
+    # Only Python handlers raise exceptions in the block. Default actions and ignored signals stay as they are.
     handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
     try:
         with handle_signals(lambda number, _: received.append(number), *handlers):

@@ -19,7 +19,7 @@ class Scores:
     """The scores of a model on the validation crops."""
 
     psnr_db: float  # mean over the images
-    codebook_share: float  # of the entries, those that the images use
+    codebook_share: float  # share of the codebook's entries that the images use
     pictures: int
 
 

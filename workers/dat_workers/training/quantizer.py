@@ -12,7 +12,7 @@ KMEANS_ITERATIONS = 10
 
 
 class EmaQuantizer(nn.Module):
-    """Vector quantization with a codebook that follows its own tokens (van den Oord et al., 2017, App. A.1).
+    """Quantizes with a codebook whose entries follow the latent vectors near them (van den Oord et al., 2017, A.1).
 
     The codebook term of Eq. 8, |sg[E(x)] - z_q|², is minimised in closed form by the moving average instead of by
     the optimiser. A dead entry is moved onto a latent vector of the current batch.

@@ -219,7 +219,7 @@ class Trainer:
         noting = ExitStack()
 
         def note_signal(number: int, frame: FrameType | None) -> None:
-            """Ends the loop after the current step; a second signal acts as it would without this method."""
+            """Ends the loop after the current step; a second signal acts as it did before the run."""
             self.received_signals.append(number)
             noting.close()
 

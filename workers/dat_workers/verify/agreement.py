@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,7 @@ def reference_outputs(
     if gradients is None:
         return outputs
     g = gradients(outputs.base)
-    changed = changed_tokens(reference, outputs.base, g)
-    return ReferenceOutputs(x, indices, outputs.reconstructions, g, changed)
+    return replace(outputs, gradients=g, changed=changed_tokens(reference, outputs.base, g))
 
 
 def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:

@@ -23,7 +23,8 @@ from dat_workers.errors import one_line
 from dat_workers.verify.agreement import Agreement, ReferenceOutputs, compare_outputs
 from dat_workers.verify.diagnose import find_overflow
 
-TIMED_IMAGES = {"cuda": 64, "cpu": 2}  # a call; a CPU computes one image at a time, so more would tell nothing new
+# Images per timed call. A CPU computes one image at a time, so more images would not change the rate.
+TIMED_IMAGES = {"cuda": 64, "cpu": 2}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs a function as CUDA graphs of a few batch sizes, which makes one launch of a few hundred kernel launches."""
+"""Runs a function as CUDA graphs of a few batch sizes, so that a few hundred kernel launches become one launch."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class FoldedUpsample(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, nhwc: bool) -> None:
         super().__init__()
         assert conv.bias is not None
-        # the padding gives each side one pixel more than a phase needs: each phase takes its window
+        # With this padding the output has one row and one column more than a phase: each phase takes its window.
         self.conv = Convolution(folded_kernels(conv.weight), conv.bias.repeat(4), dtype, padding=1, nhwc=nhwc)
 
     def forward(self, x: Tensor) -> Tensor:
