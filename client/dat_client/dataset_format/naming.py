@@ -50,16 +50,12 @@ def picture_field(fields: Collection[str]) -> str:
     Raises ValueError where there is none, or more than one.
     """
     pictures = [name for name in fields if f".{name}".endswith(PICTURE_SUFFIXES)]
-    for candidates in ([name for name in pictures if "." not in name], pictures):
-        if len(candidates) == 1:
-            return candidates[0]
+    candidates = [name for name in pictures if "." not in name] or pictures
+    if len(candidates) == 1:
+        return candidates[0]
     present = (", ".join(fields) or "nothing")[:200]
-    if not pictures:
-        raise ValueError(f"no picture ({', '.join(PICTURE_SUFFIXES)}) among its fields: {present}")
-    raise ValueError(
-        f"several pictures ({', '.join(PICTURE_SUFFIXES)}) among its fields: {present}; "
-        "keys end at the first dot of a name"
-    )
+    found, hint = ("several pictures", "; keys end at the first dot of a name") if pictures else ("no picture", "")
+    raise ValueError(f"{found} ({', '.join(PICTURE_SUFFIXES)}) among its fields: {present}{hint}")
 
 
 def number_of_views(augment: int, variants: int) -> int:
