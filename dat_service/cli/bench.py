@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typer import Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import check_output_file, log, print_table
+from dat_service.cli.output import check_output_file, log, print_table, write_json
 
 if TYPE_CHECKING:
     from dat_service.bench.codec import Row
@@ -45,7 +44,6 @@ def codec(
 
     from dat_service.bench.codec import choose_engines, default_batch, measure
     from dat_workers.engines.factory import pick_device
-    from dat_workers.system.files import write_atomically
 
     check_output_file("--out", out)
     pairs = choose_engines(pick_device(device), engine or (), dtype or ())
@@ -57,7 +55,7 @@ def codec(
     _print(rows)
     if out is not None:
         facts = {"codec": name, "batch": batch, "size": size, "rows": [asdict(row) for row in rows]}
-        write_atomically(out, (json.dumps(facts, indent=1) + "\n").encode())
+        write_json(out, facts)
     if not any(row.images_per_s for row in rows):
         raise typer.Exit(FAILED)
 

@@ -20,9 +20,7 @@ from dat_service.cli.output import MovingRate, live_progress, print_table, time_
 if TYPE_CHECKING:
     from dat_workers.codecs.store import CodecStore
 
-app = typer.Typer(
-    help="List, show, download, import and verify codecs.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(help="List, show, download, import and verify codecs.", no_args_is_help=True)
 
 
 @app.command("list")

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -96,25 +96,25 @@ def precompute(
     dst: Annotated[str, Argument(metavar="DST", help="Folder or address to write the new shards to.")],
     codec: options.Codec = "tiny-f8",
     outputs: Annotated[
-        str, Option(help="Any of reconstruction (Q(x)), indices (its tokens, uint16) and image (x), with commas.")
+        str, Option(help="Fields to store, with commas: reconstruction (Q(x)), indices (uint16 tokens), image (x).")
     ] = "reconstruction",
     picture: Annotated[str, Option("--format", help="Format of the pictures: jpg, png or webp.")] = "jpg",
     quality: Annotated[int, Option(help="Quality of jpg and webp pictures, 1 to 100.")] = 95,
     resize: Annotated[int | None, Option(help="Scale the shorter side to this many pixels first.")] = None,
     crop: Annotated[int | None, Option(help="Cut out the centre square with this side in pixels.")] = None,
-    augment: Annotated[int, Option(help="Cut out this many random squares instead of the centre.")] = 0,
+    augment: Annotated[int, Option(help="Cut out this many random crops instead, scaled to --crop.")] = 0,
     replace_fraction: Annotated[float, Option(help="Replace this share of the tokens by random ones.")] = 0.0,
-    variants: Annotated[int, Option(help="Versions of each view, each with other tokens replaced.")] = 1,
-    seed: Annotated[int, Option(help="Seed of the random squares and tokens.")] = 0,
+    variants: Annotated[int, Option(help="Versions of each view; each has other tokens replaced.")] = 1,
+    seed: Annotated[int, Option(help="Seed of the random crops and tokens.")] = 0,
     keep: Annotated[
         str | None, Option(help="Fields to copy, such as cls,json. [default: all but the picture]")
     ] = None,
-    workers: Annotated[int, Option(help="Workers, each with a copy of the codec: one for each GPU.")] = 1,
+    workers: Annotated[int, Option(help="Workers, each with a copy of the codec; use one for each GPU.")] = 1,
     ray: Annotated[
         bool, Option("--ray", help="Run the workers on Ray: on the cluster at RAY_ADDRESS, else on a new one.")
     ] = False,
     gpus: Annotated[
-        float | None, Option(help="GPUs of a worker on Ray; with 0.5, two share one. [default: 1 if present]")
+        float | None, Option(help="GPUs of each worker on Ray; with 0.5, two share one. [default: 1 if present]")
     ] = None,
     on_error: Annotated[
         str, Option(help="fail: end at the first unusable sample; skip: leave it out and list it.")
@@ -123,14 +123,14 @@ def precompute(
         bool, Option("--overwrite", help="Replace what DST holds of another codec or of other settings.")
     ] = False,
     check_hashes: Annotated[
-        bool, Option("--check-hashes", help="Read the shards in DST, and replace altered ones.")
+        bool, Option("--check-hashes", help="Compare SHA-256 of sources and shards; replace altered shards.")
     ] = False,
     pictures_a_shard: Annotated[int, Option(help="Pictures in a shard, from a folder of pictures.")] = 1000,
     engine: options.Engine = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     tricks: options.Tricks = "auto",
-    threads: options.Threads = 0,
+    threads: Annotated[int, options.setting("threads")] = 0,
 ) -> None:
     """Discretize a dataset once, shard by shard.
 
@@ -150,7 +150,7 @@ def precompute(
     typer.echo(f"loading {codec} ...", err=True)
     try:
         # SIGTERM ends the job like Ctrl-C, so that no half-written shard is left.
-        with handle_signals(_interrupt, signal.SIGTERM), live_progress(plain_every_s=60) as show:
+        with handle_signals(signal.default_int_handler, signal.SIGTERM), live_progress(plain_every_s=60) as show:
             summary = run(
                 source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
                 resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
@@ -163,10 +163,6 @@ def precompute(
         error.add_note("--on-error skip leaves such samples out")
         raise
     _print_summary(summary, dst)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _reporter(show: Callable[[float | None, str], None]) -> Callable[[JobProgress], None]:

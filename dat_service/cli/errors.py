@@ -32,7 +32,9 @@ def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterato
     except Exception as error:
         if not _is_expected(error):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        # The text of a RayTaskError is the whole traceback of another process; its `cause` was raised there.
+        plain = getattr(error, "cause", None) or error
+        message = " ".join(str(plain).split()) or type(plain).__name__
         typer.echo("\n".join([f"{command}: {message}", *getattr(error, "__notes__", ())]), err=True)
         raise typer.Exit(FAILED) from None
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dat_workers.errors import InvalidInput
+from dat_workers.system.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +32,11 @@ def check_output_file(option: str, path: Path | None) -> None:
     """Raises InvalidInput, before the work is done, if its result could not be written to this file."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise InvalidInput(option, path, "a file in a folder that exists")
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Writes facts to a file as a whole."""
+    write_atomically(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def print_table(table: Table) -> None:

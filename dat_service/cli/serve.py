@@ -158,21 +158,19 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
 
 
 def run_updates(service: RayService, requested: threading.Event) -> None:
-    """Updates the service at every request, forever. Requests during an update lead to one more update."""
-    while requested.wait():
-        requested.clear()
-        _update(service)
+    """Loads the codecs again at every request, forever. The old replicas stay if the new ones do not start.
 
-
-def _update(service: RayService) -> None:
-    """Loads the codecs again, as SIGHUP requests. The old replicas stay if the new ones do not start."""
+    Requests during an update lead to one more update.
+    """
     from dat_service.ray.service import ServeFailed
 
-    started = time.monotonic()
-    typer.echo("updating ...")
-    try:
-        service.update()
-    except ServeFailed as error:
-        typer.echo(f"dat serve: not updated: {error}", err=True)
-    else:
-        typer.echo(f"updated after {time.monotonic() - started:.1f} s")
+    while requested.wait():
+        requested.clear()
+        started = time.monotonic()
+        typer.echo("updating ...")
+        try:
+            service.update()
+        except ServeFailed as error:
+            typer.echo(f"dat serve: not updated: {error}", err=True)
+        else:
+            typer.echo(f"updated after {time.monotonic() - started:.1f} s")

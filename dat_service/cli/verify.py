@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import check_output_file, log, print_table
+from dat_service.cli.output import check_output_file, log, print_table, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +91,8 @@ def verify(
         typer.echo(f"{row.name}: {'FAIL: ' + row.shortfall if row.shortfall else 'PASS'}")
     typer.echo(f"the fastest that passes: {best.name if best else 'none'}")
     if json_file is not None:
-        _write_json(json_file, facts, rows, best)
+        table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}
+        write_json(json_file, facts | table)
     if not deciding or any(row.shortfall for row in deciding):
         raise typer.Exit(FAILED)
 
@@ -142,10 +142,3 @@ def _print(facts: dict[str, Any], rows: list[Row]) -> None:
 
 def _percentage(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _write_json(path: Path, facts: dict[str, Any], rows: list[Row], best: Row | None) -> None:
-    from dat_workers.system.files import write_atomically
-
-    table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}
-    write_atomically(path, (json.dumps(facts | table, indent=1, ensure_ascii=False) + "\n").encode())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer
+from ray.exceptions import RayTaskError
 from typer.testing import CliRunner
 
 from dat_client import Unavailable
@@ -57,6 +58,13 @@ def test_notes_follow_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_error_without_a_message_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(TimeoutError(), capsys) == (1, "dat test: TimeoutError\n")
+
+
+def test_an_error_within_ray_is_one_line_without_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remote = RayTaskError("ready", "Traceback (most recent call last):\n  File ...", RuntimeError("port in use"))
+    assert ending(remote.as_instanceof_cause(), capsys) == (1, "dat test: port in use\n")
 
 
 def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Sends whole datasets through Q once (`dat precompute`): source shards in, shards of Q(x) or its tokens out.
 
-    job.py             decides which shards are missing, gives them to workers, and again where a worker is lost
+    job.py             gives the missing shards to workers, and those of a lost worker to another one
     sources.py         finds the source shards that SRC stands for
     recipe.py          the settings that decide the bytes of a shard (DST/precompute.json)
     output_folder.py   DST: finished shards and their manifest, unfinished files and locks of jobs

@@ -1,4 +1,4 @@
-"""`precompute` sends a whole dataset through Q once; a job decides which shards are missing and has them made."""
+"""`precompute` sends a whole dataset through Q once; a job finds the missing shards and has workers make them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from dat_client.dataset_format.manifest import ManifestEntry
@@ -145,20 +146,17 @@ def precompute(
     check_apart(found, folder)
     with naming_address(dst):
         folder.begin()
-    try:
+    with ExitStack() as ended_in_reverse:
+        ended_in_reverse.callback(folder.end)
         pool: LocalWorkers | RayWorkers
         pool = (
             RayWorkers(codec, engine_config, workers, gpus) if ray else LocalWorkers(codec, engine_config, workers)
         )
-        try:
-            recipe = pool.complete(recipe)
-            with naming_address(dst):
-                folder.settle_recipe(recipe, found.shards, overwrite=overwrite)
-                return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
-        finally:
-            pool.stop()
-    finally:
-        folder.end()
+        ended_in_reverse.callback(pool.stop)
+        recipe = pool.complete(recipe)
+        with naming_address(dst):
+            folder.settle_recipe(recipe, found.shards, overwrite=overwrite)
+            return Job(found, folder, recipe, pool, skip, check_hashes, report).run()
 
 
 def check_apart(source: Source, folder: OutputFolder) -> None:
@@ -213,9 +211,9 @@ class Job:
     def progress(self) -> JobProgress:
         counts = self.pool.counts()
         # a shard that was made twice was read twice
-        nbytes_done = min(self.nbytes_kept + counts.nbytes, self.nbytes)
+        nbytes_done = min(self.nbytes_kept + counts["nbytes"], self.nbytes)
         return JobProgress(
-            len(self.source.shards), len(self.done), self.nbytes, nbytes_done, counts.images, counts.skipped,
+            len(self.source.shards), len(self.done), self.nbytes, nbytes_done, counts["images"], counts["skipped"],
             self.workers_lost, time.monotonic() - self.began,
         )  # fmt: skip
 
@@ -242,7 +240,7 @@ class Job:
         return True
 
     def _make(self, missing: deque[Shard]) -> None:
-        """Has the missing shards made, those of a lost worker again."""
+        """Gives the missing shards to workers, and those of a lost worker to another one."""
         busy: dict[Future[ManifestEntry], tuple[int, Shard]] = {}
         tries: Counter[str] = Counter()
         reported_at = 0.0

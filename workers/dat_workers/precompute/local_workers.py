@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker
 
 
 class LocalWorkers:
@@ -45,9 +46,9 @@ class LocalWorkers:
         """As `Worker.make_shard`, in a thread."""
         return self._threads.submit(self._workers[worker].make_shard, shard, options)
 
-    def counts(self) -> WorkerCounts:
+    def counts(self) -> Counter[str]:
         """Returns the counts of all workers together."""
-        return sum((worker.counts() for worker in self._workers), WorkerCounts())
+        return sum((worker.counts() for worker in self._workers), Counter())
 
     def decode(self, indices: Array) -> Array:
         """As `Worker.decode`."""

@@ -57,6 +57,8 @@ class OutputFolder:
         self.local = isinstance(self.fs, LocalFileSystem)
         self.job = job or secrets.token_hex(4)
         self.shared = False  # whether another job was writing here when this one began
+        self._scratch = Path(self.path) / f"{JOB_PREFIX}{self.job}"
+        self._lock_path = self._scratch.with_name(f"{self._scratch.name}.lock")
         self._lock: IO[str] | None = None
 
     @property
@@ -66,14 +68,6 @@ class OutputFolder:
 
     def at(self, name: str) -> str:
         return f"{self.path}/{name}"
-
-    @property
-    def _scratch(self) -> Path:
-        return Path(self.path) / f"{JOB_PREFIX}{self.job}"
-
-    @property
-    def _lock_path(self) -> Path:
-        return self._scratch.with_name(f"{self._scratch.name}.lock")
 
     def begin(self) -> None:
         """Creates the folder, checks that it is writable and removes what dead jobs have left. Raises OSError."""

@@ -107,7 +107,7 @@ class SamplePipeline:
             codebook_size = self.discretizer.spec.codebook_size
             for variant in range(recipe.variants):
                 replaced = replace_sample_tokens(indices, recipe, sample.key, i, variant, codebook_size)
-                result = finished(Result({}))
+                result = view.result
                 if "reconstruction" in recipe.outputs:
                     result = self.batcher.submit(self.discretizer.prepare_decode(replaced[None]))
                 description = view.description | {"variant": variant}
@@ -142,13 +142,6 @@ class SamplePipeline:
                     raise ValueError(f"the field {name}, which is kept, has the name of one that is made")
                 fields[name] = content
         return fields
-
-
-def finished(result: Result) -> Future[Result]:
-    """Returns a future that has its result already."""
-    future: Future[Result] = Future()
-    future.set_result(result)
-    return future
 
 
 def lower_priority() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
@@ -16,7 +17,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.sources import Shard
-from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerCounts, WorkerLost
+from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerLost
 from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_workers")
@@ -36,8 +37,8 @@ class RayWorkers:
 
     def __init__(self, codec: str, config: EngineConfig, workers: int, gpus: float | None = None) -> None:
         self.workers = workers
-        self._latest = [WorkerCounts()] * workers
-        self._of_ended = WorkerCounts()  # the counts of workers that have ended
+        self._latest: list[Counter[str]] = [Counter()] * workers
+        self._of_ended: Counter[str] = Counter()  # the counts of workers that have ended
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: any other process would come first
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
@@ -115,7 +116,7 @@ class RayWorkers:
         actor.make_shard.remote(shard, options).future().add_done_callback(settle)
         return result
 
-    def counts(self) -> WorkerCounts:
+    def counts(self) -> Counter[str]:
         """Returns the counts of all workers together."""
         calls = {actor.counts.remote(): i for i, actor in enumerate(self._actors)}
         ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=COUNTS_TIMEOUT_S)
@@ -123,7 +124,7 @@ class RayWorkers:
             i = calls[call]
             with contextlib.suppress(Exception):  # the worker has ended, or is being started
                 counts = self._ray.get(call)
-                if counts.nbytes < self._latest[i].nbytes:  # a new worker counts from 0
+                if counts["nbytes"] < self._latest[i]["nbytes"]:  # a new worker counts from 0
                     self._of_ended += self._latest[i]
                 self._latest[i] = counts
         return sum(self._latest, self._of_ended)

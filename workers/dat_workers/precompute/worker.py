@@ -9,7 +9,7 @@ shards.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from dat_client.dataset_format.manifest import ManifestEntry
@@ -54,18 +54,6 @@ class ShardOptions:
     skip: bool
 
 
-@dataclass(frozen=True)
-class WorkerCounts:
-    """Counts of one worker since it started: images through the codec, bytes of sources read, samples skipped."""
-
-    images: int = 0
-    nbytes: int = 0
-    skipped: int = 0
-
-    def __add__(self, more: WorkerCounts) -> WorkerCounts:
-        return WorkerCounts(self.images + more.images, self.nbytes + more.nbytes, self.skipped + more.skipped)
-
-
 class Worker:
     """Holds a codec and makes shards with it, in several threads at once.
 
@@ -80,7 +68,7 @@ class Worker:
         engine = self.discretizer.engine.describe()
         self.on_gpu = engine["device"] != "cpu" or engine.get("provider", CPU_PROVIDER) != CPU_PROVIDER
         self.pipeline = SamplePipeline(self.discretizer, self.batcher, low_priority=not self.on_gpu)
-        self._counts = WorkerCounts()
+        self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._stopping = threading.Event()
 
@@ -156,8 +144,10 @@ class Worker:
         folder.record(entry)
         return entry
 
-    def counts(self) -> WorkerCounts:
-        return self._counts
+    def counts(self) -> Counter[str]:
+        """Returns the counts since the start: `images` computed, `nbytes` of sources read, samples `skipped`."""
+        with self._counting:
+            return self._counts.copy()
 
     def decode(self, indices: Array) -> Array:
         """Returns the pictures uint8 [N,3,H,W] of tokens [N,h,w]."""
@@ -170,6 +160,6 @@ class Worker:
         self.batcher.stop()
         self.pipeline.stop()
 
-    def _count(self, images: int = 0, nbytes: int = 0, skipped: int = 0) -> None:
+    def _count(self, **more: int) -> None:
         with self._counting:
-            self._counts += WorkerCounts(images, nbytes, skipped)
+            self._counts.update(more)
