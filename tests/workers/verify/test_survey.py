@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import Tensor
 
 from dat_workers.codecs.store import load_model
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
+from dat_workers.engines.identity import IdentityEngine
+from dat_workers.verify import survey as survey_module
 from dat_workers.verify.agreement import Agreement, reference_outputs
 from dat_workers.verify.survey import Row, deciding_rows, fastest_passing, survey
 
@@ -46,3 +49,19 @@ def test_the_fastest_that_passes_is_chosen() -> None:
     assert deciding_rows(rows + missing, engines=False, dtypes=True) == rows
     assert deciding_rows(rows + missing, engines=True, dtypes=True) == rows + missing
     assert rows[3].shortfall == "not installed"
+
+
+def test_an_engine_that_fails_while_it_is_timed_has_no_speed(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = IdentityEngine()
+    assert survey_module._images_per_s(engine, images[:1], rounds=2)
+    calls = iter(range(2))
+
+    def fails_at_the_third_call(images: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise MemoryError
+        return images
+
+    monkeypatch.setattr(engine, "encode", fails_at_the_third_call)
+    assert survey_module._images_per_s(engine, images[:1], rounds=2) is None
