@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from dat_service import __version__
-from dat_service.cli import bench, codecs, discretize, serve, train, verify
+from dat_service.cli import bench, codecs, discretize, precompute, serve, train, verify
 
 app = typer.Typer(
     name="dat",
@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("discretize")(discretize.discretize)
-app.command("precompute")(discretize.precompute)
+app.command("precompute")(precompute.precompute)
 app.command("export")(codecs.export)
 app.command("train-codec")(train.train_codec)
 app.add_typer(codecs.app, name="codecs")
