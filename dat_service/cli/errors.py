@@ -33,7 +33,8 @@ def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterato
         if not _is_expected(error):
             raise
         # The text of a RayTaskError is the whole traceback of another process; its `cause` was raised there.
-        plain = getattr(error, "cause", None) or error
+        cause = getattr(error, "cause", None)
+        plain = cause if isinstance(cause, Exception) else error
         message = " ".join(str(plain).split()) or type(plain).__name__
         typer.echo("\n".join([f"{command}: {message}", *getattr(error, "__notes__", ())]), err=True)
         raise typer.Exit(FAILED) from None

@@ -21,7 +21,7 @@ def exposed() -> dict[str, set[str]]:
     """Labels by the name of each series that the service shows."""
     metrics = Metrics("tiny-f8", "r1")
     described = {"engine": "cpu", "device": "cpu", "dtype": "fp32"}
-    discretizer = SimpleNamespace(fingerprint="ab", describe=lambda: described)
+    discretizer = SimpleNamespace(fingerprint="ab", engine=SimpleNamespace(describe=lambda: described))
     metrics.watch(SimpleNamespace(**{attribute: 1 for attribute, _ in GAUGES.values()}))
     metrics.describe(discretizer)
     metrics.refused("full")
