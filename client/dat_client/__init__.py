@@ -1,12 +1,12 @@
-"""Trainer side of the discrete augmentation data service: images in, Q(x) out, over HTTP.
+"""The client of the discrete augmentation data service: sends images over HTTP and returns Q(x).
 
     from dat_client import Client
 
     client = Client("http://codec:8000", codec="tiny-f8")
     q = client.discretize(images)        # uint8 [N,3,H,W], numpy or torch
-    q.reconstruction                     # Q(x), as `images`
+    q.reconstruction                     # Q(x), in the dtype and shape of `images`
 
-Importing this loads numpy, neither torch nor ray.
+Importing this package loads numpy, but neither torch nor ray.
 """
 
 from dat_client._version import __version__

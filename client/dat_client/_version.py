@@ -1,3 +1,3 @@
-"""The version, in a module that imports nothing (pyproject.toml holds the same; a test compares them)."""
+"""The version of the package. pyproject.toml repeats it, and a test compares the two."""
 
 __version__ = "0.1.0"

@@ -19,15 +19,16 @@ T = TypeVar("T")
 def _constructor(
     init: Callable[Concatenate[Client, P], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[AsyncClient, P], None]]:
-    """Gives a constructor the signature of Client's."""
+    """Returns a decorator that gives a constructor the signature and docstring of Client's constructor."""
     return functools.wraps(init)
 
 
 def _coroutine(
     method: Callable[Concatenate[Client, P], T],
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
-    """Returns a method of Client as a coroutine, which runs the method in one of the client's threads."""
-    # The client is checked to be open before the call waits for a thread; close() lets waiting calls finish.
+    """Returns a coroutine that runs a method of Client in one of the client's threads."""
+    # `_spawn` raises RuntimeError if the client is closed. A call that it accepted must finish even if the client
+    # is closed while the call waits for a thread, so the thread runs the method without a second check.
     unchecked = inspect.unwrap(method)
 
     @functools.wraps(method)
@@ -39,14 +40,14 @@ def _coroutine(
 
 
 class AsyncClient:
-    """`Client` with coroutines for methods; same arguments, same exceptions.
+    """Offers the methods of `Client` as coroutines, with the same arguments, results and exceptions.
 
         async with AsyncClient("http://codec:8000", codec="tiny-f8") as client:
             answers = await asyncio.gather(*(client.discretize(batch) for batch in batches))
 
-    There is no `submit`: `asyncio.gather` runs many calls at once. Every call runs in one of the `max_connections`
-    threads of a Client. A call that is cancelled while it waits for a thread is dropped; one that was sent ends in
-    its thread, and its answer is discarded.
+    There is no `submit`, because `asyncio.gather` runs many calls at the same time. Every call runs in one of the
+    `max_connections` threads of a Client. A call that is cancelled while it waits for a thread is never sent. A
+    call that is cancelled later still runs to its end in the thread, and its answer is discarded.
     """
 
     @_constructor(Client.__init__)
@@ -57,7 +58,7 @@ class AsyncClient:
     decode = _coroutine(Client.decode)
 
     def profile(self) -> AbstractContextManager[Profile]:
-        """As `Client.profile`; enter it by `with`, not `async with`."""
+        """Measures calls as `Client.profile` does. Enter it with `with`, not `async with`."""
         return self._client.profile()
 
     metadata = _coroutine(Client.metadata)
@@ -67,7 +68,7 @@ class AsyncClient:
     wait_ready = _coroutine(Client.wait_ready)
 
     async def close(self) -> None:
-        """As `Client.close`."""
+        """Closes the client as `Client.close` does, without blocking the event loop."""
         await asyncio.to_thread(self._client.close)
 
     async def __aenter__(self) -> Self:

@@ -44,28 +44,29 @@ def _only_while_open(method: Callable[Concatenate[Client, P], T]) -> Callable[Co
 
 
 class Client:
-    """A codec on a server, as a function of images. It is thread-safe and may be forked and pickled.
+    """Calls one codec of a server. A client is thread-safe, survives a fork and can be pickled.
 
         with Client("http://codec:8000", codec="tiny-f8") as client:
             q = client.discretize(images)                # q.reconstruction is Q(x)
 
-    Q is a pure function, so a request that was lost (connection refused or reset, short reply, status 408, 429 or
-    5xx) is repeated within `timeout_s`, after the server's Retry-After and an exponential backoff with full jitter.
-    A change of the codec's weights gives the warning CodecChanged.
+    Q is a pure function, so a request that failed for a passing reason (connection refused or reset, reply cut off,
+    status 408, 429 or 5xx) is repeated within `timeout_s`. Before each repetition the client waits for the server's
+    Retry-After plus an exponential backoff with full jitter. If the codec's weights change, the client warns with
+    CodecChanged.
 
-    Connections belong to a process: a forked child (a DataLoader worker) and an unpickled copy open their own. A
-    submitted call runs in a thread of this process.
+    A forked child (a DataLoader worker) and an unpickled copy open connections of their own.
 
     Args:
-        url: `http://host:port` or `https://host:port`, with the base path of a proxy if there is one.
+        url: `http://host:port` or `https://host:port`; append the base path if a proxy serves the codec below one.
         codec: the name of the codec, as in `GET /v2/models/{codec}`.
-        timeout_s: the total time of a call with all its repetitions, in seconds.
-        connect_timeout_s: the time in which a connection must be made, and `live()` and `ready()` answered.
-        retries: the largest number of repetitions of a failed request. None: as many as fit into `timeout_s`, but
-            at most 8 after the service's own status 500, which may be a bug rather than a bad moment.
-        max_connections: the largest number of connections, and of threads for `submit`.
-        max_in_flight: the largest number of requests, sent at the same time, that a batch is split into.
-        api_key: sent as `Authorization: Bearer <api_key>`.
+        timeout_s: the longest time in seconds that a call may take, all its repetitions included.
+        connect_timeout_s: the longest time in seconds that making a connection may take. It also limits `live()`
+            and `ready()`, from the connection to the answer.
+        retries: how often a failed request is repeated at most. None repeats for as long as `timeout_s` allows, but
+            gives up at the ninth status 500 of the service, which may be a bug that no repetition cures.
+        max_connections: the largest number of connections at the same time, and of threads that run `submit`.
+        max_in_flight: the largest number of requests into which a batch is split. They are sent at the same time.
+        api_key: the service's API key, sent as `Authorization: Bearer <api_key>`.
 
     Raises:
         InvalidRequest: an argument is wrong; `field` names it.
@@ -92,12 +93,13 @@ class Client:
         self.max_in_flight = integer("max_in_flight", max_in_flight, 1)
         self._api_key = api_key
         if not isinstance(codec, str) or not codec:
-            raise invalid("codec", "a name", value=codec)
+            raise invalid("codec", "the name of a codec", value=codec)
         if not isinstance(api_key, str | None):
             raise invalid("api_key", "printable ASCII", found=type(api_key).__name__)
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
-            raise invalid("api_key", "printable ASCII", found="other characters")  # a secret is not shown
-        self._id = uuid.uuid4().hex  # copies and forked children keep it: to the server they are one trainer
+            raise invalid("api_key", "printable ASCII", found="other characters or none")  # never show a secret
+        # Pickled copies and forked children send the same id, so the server takes all of them for one trainer.
+        self._id = uuid.uuid4().hex
         self._watch = FingerprintWatch()
         self._open()
 
@@ -106,7 +108,8 @@ class Client:
         if closed:
             self._closed.set()
         self._executor = ThreadPoolExecutor(self.max_connections, "dat-client")
-        # The threads of `submit` cannot send parts: all of them may be waiting for parts.
+        # Parts of a batch have threads of their own. In those of `submit` they could wait forever, because every
+        # one of those threads may itself be waiting for the parts of its batch.
         parts_at_once = min(self.max_connections, self.max_in_flight)
         self._parts_executor = ThreadPoolExecutor(parts_at_once, "dat-client-part")
         self._profiles: set[Profile] = set()  # add, discard and copy are atomic
@@ -135,7 +138,7 @@ class Client:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Discretized:
-        """Returns Q(x), and with gradients Q(x + δ) (Algorithm 1).
+        """Returns Q(x) and, if gradients are passed, Q(x + δ) (Algorithm 1).
 
         Q encodes the images, replaces every latent vector by its nearest codebook entry and decodes.
 
@@ -145,27 +148,27 @@ class Client:
 
         Args:
             images: uint8 [N,3,H,W] 0..255, or float16/float32 [N,3,H,W] in 0..1, numpy or torch on any
-                device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`, which are answered in numpy.
-            gradients: the loss's gradient at each image, float16/float32 of the images' shape. For
-                `normalize="none"` it must be that of the summed loss. With it the answer has `adversarial`.
-            gradient_dtype: the datatype in which gradients are sent. FP16 comes with a scale for each sample, so
-                that a gradient of 1e-9 survives; values far below the sample's largest do not. FP32 keeps those
-                too, which `normalize="sign"` needs. INT8 comes with a scale for each sample and has half the bytes
-                of FP16; docs/thin-links.md has its cost in tokens.
-            outputs: some of reconstruction, adversarial, indices, adversarial_indices; None for the server's
-                default (reconstruction, with gradients adversarial too).
+                device; or a sequence of N encoded JPEG, PNG or WebP files as `bytes`.
+            gradients: the gradient of the loss at each image, float16/float32, of the images' shape. For
+                `normalize="none"` it must be the gradient of the loss summed over the batch, not of its mean.
+            gradient_dtype: the datatype in which gradients are sent. FP16 adds a scale for each sample, so that a
+                gradient of 1e-9 is not rounded to 0; values below 2^-38 of the sample's largest still are. FP32
+                keeps those too, which `normalize="sign"` needs. INT8 also adds a scale for each sample and takes
+                half the bytes of FP16; docs/thin-links.md says how many tokens that changes.
+            outputs: some of reconstruction, adversarial, indices, adversarial_indices. None requests
+                `reconstruction`, and also `adversarial` if there are gradients or a replace_fraction above 0.
             output_dtype: UINT8, FP16 or FP32; None for the dtype of the images (UINT8 for encoded files).
-            timeout_s: the total time of this call, in place of the client's.
-            parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed of the service;
-                None means the service's default.
+            timeout_s: the longest time in seconds that this call may take; None for the client's `timeout_s`.
+            parameters: the service's parameters preset, base, alpha, normalize, epsilon, replace_fraction and seed.
+                None stands for the service's default.
 
         Returns:
-            Arrays of the same kind as `images`; torch tensors on the device they came from.
+            numpy arrays for numpy images and encoded files, torch tensors on the images' device for torch images.
 
         Raises:
             InvalidRequest: an argument is wrong; UnknownCodec and TooLarge are subclasses.
             Unauthorized: the API key is missing or wrong.
-            Unavailable: no good answer arrived within `timeout_s`; Overloaded if the server is full.
+            Unavailable: no valid answer arrived within `timeout_s`; its subclass Overloaded if the server is full.
             ProtocolError: the answer does not follow the Open Inference Protocol.
         """
         call = discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
@@ -182,14 +185,15 @@ class Client:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Future[Discretized]:
-        """Starts `discretize` without waiting: the call runs in one of at most `max_connections` threads.
+        """Starts `discretize` in one of at most `max_connections` threads and returns a future of its result.
 
             futures = [client.submit(batch) for batch in batches]
             for future in futures:
                 train_on(future.result().reconstruction)
 
-        Wrong arguments raise InvalidRequest at once. numpy arrays and CPU tensors are not copied, so leave them
-        unchanged until the future is done. `timeout_s` counts from the moment when a thread takes the call up.
+        Wrong arguments raise InvalidRequest at once; all later errors are raised by `future.result()`. numpy arrays
+        and CPU tensors are not copied, so do not change them until the future is done. `timeout_s` counts from the
+        moment at which a thread begins the call.
         """
         call = discretize_call(images, gradients, gradient_dtype, outputs, output_dtype, parameters)
         return self._spawn(lambda: self._infer(call, timeout_s))
@@ -204,24 +208,24 @@ class Client:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> Array:
-        """Returns the images that tokens stand for, [N,3,H,W], in the kind of array that `indices` is.
+        """Decodes tokens: returns the images [N,3,H,W] that they stand for, as numpy or torch like `indices`.
 
             images = client.decode(q.indices)
 
-        `indices` are integers [N,h,w] below the codebook's size. Raises as `discretize`.
+        `indices` are integers [N,h,w], from 0 to the codebook's size - 1. Raises the errors of `discretize`.
         """
         return self._infer(decode_call(indices, output_dtype, parameters), timeout_s).reconstruction
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
-        """Measures where the time of the calls inside goes: client, network, queue, codec, rest of the server.
+        """Measures how much time the calls inside the `with` block spend in each stage (see CallTiming).
 
             with client.profile() as profile:
                 train()
             print(profile)                               # medians, shares, images/s and MB/s
 
-        It counts the calls of this client in all threads of this process. If the server sends no Server-Timing, its
-        time is counted as the network's.
+        The profile covers this client's calls in all threads of this process. If the server sends no Server-Timing
+        header, its share of the time is counted as network time.
         """
         profile = Profile()
         self._profiles.add(profile)
@@ -240,19 +244,30 @@ class Client:
         return self._ask("server_metadata")
 
     def live(self) -> bool:
-        """Whether the server is up (`GET /v2/health/live`). Tries once, for `connect_timeout_s`."""
+        """Returns True if the server is up (`GET /v2/health/live`).
+
+        One request is sent and not repeated; connecting, sending and receiving together may take at most
+        `connect_timeout_s`. Returns False if no answer arrives in that time, or if the answer is an error. Raises
+        Unauthorized if the answer says that the API key is missing or wrong.
+        """
         return self._obstacle("live", self.connect_timeout_s) is None
 
     def ready(self) -> bool:
-        """Whether the codec takes requests now (`GET /v2/models/{codec}/ready`).
+        """Returns True if the codec accepts requests now (`GET /v2/models/{codec}/ready`).
 
-        Tries once, for `connect_timeout_s`. Raises UnknownCodec if the server has no such codec, Unauthorized if it
-        requires another key.
+        One request is sent and not repeated; connecting, sending and receiving together may take at most
+        `connect_timeout_s`. Returns False if the server cannot be reached, does not answer in that time, or gives
+        any other answer than that the codec is ready. Two answers raise instead: UnknownCodec if the server has no
+        codec of this name, and Unauthorized if the API key is missing or wrong.
         """
         return self._obstacle("ready", self.connect_timeout_s) is None
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns when the codec takes requests; raises Unavailable after `timeout_s`, and otherwise as `ready`."""
+        """Waits until the codec accepts requests, by calling `ready` every 0.2 s.
+
+        Raises Unavailable if the codec is not ready within `timeout_s` or if the client is closed meanwhile, and
+        UnknownCodec and Unauthorized as `ready` does.
+        """
         deadline = time.monotonic() + positive_seconds("timeout_s", timeout_s)
         for attempts in itertools.count(1):
             error = self._obstacle("ready", min(self.connect_timeout_s, max(0.01, deadline - time.monotonic())))
@@ -263,10 +278,13 @@ class Client:
                 raise Unavailable(message, attempts=attempts, cause=str(error)) from error
 
     def close(self) -> None:
-        """Lets submitted calls finish without further repetitions, then closes the connections. Idempotent."""
+        """Waits for the submitted calls, then closes the connections.
+
+        A submitted call that fails from now on is not repeated. Calling `close` a second time has no effect.
+        """
         self._closed.set()
         self._executor.shutdown()
-        self._parts_executor.shutdown()  # after the other, because submitted calls may send parts
+        self._parts_executor.shutdown()  # after the first executor, whose calls may still send parts
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -294,7 +312,7 @@ class Client:
         return self._executor.submit(function)
 
     def _infer(self, call: Call, timeout_s: float | None) -> Discretized:
-        """Returns the answer to a call. A call that waited for a thread is answered after `close`, too."""
+        """Returns the answer to a call, even if the client was closed after the call was submitted."""
         begun_s = time.perf_counter()
         exchange, first_attempt_s = self._exchange(call, timeout_s)
         answer = discretized(call, exchange.response)
@@ -329,7 +347,7 @@ class Client:
         return exchange, first_attempt_s
 
     def _repeater(self, target: str, timeout_s: float | None) -> Callable[..., Any]:
-        """Returns `repeat` with a deadline `timeout_s` from now, which all its calls share."""
+        """Returns `repeat` with one deadline, `timeout_s` from now, for all calls of the returned function."""
         timeout_s = self.timeout_s if timeout_s is None else positive_seconds("timeout_s", timeout_s)
         deadline = time.monotonic() + timeout_s
         return functools.partial(
@@ -343,11 +361,11 @@ class Client:
         return answer
 
     def _obstacle(self, question: Literal["live", "ready"], timeout_s: float) -> Exception | None:
-        """Returns why the server is not live or ready, None if it is."""
+        """Asks once; returns None if the server is live or ready, else the exception that says why it is not."""
         self._check_open()
         try:
             if self._transport.ask(question, time.monotonic() + timeout_s).get(question) is False:
-                return Unavailable(f"{self._transport.address(question)}: {question} is false")
+                return Unavailable(f"{self._transport.address(question)}: the server answers: not {question}")
         except (UnknownCodec, Unauthorized):
             raise
         except DatError as error:
@@ -356,14 +374,14 @@ class Client:
 
     def _check_open(self) -> None:
         if self._closed.is_set():
-            raise RuntimeError(f"{self!r} was closed")
+            raise RuntimeError(f"{self!r}: this client was closed, make a new one")
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    # Locks may be held, and sockets in use, by threads that the child does not have.
+    # Threads of the parent, which the child does not have, may hold the locks and use the sockets of a client.
     for client in list(_clients):
         client._transport.close()
         client._open(closed=client._closed.is_set())

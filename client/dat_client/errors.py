@@ -1,17 +1,17 @@
-"""The exceptions of dat_client: about a request, the service, the network between them, and stored Q(x).
+"""The exceptions of dat_client: about requests, the service, the network, and precomputed datasets.
 
     DatError
-    ├── InvalidRequest (ValueError)   the request is wrong: repeating it is pointless   400, 422, 4xx
+    ├── InvalidRequest (ValueError)   the request is wrong: do not repeat it            400, 422, 4xx
     │   ├── UnknownCodec              the server has no codec of that name              404
-    │   ├── TooLarge                  more bytes or images than the server accepts      413
+    │   ├── TooLarge                  it has more bytes or images than the server takes 413
     │   └── WireError                 the message violates the protocol                 400, 422
     ├── Unauthorized                  the API key is missing or wrong                   401, 403
-    ├── Unavailable                   no good answer arrived: may be repeated           408, 5xx, network
-    │   └── Overloaded                the server is full: may be repeated later         429, 503
+    ├── Unavailable                   no valid answer arrived: repeating may help       408, 5xx, network
+    │   └── Overloaded                the server is full: repeat it later               429, 503
     ├── ProtocolError                 the answer does not follow the protocol
-    └── InvalidDataset (ValueError)   the folder was not written by `dat precompute`, or lacks what was asked for
+    └── InvalidDataset (ValueError)   a folder was not written by `dat precompute`, is damaged or lacks data
 
-    CodecChanged (UserWarning)        answers come from other weights than before
+    CodecChanged (UserWarning)        an answer came from other weights than the previous one
 
 All of them can be pickled, because a DataLoader worker sends its exception to the trainer's process.
 """
@@ -30,7 +30,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = MAX_SHOWN
 
 
 def shown(value: object) -> str:
-    """Returns the repr of `value`, cut to 80 characters, so that a message is short whatever was sent.
+    """Returns the repr of `value`, cut to 80 characters, so that error messages stay short.
 
     >>> shown([1, 2, 3])
     '[1, 2, 3]'
@@ -45,7 +45,10 @@ def shown(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Returns the value itself where it is short JSON, else its repr cut to 80 characters."""
+    """Returns `value` itself if it is JSON of at most 80 characters, else its repr cut to 80 characters.
+
+    Only a number, a string, True, False, or a list of these counts as JSON.
+    """
     items = value if isinstance(value, list | tuple) else [value]
     try:
         is_plain = all(isinstance(item, bool | int | float | str) for item in items)
@@ -57,9 +60,9 @@ def plain(value: Any) -> Any:
 
 
 class DatError(Exception):
-    """The root of the tree: `except DatError` catches every failure of a request, the service or the network.
+    """The base class: `except DatError` catches every failure of a request, the service or the network.
 
-    `status` is the HTTP status of the service's answer, None if the failure has another origin.
+    `status` is the HTTP status of the service's answer; None if the failure was not an answer of the service.
     """
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
@@ -68,15 +71,15 @@ class DatError(Exception):
 
 
 class InvalidRequest(DatError, ValueError):
-    """The request is wrong, and would be refused again.
+    """The request is wrong, so repeating it unchanged fails again.
 
     >>> error = InvalidRequest("images: 5 axes", field="images", value=[1, 1, 3, 8, 8], limit="[N,3,H,W]")
     >>> error.field, error.limit
     ('images', '[N,3,H,W]')
 
     `field` names the tensor or parameter, `value` is its value (or a description of it) and `limit` says which
-    values are allowed; each is None if unknown. `status` is the HTTP status of the server's answer, None when the
-    client refused the request before sending it.
+    values are allowed; each is None if unknown. `status` is the HTTP status of the server's answer; None if the
+    client itself refused the request without sending it.
     """
 
     def __init__(
@@ -97,9 +100,10 @@ class InvalidRequest(DatError, ValueError):
 def invalid(
     field: str, limit: str, *, value: Any = None, found: str | None = None, hint: str | None = None
 ) -> InvalidRequest:
-    """Returns the InvalidRequest of an argument that the client itself refuses.
+    """Returns the InvalidRequest for an argument `field` that the client itself refuses.
 
-    The message shows `value`; where that is large, `found` describes it instead. `hint` says what to do.
+    The message shows `value`, or the description `found` of a value that is too large to show. `hint` says what to
+    do about it.
 
     >>> str(invalid("retries", "an integer of at least 0", value=-1))
     'retries: got -1, must be an integer of at least 0'
@@ -119,11 +123,11 @@ class TooLarge(InvalidRequest):
 
 
 class WireError(InvalidRequest):
-    """A message or an array does not fit the Open Inference Protocol v2; see `dat_client.wire`.
+    """A message violates the Open Inference Protocol v2, or the protocol cannot express an array or a parameter.
 
-    `malformed` is True when the message cannot be read at all (HTTP 400: it is not JSON, its sizes do not add up to
-    the body, keys are missing) and False when it can be read but describes something impossible (HTTP 422: an
-    unknown datatype, a shape that does not match its data). `status` follows from it.
+    `malformed` is True if the message cannot be read (it is not JSON, its sizes do not add up to the body, keys are
+    missing); `status` is then 400. It is False if the message can be read but describes something impossible (an
+    unknown datatype, a shape that does not match its data); `status` is then 422.
     """
 
     def __init__(
@@ -136,22 +140,22 @@ class WireError(InvalidRequest):
         malformed: bool = False,
     ) -> None:
         status = 400 if malformed else 422
-        # The parsed value may be large, and the error may outlive the request, so only a short form is stored.
+        # Only a short form of the value is stored: it may be large, and an error may outlive its request.
         super().__init__(message, field=field, value=plain(value), limit=limit, status=status)
         self.malformed = malformed
 
 
 class Unauthorized(DatError):
-    """The server requires an API key, or refused the one that was sent (401, 403): `Client(..., api_key=...)`."""
+    """The API key is missing or wrong (HTTP 401, 403). Pass the right key as `Client(..., api_key=...)`."""
 
 
 class Unavailable(DatError):
-    """No good answer arrived in time. The call may be repeated, because Q is a pure function.
+    """No valid answer arrived in time. The call may be repeated, because Q is a pure function.
 
-    `attempts` counts the requests that were sent, `cause` is the last failure in words and `__cause__` that failure
-    itself (which pickling drops, because connection errors hold sockets). `status` is the HTTP status of the
-    service's last answer, None where the network failed or a proxy answered. `retry_after_s` is the pause in
-    seconds that an Overloaded service asks for, None if it named none.
+    `attempts` is the number of attempts. `cause` describes the last failure as text, and `__cause__` is its
+    exception (lost in pickling, because connection errors hold sockets). `status` is the HTTP status of the
+    service's last answer; None if the network failed or a proxy answered. `retry_after_s` is the pause in seconds
+    that the service asked for (Retry-After); None if it asked for none.
     """
 
     def __init__(
@@ -170,19 +174,19 @@ class Unavailable(DatError):
 
 
 class Overloaded(Unavailable):
-    """The server is full: repeat the call after `retry_after_s`, or later if that is None."""
+    """The server is full. Repeat the call after `retry_after_s` seconds; if that is None, choose a pause."""
 
 
 class ProtocolError(DatError):
-    """The answer does not follow the protocol: the URL is wrong, a proxy answered, or answers were mixed up."""
+    """The answer does not follow the protocol, or TLS failed. Usually the URL is wrong or a proxy answered."""
 
 
 class InvalidDataset(DatError, ValueError):
-    """A folder was not written by `dat precompute`, or lacks what was asked for."""
+    """A folder was not written by `dat precompute`, is damaged, or lacks the data that the caller asked for."""
 
 
 class CodecChanged(UserWarning):
-    """The service answers from other weights than before, so Q is no longer the function the run began with.
+    """The codec's weights changed between two answers, so Q is no longer the function the run began with.
 
-    `warnings.filterwarnings("error", category=CodecChanged)` turns it into an exception.
+    `warnings.filterwarnings("error", category=CodecChanged)` turns this warning into an exception.
     """

@@ -1,4 +1,4 @@
-"""An alias of `dat_client.integrations.lightning`, under its first published name."""
+"""Provides `dat_client.integrations.lightning` under the name under which it was first published."""
 
 from dat_client.integrations.lightning import DiscreteAdversarialTraining
 

@@ -1,4 +1,4 @@
-"""Finds the pictures that `dat precompute` made a dataset from, in shards or in a folder of pictures."""
+"""Finds the original pictures from which `dat precompute` made a dataset, in shards or in a folder of pictures."""
 
 from __future__ import annotations
 
@@ -17,32 +17,39 @@ from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
 
 
 def address(folder: str | os.PathLike[str]) -> str:
-    """Returns an fsspec address as it is, and a path made absolute: worker processes may change the directory."""
+    """Returns an fsspec address unchanged, and a local path as an absolute one, without a trailing slash.
+
+    Worker processes may have a working directory different from the trainer's.
+    """
     text = os.fspath(folder)
     return (text if "://" in text else os.path.abspath(os.path.expanduser(text))).rstrip("/")
 
 
 def read_shard(url: str) -> Iterator[Sample]:
-    """Yields the samples of a shard, which may be compressed. Raises InvalidDataset for a damaged one, OSError."""
+    """Yields the samples of a shard, plain or compressed.
+
+    Raises InvalidDataset if the shard is damaged, and OSError if it cannot be read.
+    """
     fs, path = url_to_fs(url)
     with fs.open(path, "rb") as stream:
         try:
             yield from samples_in_tar(stream)
         except DamagedShard as error:
-            raise InvalidDataset(f"{url}: not a whole tar file: {error}") from error
+            raise InvalidDataset(f"{url}: not a whole tar file ({error}); copy or make it again") from error
 
 
 def made_from_pictures(settings: Mapping[str, Any]) -> bool:
-    """Returns whether the source was a folder of pictures; otherwise it was shards."""
+    """Returns True if the dataset was made from a folder of pictures, False if it was made from shards."""
     return bool(settings.get("pictures_a_shard"))
 
 
 def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], pictures: bool) -> dict[str, str]:
-    """Returns, for each shard of the manifest, the address of the shard that it was made from.
+    """Returns, for each shard of the manifest, the address of the source from which it was made.
 
-    With `pictures` the dataset was made from a folder of pictures, and that is the address for all shards. `source`
-    is this folder, or a folder of shards, one shard, a brace pattern or a glob. Shards are matched by name, so the
-    source may have moved since. Raises InvalidDataset if not exactly one shard of a pattern has the name.
+    If `pictures` is true, the dataset was made from a folder of pictures: `source` is that folder, and its address
+    is returned for all shards. Otherwise `source` is a folder of shards, one shard, a brace pattern or a glob.
+    Shards are matched by name, so the source may have moved. Raises InvalidDataset if the source of a shard is
+    missing from `source`, or if several shards of `source` have its name.
     """
     text = os.fspath(source)
     if pictures:
@@ -51,7 +58,7 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
     try:
         urls = [address(url) for _, matches in expand(text, lambda url: url_to_fs(address(url))) for url in matches]
     except ValueError as error:
-        raise InvalidDataset(f"source: {text} has braces that are not in pairs ({error})") from error
+        raise InvalidDataset(f"source: {text} has braces that are not in pairs: {error}") from error
     is_shard = text.lower().endswith(TAR_SUFFIXES) or posixpath.basename(text) in names.values()
     if urls == [address(text)] and not is_shard:
         return {shard: f"{urls[0]}/{name}" for shard, name in names.items()}
@@ -62,16 +69,17 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
     for shard, name in names.items():
         matches = [url for url in by_name.get(posixpath.basename(name), []) if url.endswith(f"/{name}")]
         if len(matches) != 1:
-            raise InvalidDataset(f"source: {len(matches)} of {text} are named {name}, must be one")
+            raise InvalidDataset(f"source: {len(matches)} of {text} are named {name}, must be exactly one")
         found[shard] = matches[0]
     return found
 
 
 def picture_finder(origin: str, pictures: bool) -> Callable[[str], bytes | None]:
-    """Returns a function from a sample's key to its encoded original picture, or None where the source has none.
+    """Returns a function that finds the encoded original picture of a sample by the sample's key.
 
-    `origin` is one address of `locate_sources`. A shard is read once from front to back: keys must be requested in
-    the shard's order. The function raises InvalidDataset where a sample has several pictures, and OSError.
+    The function returns None if the source has no sample of that key. `origin` is an address from `locate_sources`.
+    A shard is read only once, from front to back, so keys must be requested in the shard's order. The function
+    raises InvalidDataset if a sample has no picture or several, and OSError.
     """
     if pictures:
         return partial(_picture_in_folder, origin)
@@ -94,7 +102,7 @@ def _picture_in_folder(origin: str, key: str) -> bytes | None:
     url = f"{origin}/{folder}".rstrip("/")
     names = _pictures_of(url).get(last, [])
     if len(names) > 1:
-        raise InvalidDataset(f"source: {len(names)} files of {url} have the key {key}, must be one")
+        raise InvalidDataset(f"source: {len(names)} files of {url} have the key {key}, must be one: rename some")
     if not names:
         return None
     fs, path = url_to_fs(f"{url}/{names[0]}")
@@ -104,7 +112,7 @@ def _picture_in_folder(origin: str, key: str) -> bytes | None:
 
 @lru_cache(maxsize=1)  # keys come folder by folder, and one folder may hold the pictures of many shards
 def _pictures_of(url: str) -> dict[str, list[str]]:
-    """Returns the names of the pictures in a folder, by the last part of their key."""
+    """Returns the file names of the pictures in a folder, grouped by the last part of their key."""
     fs, path = url_to_fs(url)
     found: dict[str, list[str]] = {}
     for name in map(posixpath.basename, fs.ls(path, detail=False)):

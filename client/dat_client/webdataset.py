@@ -1,4 +1,4 @@
-"""Feeds what `dat precompute` wrote to a PyTorch DataLoader: Q(x) or its tokens, x, and labels, without a service.
+"""Loads the datasets that `dat precompute` wrote (Q(x) or its tokens, x, labels) into a PyTorch DataLoader.
 
     from dat_client.webdataset import load
 
@@ -6,9 +6,9 @@
     for x, x_hat, labels in DataLoader(data, batch_size=128, num_workers=8):
         ...
 
-The shards are plain WebDataset, and `webdataset.WebDataset` reads them as well. `load` adds what webdataset cannot
-know: which shards are finished, which of several views to take, and how x was cut from the source. Shuffling and
-the pipeline's methods are webdataset's own.
+No service is needed. The shards are ordinary WebDataset shards, so `webdataset.WebDataset` reads them too. `load`
+adds three things: it reads finished shards only, it chooses among the views of a sample, and it cuts x from the
+source as it was cut for Q. Shuffling and the methods of the pipeline are webdataset's.
 """
 
 from __future__ import annotations
@@ -62,50 +62,51 @@ def load(
     shuffle: int = 0,
     seed: int = 0,
 ) -> Any:
-    """Returns the samples of DST as a webdataset pipeline: an IterableDataset with `.map`, `.repeat` and more.
+    """Returns the samples of `dst` as a webdataset pipeline: an IterableDataset with `.map`, `.repeat` and more.
 
         load(dst)                     # (x̂, label)
         load(dst, image=True)         # (x, x̂, label), x as `--outputs image` stored it
         load(dst, source=src)         # (x, x̂, label), x cut from the source as it was cut for Q
         load(dst, tokens=True)        # (indices, label), for `client.decode` in the training process
 
-    x and x̂ are tensors uint8 [3,H,W] and indices are int32 [h,w]; the label is an int. An epoch yields every
-    sample once. Shards are divided among ranks (torchrun, torch.distributed) and DataLoader workers, in the same
-    way in each epoch, so ranks may end some batches apart; `.repeat()` or `.with_epoch(n)` gives all of them the
-    same number of batches.
+    x and x̂ are uint8 tensors [3,H,W], indices are int32 tensors [h,w], and the label is an int. An epoch yields
+    every sample once. Whole shards are assigned to ranks (torchrun, torch.distributed) and DataLoader workers, in
+    each epoch in the same way. Some ranks may therefore have fewer batches in an epoch than others; use `.repeat()`
+    or `.with_epoch(n)` to give all ranks the same number.
 
     Args:
         dst: the folder or fsspec address that `dat precompute` wrote. Shards without a manifest entry are not read.
-        source: the data it was made from, in their place or moved: a folder of shards or of pictures, an fsspec
-            address, a brace pattern or a glob. Samples are paired by shard name and key; samples that precompute
-            skipped are passed over.
-        image: take x from DST itself.
-        tokens: yield indices instead of x̂.
-        label: the field that holds the label, an integer as text.
-        view: which of a sample's views to yield: `random` picks another one in each epoch, `all` yields each as a
-            sample of its own, and an int picks the view of that number.
-        shuffle: how many encoded samples to hold in memory for shuffling; shards are then shuffled too. 0 keeps the
-            stored order.
-        seed: decides order and views. Each pass over this object is an epoch with an order of its own.
+        source: the data from which `dst` was made, which may have moved: a folder of shards or of pictures, an
+            fsspec address, a brace pattern or a glob. A sample's original is found by shard name and key. Samples
+            of the source that `dat precompute` skipped are not yielded.
+        image: True to yield x as it is stored in `dst`; it cannot be combined with `source`.
+        tokens: True to yield indices instead of x̂.
+        label: the name of the field that holds the label, an integer as text.
+        view: which of a sample's views to yield. `random` draws one at random in each epoch, `all` yields each view
+            as a separate sample, and an int yields the view of that number, from 0.
+        shuffle: how many encoded samples to hold in memory for shuffling; the order of the shards is then shuffled
+            too. 0 keeps the stored order.
+        seed: the seed for the order and for `random` views. Each pass over the returned object is a new epoch with
+            a new order.
 
-    Raises InvalidDataset for a DST that lacks what the arguments ask for (also during iteration, naming shard and
-    key), and OSError.
+    Raises InvalidDataset if `dst` or `source` is damaged or lacks the requested data, and OSError. Faults of single
+    samples are raised during iteration, with the names of the shard and the sample.
     """
     if view not in ("random", "all") and not (type(view) is int and view >= 0):
         raise InvalidDataset(f"view: must be 'random', 'all' or the number of a view, got {shown(view)}")
     if image and source is not None:
-        raise InvalidDataset("image and source: both say where x comes from, give one of them")
+        raise InvalidDataset("image and source: both say where x comes from, so give one of them")
     settings = read_settings(dst)
     for output in ["indices" if tokens else "reconstruction"] + (["image"] if image else []):
         if output not in settings["outputs"]:
             stored = ", ".join(settings["outputs"])
-            raise InvalidDataset(f"{os.fspath(dst)}: holds {stored}, no {output} (dat precompute --outputs)")
+            raise InvalidDataset(f"{os.fspath(dst)}: holds {stored}, no {output}: see dat precompute --outputs")
     manifest = read_manifest(dst)
     if not manifest:
-        raise InvalidDataset(f"{os.fspath(dst)}: no shard is finished: its manifest is empty")
+        raise InvalidDataset(f"{os.fspath(dst)}: no shard is finished, the manifest is empty; run dat precompute")
     recipes = {entry["settings"] for entry in manifest.values()}
     if len(recipes) > 1:
-        message = f"{os.fspath(dst)}: shards of {len(recipes)} different settings: let dat precompute finish"
+        message = f"{os.fspath(dst)}: has shards of {len(recipes)} different settings; let dat precompute finish"
         raise InvalidDataset(message)
     sources = None if source is None else locate_sources(source, manifest, made_from_pictures(settings))
     counts = {shard: int(entry["samples"]) for shard, entry in manifest.items()}
@@ -115,9 +116,10 @@ def load(
 
 
 def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the recipe in DST/precompute.json: codec, outputs, geometry and views.
+    """Returns the recipe of a dataset, from precompute.json: codec, outputs, geometry and views.
 
-    Raises InvalidDataset where the file is missing, damaged or of another format, and OSError.
+    Raises InvalidDataset if the file is missing, damaged or has a format number that this version cannot read, and
+    OSError.
     """
     fs, path = url_to_fs(f"{address(dst)}/{RECIPE_FILE}")
     try:
@@ -128,7 +130,7 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
         raise InvalidDataset(message) from error
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
-        message = f"{os.fspath(dst)}: format {shown(found)}, this dat-client reads {FORMAT}: update it"
+        message = f"{os.fspath(dst)}: format {shown(found)}, this dat-client reads {FORMAT}: update dat-client"
         raise InvalidDataset(message)
     if missing := NEEDED_SETTINGS - settings.keys():
         raise InvalidDataset(f"{os.fspath(dst)}: its {RECIPE_FILE} lacks {', '.join(sorted(missing))}")
@@ -136,9 +138,9 @@ def read_settings(dst: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Returns the manifest entries of DST's finished shards, sorted by name: samples, bytes, sha256, skipped, ...
+    """Returns the manifest entry (samples, bytes, sha256, skipped, ...) of each finished shard, sorted by name.
 
-    Raises InvalidDataset for an entry that cannot be read, and OSError.
+    Raises InvalidDataset for an entry that cannot be parsed, and OSError.
     """
     fs, folder = url_to_fs(f"{address(dst)}/{MANIFEST_FOLDER}")
     try:
@@ -152,13 +154,13 @@ def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         try:
             manifest[ManifestEntry.from_json(content).shard] = json.loads(content)
         except ValueError as error:
-            message = f"{path} cannot be read: {error}; run dat precompute again, which makes this shard again"
+            message = f"{path} cannot be read: {error}; run dat precompute again to make this shard again"
             raise InvalidDataset(message) from error
     return manifest
 
 
 class _EncodedView(NamedTuple):
-    """A view of a sample, still encoded, as it waits in the shuffle buffer; `place` names it in messages."""
+    """One encoded view of a sample, as the shuffle buffer holds it. `place` names shard and key in messages."""
 
     place: str
     q: bytes
@@ -168,7 +170,10 @@ class _EncodedView(NamedTuple):
 
 
 def _new_epoch_counters() -> torch.Tensor:
-    """Returns counters in shared memory: without persistent_workers a worker process lives for only one epoch."""
+    """Returns epoch counters in shared memory, because a worker process may live for only one epoch.
+
+    (DataLoader starts new workers for each epoch unless persistent_workers is true.)
+    """
     counters = torch.zeros(EPOCH_COUNTERS, dtype=torch.int64)
     counters.share_memory_()  # type: ignore[no-untyped-call]
     return counters
@@ -176,11 +181,13 @@ def _new_epoch_counters() -> torch.Tensor:
 
 @dataclass(eq=False)
 class _Samples(IterableDataset[tuple[Any, ...]]):
-    """Yields the samples of this rank and worker, in one pass per epoch.
+    """Yields the samples of the current rank and DataLoader worker; each pass over it is one epoch.
 
-    counts: number of samples of each shard. sources: where each shard's originals are, None where x is not read
-    from them. field: the field that becomes x̂ or indices. ranks: rank and number of ranks of the process that made
-    this object.
+    Attributes:
+        counts: the number of samples of each shard.
+        sources: the address of each shard's originals; None if x is not read from the source.
+        field: the field that is decoded to x̂ or to indices.
+        ranks: the rank and the number of ranks of the process that created this object.
     """
 
     dst: str
@@ -197,7 +204,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
     ranks: tuple[int, int] = (0, 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Carries the rank along: a spawned worker process does not know its trainer's process group."""
+        """Adds the rank to the state: a spawned worker process does not know its trainer's process group."""
         return {**self.__dict__, "ranks": self._place()[:2]}
 
     def _place(self) -> tuple[int, int, int, int]:
@@ -212,11 +219,12 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
         if world * workers > len(self.counts):
             readers = f"{world} ranks x {workers} workers"
             raise InvalidDataset(
-                f"{self.dst}: {len(self.counts)} shards for {readers}, some would get none: fewer workers"
+                f"{self.dst}: {len(self.counts)} shards for {readers}, some would get none: use fewer workers"
             )
         epoch = int(self.epochs[worker % EPOCH_COUNTERS])
         self.epochs[worker % EPOCH_COUNTERS] += 1
-        # Shards are divided before they are shuffled: each is read once, whatever epoch other processes are in.
+        # Shards are assigned before they are shuffled, so that each is read exactly once even if processes are in
+        # different epochs.
         shards = list(self.counts)[rank::world][worker::workers]
         rng = random.Random(f"{self.seed} {epoch} {rank} {worker}")
         if self.shuffle:
@@ -225,7 +233,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
         return map(self._decoded, wds.shuffle(self.shuffle, rng=rng)(views) if self.shuffle else views)
 
     def _views(self, shard: str, epoch: int) -> Iterator[_EncodedView]:
-        """Yields the requested views of a shard's samples, with x where that comes from the source."""
+        """Yields the requested views of a shard's samples, with the original pictures if there is a source."""
         url = f"{self.dst}/{shard}"
         origin = self.sources[shard] if self.sources is not None else None
         find_picture = picture_finder(origin, made_from_pictures(self.settings)) if origin else None
@@ -243,7 +251,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
             raise InvalidDataset(f"{url}: {count} samples, {self.counts[shard]} by the manifest: make it again")
 
     def _views_of(self, sample: Sample, place: str, picture: bytes | None, epoch: int) -> Iterator[_EncodedView]:
-        """Yields the requested views of one sample; `picture` is its original, where x comes from the source."""
+        """Yields the requested views of one sample. `picture` is its original; None without a source."""
 
         def field(name: str) -> bytes:
             if name not in sample.fields:
@@ -256,13 +264,13 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
             chosen = list(range(views))
         elif isinstance(self.view, int):
             chosen = [self.view]
-        else:  # drawn by the sample's key, so that it does not depend on which process reads the shard
+        else:  # seeded with the sample's key, so that the view does not depend on the process that reads the shard
             chosen = [random.Random(f"{self.seed} {epoch} {sample.key}").randrange(views)]
         if max(chosen) >= views:
             raise InvalidDataset(f"{place}: view {self.view} of {views}, they count from 0")
         label = field(self.label)
         if not re.fullmatch(rb"\s*-?\d+\s*", label):
-            raise InvalidDataset(f"{place}: {self.label} is {shown(label)}, must be an integer")
+            raise InvalidDataset(f"{place}: {self.label} is {shown(label)}, must be an integer to be the label")
         crops = json.loads(field(VIEWS_FIELD)) if picture is not None and self.settings["augment"] else None
         for number in chosen:
             prefix = view_prefix(number, views)
@@ -288,7 +296,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
             raise InvalidDataset(f"{view.place}: {type(error).__name__}: {error}") from error
         if self.field != INDICES_FIELD and x.shape != q.shape:
             sizes = f"{x.shape[2]}x{x.shape[1]}, Q(x) {q.shape[2]}x{q.shape[1]}"
-            raise InvalidDataset(f"{view.place}: x has {sizes} pixels: made from another source")
+            raise InvalidDataset(f"{view.place}: x has {sizes} pixels: Q(x) was not made from this source")
         return x, q, view.label
 
 
@@ -297,5 +305,5 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _tensor(picture: Image.Image) -> torch.Tensor:
-    """Returns an RGB picture as uint8 [3,H,W]."""
+    """Returns an RGB picture as a uint8 tensor [3,H,W]."""
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())

@@ -1,4 +1,4 @@
-"""Converts what a trainer has (numpy arrays, torch tensors, encoded pictures) to tensors of the wire, and back."""
+"""Converts numpy arrays, torch tensors and encoded pictures to the numpy arrays that are sent, and answers back."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")  # the beginning
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of the caller's arrays, and so of the answer's: numpy (`torch` is None), or torch on a device."""
+    """The kind of arrays that the caller passed and gets back: numpy (`torch` is None), or torch on `device`."""
 
     torch: Any = None
     device: Any = None
 
     def restore(self, array: npt.NDArray[Any]) -> Any:
-        """Returns the array itself, or a tensor on the device; there uint16 becomes int64, so that it can index."""
+        """Returns a numpy array in the caller's kind: the array itself, or a torch tensor on `device`.
+
+        torch tensors of uint16 cannot be used as indices, so unsigned integers of 2 bytes or more become int64.
+        """
         if self.torch is None:
             return array
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:
@@ -37,37 +40,38 @@ class Kind:
 
 
 def to_numpy(value: Any, field: str) -> tuple[npt.NDArray[Any], Kind]:
-    """Returns a numpy array or torch tensor as numpy, and its kind. Only a tensor on another device is copied.
+    """Returns a numpy array or torch tensor as numpy, together with its kind.
 
-    torch is looked up in sys.modules: a caller who passes a tensor has imported it, and the others need not pay for
-    the import. Raises InvalidRequest for anything else.
+    Nothing is copied, except from a device that is not the CPU. torch is looked up in sys.modules instead of being
+    imported: a caller who passes a tensor has imported it already. Raises InvalidRequest, naming `field`, if
+    `value` is neither an array nor a tensor, or has a dtype that numpy lacks (bfloat16).
     """
     if isinstance(value, np.ndarray):
         return value, Kind()
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
-        hint = "np.stack or torch.stack makes one array of a list" if isinstance(value, list | tuple) else None
+        hint = "join the list with np.stack or torch.stack" if isinstance(value, list | tuple) else None
         raise invalid(field, "a numpy array or a torch tensor", found=type(value).__name__, hint=hint)
     try:
         return value.detach().cpu().numpy(), Kind(torch, value.device)
     except TypeError:  # numpy lacks bfloat16 and some other dtypes
-        hint = "use .half() or .float()"
+        hint = "convert it with .half() or .float()"
         raise invalid(field, "of a dtype that numpy has", found=f"dtype {value.dtype}", hint=hint) from None
 
 
 def images_tensor(images: Any) -> tuple[npt.NDArray[Any], Kind]:
-    """Returns the `images` input of a request and the kind of its arrays, checked before any byte is sent.
+    """Checks the images of a call and returns them as the request's input `images`, together with their kind.
 
     Args:
         images: uint8 [N,3,H,W] 0..255, or float16/float32 [N,3,H,W] in 0..1, numpy or torch; or a sequence
             of N encoded JPEG, PNG or WebP files as bytes.
 
     Raises:
-        InvalidRequest: with the field, the offending value and the limit.
+        InvalidRequest: `images` is nothing of that; the message has the offending value and the limit.
     """
     if isinstance(images, bytes | bytearray | memoryview):
         found = f"one encoded picture, {type(images).__name__}"
-        raise invalid("images", "a sequence of pictures", found=found, hint="pass [picture]")
+        raise invalid("images", "a sequence of pictures", found=found, hint="pass a list of it: [picture]")
     if isinstance(images, np.ndarray) and images.dtype.kind == "O":
         images = images.reshape(-1).tolist()
     if isinstance(images, Sequence) and len(images) and isinstance(images[0], bytes | bytearray | memoryview):
@@ -78,7 +82,7 @@ def images_tensor(images: Any) -> tuple[npt.NDArray[Any], Kind]:
 
 
 def _encoded_pictures(pictures: Sequence[Any]) -> npt.NDArray[Any]:
-    """Returns the BYTES tensor [N] of N encoded pictures."""
+    """Returns N encoded pictures as an object array [N] of bytes; raises InvalidRequest for any other element."""
     tensor = np.empty(len(pictures), object)
     for index, picture in enumerate(pictures):
         is_bytes = isinstance(picture, bytes | bytearray | memoryview)
@@ -95,11 +99,11 @@ def _check_images(array: npt.NDArray[Any]) -> None:
     if (dtype.kind, dtype.itemsize) not in (("u", 1), ("f", 2), ("f", 4)):
         found = f"dtype {dtype}"
         if dtype == np.float64:
-            hint = "float64 only doubles the bytes, use .astype(np.float32) or .float()"
+            hint = "convert it with .astype(np.float32) or .float()"
     elif len(shape) == 3 and shape[0] == 3:
         hint = "this is a single image, pass images[None]"
     elif len(shape) == 4 and shape[3] == 3 and shape[1] != 3:
-        hint = "these are channels last, transpose to [N,3,H,W]"
+        hint = "these images are channels last, transpose them to [N,3,H,W]"
     elif len(shape) == 4 and shape[1] == 3 and 0 not in shape:
         outside = None if dtype == np.uint8 else range_outside_0_1(array)
         if outside is None:
@@ -109,7 +113,11 @@ def _check_images(array: npt.NDArray[Any]) -> None:
 
 
 def indices_tensor(indices: Any) -> tuple[npt.NDArray[Any], Kind]:
-    """Returns the `indices` input of a request: integers [N,h,w], as UINT16 if they fit, else as INT32."""
+    """Returns the request's input `indices` [N,h,w], together with its kind.
+
+    The dtype is uint16 if all values are below 2^16, else int32. Raises InvalidRequest unless `indices` are
+    integers in 0..2147483647 with 3 axes.
+    """
     array, kind = to_numpy(indices, "indices")
     limit = "integers 0..2147483647 of shape [N,h,w]"
     if array.dtype.kind not in "ui" or array.ndim != 3 or array.size == 0:

@@ -1,4 +1,4 @@
-"""Warns the user when the codec changes while a training run goes on."""
+"""Warns the user if the weights of the codec change during a training run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dat_client.errors import CodecChanged
 
 
 class FingerprintWatch:
-    """Remembers the fingerprint of the last answer and warns once for each pair of old and new.
+    """Remembers the fingerprint of the last answer and warns once for each pair (previous, new) of fingerprints.
 
-    While the service replaces its replicas one by one, answers alternate between two codecs: that is two warnings.
+    While the service replaces its replicas one by one, answers alternate between the old and the new codec. That
+    gives two warnings: one from old to new, and one from new to old.
     """
 
     def __init__(self, last: str | None = None) -> None:
@@ -18,7 +19,7 @@ class FingerprintWatch:
         self._warned: set[tuple[str, str]] = set()
 
     def observe(self, fingerprint: str | None, codec: str) -> None:
-        """Warns with CodecChanged if `fingerprint` differs from the one before."""
+        """Warns with CodecChanged if `fingerprint` differs from that of the previous answer; None is ignored."""
         last, self.last = self.last, fingerprint or self.last
         if last is None or fingerprint is None or fingerprint == last or (last, fingerprint) in self._warned:
             return

@@ -1,6 +1,6 @@
-"""Turns the arguments of a call into a request, and its response into arrays.
+"""Turns the arguments of a call into a request, and the response to it into arrays.
 
-Every transport shares these pure functions; no socket is opened here.
+These functions open no socket, so every transport can use them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dat_client.errors import ProtocolError, WireError, invalid, shown
 from dat_client.wire.messages import Buffer
 from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS, default_outputs
 
-#: numpy.ndarray, or torch.Tensor when tensors went in.
+#: torch.Tensor if the caller passed tensors, else numpy.ndarray.
 Array: TypeAlias = Any
 
 
@@ -33,13 +33,14 @@ class Discretized:
 
     Attributes:
         reconstruction: Q(x), [N,3,H,W], in the dtype of the images (or `output_dtype`).
-        indices: the tokens of Q(x), [N,h,w]: in numpy uint16 or int32 as the server sent them, in torch int64
-            in place of uint16.
-        adversarial: Q(x + δ), as `reconstruction`.
-        adversarial_indices: the tokens of Q(x + δ).
+        indices: the tokens of Q(x), [N,h,w]. numpy arrays are uint16 or int32, as the server sent them; torch
+            tensors are int64 instead of uint16.
+        adversarial: Q(x + δ), in the shape and dtype of `reconstruction`.
+        adversarial_indices: the tokens of Q(x + δ), in the shape and dtype of `indices`.
         codec: the name of the codec that answered.
-        fingerprint: identifies the weights it ran, None if the server sent none.
-        tokens_changed: the share, 0..1, of the tokens that the step changed; None without an adversarial output.
+        fingerprint: identifies the weights of that codec; None if the server sent no fingerprint.
+        tokens_changed: the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x); None without an
+            adversarial output.
     """
 
     reconstruction: Array | None = None
@@ -67,10 +68,11 @@ class Exchange:
     """An answered inference request, and the times and sizes from which a profile is computed.
 
     Attributes:
-        timing: seconds that the server spent, by stage (body, queue, codec, total); empty if it reports none.
+        timing: the seconds that the server spent in each stage (body, queue, codec, total); empty if the server
+            reports no times.
         begun_s: time.perf_counter() at the beginning of the attempt that was answered.
-        seconds: from there until the whole answer had arrived.
-        sent, received: bytes of the bodies.
+        seconds: the time from `begun_s` until the whole answer had arrived.
+        sent, received: the size in bytes of the request's body and of the answer's body.
     """
 
     response: wire.Response
@@ -82,15 +84,16 @@ class Exchange:
 
 
 def new_id() -> str:
-    """Returns a request id that no other call of any process has."""
+    """Returns a random request id (UUID 4), unique among all processes."""
     return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
 class Call:
-    """One inference, checked and ready to be encoded; its answer becomes arrays of `kind`.
+    """An inference request whose arguments have been checked. Its answer is returned as arrays of `kind`.
 
-    `prepared_s` is how many seconds it took to check and to convert the arguments.
+    `image_shape` is the shape [N,3,H,W] of the images; None for encoded pictures and for tokens. `prepared_s` is
+    the number of seconds that checking and converting the arguments took.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
@@ -103,7 +106,7 @@ class Call:
 
     @property
     def batch(self) -> int:
-        """The number of rows N."""
+        """The number N of images, pictures or token maps in the batch."""
         return len(next(iter(self.inputs.values())))
 
     def encode(self) -> wire.Encoded:
@@ -120,7 +123,7 @@ def discretize_call(
     output_dtype: str | None,
     parameters: Mapping[str, Any],
 ) -> Call:
-    """Returns the request of `Client.discretize`; raises InvalidRequest for arguments the server would refuse."""
+    """Checks the arguments of `Client.discretize` and returns the request; raises InvalidRequest for wrong ones."""
     begun_s = time.perf_counter()
     tensor, kind = images_tensor(images)
     shape = tensor.shape if tensor.ndim == 4 else None
@@ -132,7 +135,7 @@ def discretize_call(
 
 
 def decode_call(indices: Any, output_dtype: str | None, parameters: Mapping[str, Any]) -> Call:
-    """Returns the request of `Client.decode`, from tokens to `reconstruction`; raises InvalidRequest."""
+    """Checks the arguments of `Client.decode` and returns the request; raises InvalidRequest for wrong ones."""
     begun_s = time.perf_counter()
     tensor, kind = indices_tensor(indices)
     checked = _checked_parameters(parameters, output_dtype)
@@ -149,7 +152,10 @@ def _checked_outputs(outputs: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None) -> dict[str, Any]:
-    """Returns the parameters that are not None. The server, which may be newer, checks their limits."""
+    """Returns the parameters that are not None; raises InvalidRequest for values that JSON cannot express.
+
+    Only the server checks names and limits, because it may be newer and allow more than this client knows.
+    """
     checked: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, np.generic):
@@ -166,9 +172,10 @@ def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None)
 
 
 def read_response(call: Call, body: Buffer, header_length: str | None) -> wire.Response:
-    """Returns the response in a body. Raises ProtocolError if it cannot be read or does not answer `call`.
+    """Decodes the response in a body and checks that it answers `call`.
 
-    An answer has the id of its call, and the outputs that the call requested in the shapes that it implies.
+    Raises ProtocolError if the body is not a response, if its id is not that of the call, if a requested output is
+    missing, or if an output has a shape that does not fit the call's inputs.
     """
     try:
         response = wire.decode_response(body, header_length)
@@ -193,7 +200,7 @@ def read_response(call: Call, body: Buffer, header_length: str | None) -> wire.R
 
 
 def discretized(call: Call, response: wire.Response) -> Discretized:
-    """Returns a checked response as arrays of the call's kind."""
+    """Returns the contents of a response that `read_response` has checked, with arrays of the call's kind."""
     return Discretized(
         codec=response.model_name,
         fingerprint=fingerprint_of(response),
@@ -203,12 +210,15 @@ def discretized(call: Call, response: wire.Response) -> Discretized:
 
 
 def fingerprint_of(response: wire.Response) -> str | None:
-    """Returns the fingerprint of the weights that answered, or the model's version if the server sends none."""
+    """Returns the fingerprint of the weights that answered.
+
+    If the server sends no fingerprint, returns the model's version, or None without a version.
+    """
     fingerprint = response.parameters.get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else response.model_version
 
 
 def tokens_changed_of(response: wire.Response) -> float | None:
-    """Returns the share, 0..1, of the tokens that the step changed, None if the server sends no such number."""
+    """Returns the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x); None if the server sends none."""
     value: Any = response.parameters.get("tokens_changed")
     return float(value) if is_number(value) and 0 <= value <= 1 else None

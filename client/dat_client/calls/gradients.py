@@ -1,4 +1,4 @@
-"""Scales gradients into the datatype in which they are sent, so that small ones survive."""
+"""Converts gradients to the datatype in which they are sent, scaled so that small values do not become 0."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from dat_client.wire.vocabulary import GRADIENT_DTYPES
 def gradient_tensors(
     gradients: Any, shape: tuple[int, ...] | None, dtype: str = "FP16"
 ) -> dict[str, npt.NDArray[Any]]:
-    """Returns the inputs `gradients` and, for FP16 and INT8, `gradient_scales` float32 [N].
+    """Returns the request's input `gradients` and, for FP16 and INT8, its input `gradient_scales` float32 [N].
 
-    A gradient is its scale times its value. FP16: each sample's scale is the power of two that puts its largest
-    value just below 2^15 (as far as fp32 has such a scale), so that values down to 2^-38 of the largest survive.
-    INT8: the scale is the largest magnitude over 127, and values are rounded to the nearest. bfloat16 tensors are
-    sent as float32 would be. `shape` is that of the images, None for encoded ones. Raises InvalidRequest.
+    The gradient of sample n is gradient_scales[n] · gradients[n]. FP16: the scale is the power of two that brings
+    the sample's largest magnitude just below 2^15 (or the nearest such power in fp32), so that values down to 2^-38
+    of the largest do not become 0. INT8: the scale is the sample's largest magnitude / 127, and quotients are
+    rounded to the nearest integer. bfloat16 tensors are converted to float32 first.
+
+    `shape` is that of the images, or None for encoded pictures. Raises InvalidRequest if the gradients have a dtype
+    other than float16, float32 or (torch) bfloat16, do not have the images' shape, or are not finite.
     """
     torch: Any = sys.modules.get("torch")
     on_torch = torch is not None and isinstance(gradients, torch.Tensor)
-    if on_torch:  # scaled on the device it is on: a GPU needs no time for it, and half the bytes leave it
+    if on_torch:  # scale on the tensor's device: that is fast on a GPU and halves the bytes to copy from it
         array = gradients.detach()
         array = array.float() if array.dtype == torch.bfloat16 else array
     else:
@@ -46,7 +49,7 @@ def gradient_tensors(
         largest = largest_magnitudes(array).astype(np.float32)
     if not np.isfinite(largest).all():
         sample = int(np.argmin(np.isfinite(largest)))
-        raise invalid("gradients", "finite", found=f"NaN or infinity in sample {sample}")
+        raise invalid("gradients", "finite numbers", found=f"NaN or infinity in sample {sample}")
     if dtype == "FP32":
         return {"gradients": array.float().cpu().numpy() if on_torch else array.astype(np.float32, copy=False)}
     if dtype == "INT8":
@@ -59,7 +62,7 @@ def gradient_tensors(
 
 
 def _scaled_down(array: Any, scales: npt.NDArray[np.float32], limit: int, dtype: type) -> npt.NDArray[Any]:
-    """Returns each sample divided by its scale, clipped to ±limit and rounded to `dtype` (int8 or float16)."""
+    """Divides each sample by its scale, clips it to ±limit and rounds it to `dtype` (int8 or float16)."""
     to_integers = dtype is np.int8
     if not isinstance(array, np.ndarray):
         torch: Any = sys.modules["torch"]

@@ -1,4 +1,4 @@
-"""Measures where the time of a call goes: client, network, queue, codec, the rest of the server."""
+"""Splits the time of a call into stages: client, repeats, network, queue, codec and the rest of the server."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ STAGES = ("client", "repeats", "network", "queue", "codec", "server")
 
 @dataclass(frozen=True)
 class CallTiming:
-    """The stages of one call, in seconds.
+    """The time of one call by stages, in seconds, and its sizes.
 
     Attributes:
-        client: checking and encoding the arguments, and turning the answer into arrays.
-        repeats: failed attempts and the pauses after them; also the wait for a thread of `max_in_flight`.
-        network: from sending the request to holding the answer, without `queue`, `codec` and `server`.
-        queue: waiting for the codec.
-        codec: being computed.
-        server: everything else that the server did.
-        total: the whole call.
-        images: rows of the batch.
-        sent, received: bytes of the bodies.
+        client: the time for checking and encoding the arguments and for turning the answer into arrays.
+        repeats: the time of failed attempts and of the pauses after them. If `max_in_flight` splits the batch, also
+            the time for which the requests waited for a thread.
+        network: the time from sending the request until the answer had arrived, less `queue`, `codec` and `server`.
+        queue: the time for which the request waited on the server for the codec.
+        codec: the time for which the codec computed.
+        server: the remaining time on the server.
+        total: the time of the whole call.
+        images: the number of images in the batch.
+        sent, received: the sizes in bytes of the bodies of the requests and of the answers.
 
-    For a call that was split into several requests, the stages are those of the request that ended last.
+    If a call was split into several requests, the stages are those of the request that ended last.
     """
 
     client: float
@@ -42,11 +43,12 @@ class CallTiming:
 
 
 def call_timing(call: Call, exchange: Exchange, first_attempt_s: float, seconds: float) -> CallTiming:
-    """Splits the time of a call: `call.prepared_s`, and `seconds` from then to the arrays of its answer.
+    """Splits the time of a call into stages.
 
+    `seconds` is the time from the end of `call.prepared_s` until the answer was converted to arrays.
     `first_attempt_s` is time.perf_counter() at the beginning of the first attempt. The server's `total` includes
-    the reading of the request's body, which is as slow as the network delivers it, so `body` is subtracted and
-    counted as the network's.
+    `body`, the time for reading the request's body. That depends on the network's speed, so `body` is subtracted
+    from the server's time and counted as network time.
     """
     timing = exchange.timing
     queue, codec = timing.get("queue", 0.0), timing.get("codec", 0.0)
@@ -69,11 +71,11 @@ def call_timing(call: Call, exchange: Exchange, first_attempt_s: float, seconds:
 
 @dataclass(eq=False, repr=False)
 class Profile:
-    """The calls of a client inside a `with client.profile()` block.
+    """The timings of a client's calls inside a `with client.profile()` block; `print` shows them as a table.
 
     Attributes:
-        calls: one CallTiming for each answered call, in the order of the answers.
-        seconds: how long the block took, or has taken so far.
+        calls: one CallTiming for each call that was answered, in the order of the answers.
+        seconds: how long the block lasted, or has lasted so far.
     """
 
     calls: list[CallTiming] = field(default_factory=list)
@@ -81,7 +83,7 @@ class Profile:
     _ended: float | None = field(default=None, init=False)
 
     def end(self) -> None:
-        """Stops the clock."""
+        """Ends the measurement, so that `seconds` no longer grows."""
         self._ended = time.perf_counter()
 
     @property
@@ -89,14 +91,14 @@ class Profile:
         return (self._ended or time.perf_counter()) - self._begun
 
     def medians(self) -> dict[str, float]:
-        """Returns the median seconds of each stage, and of `total`."""
+        """Returns the median in seconds of each stage and of `total`, over all calls; 0 if there were no calls."""
         return {
             name: statistics.median(getattr(call, name) for call in self.calls) if self.calls else 0.0
             for name in (*STAGES, "total")
         }
 
     def shares(self) -> dict[str, float]:
-        """Returns each stage's share, 0..1, of the time of all calls together."""
+        """Returns each stage's share, 0..1, of the summed time of all calls; 0 if there were no calls."""
         total = sum(call.total for call in self.calls) or 1.0
         return {name: sum(getattr(call, name) for call in self.calls) / total for name in STAGES}
 

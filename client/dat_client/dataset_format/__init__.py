@@ -4,7 +4,7 @@
     DST/train-000000.tar                   a WebDataset shard of samples                  (tar_samples.py)
     DST/manifest/train-000000.tar.json     the manifest entry of that shard               (manifest.py)
 
-`dat_workers.precompute` writes it and `dat_client.webdataset` reads it. The format lives in the client because
-that is the only package both sides install. Its modules load the standard library, and Pillow in views.py; names of
-shards, keys and fields are in naming.py.
+`dat_workers.precompute` writes this format and `dat_client.webdataset` reads it. The code is in the client because
+dat_client is the only package that both sides install. naming.py has the names of shards, keys and fields. views.py
+imports Pillow; the other modules need the standard library only.
 """

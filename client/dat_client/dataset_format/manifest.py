@@ -16,9 +16,13 @@ SOURCE_KEYS = ("name", "bytes", "sha256")
 class ManifestEntry:
     """The manifest's record of one finished shard.
 
-    shard: its path below DST. samples, nbytes and sha256: of the shard's file. settings: the id of the recipe that
-    it was made with. skipped: (key, reason) of each sample that was left out. source: address, bytes and SHA-256 of
-    what the shard was made from.
+    Attributes:
+        shard: the path of the shard below DST.
+        samples: the number of samples in the shard.
+        nbytes, sha256: the size in bytes and the SHA-256 of the shard's file.
+        settings: the id of the recipe with which the shard was made.
+        skipped: (key, reason) of each sample that was left out.
+        source: address, size in bytes and SHA-256 of the file from which the shard was made.
     """
 
     shard: str
@@ -40,7 +44,7 @@ class ManifestEntry:
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Parses an entry. Raises ValueError for any other text."""
+        """Parses a manifest entry. Raises ValueError if `text` is not the JSON of one."""
         try:
             record = json.loads(text)
             record["skipped"] = tuple((sample["key"], sample["reason"]) for sample in record["skipped"])
@@ -61,7 +65,7 @@ def entry_path(shard: str) -> str:
 
 
 def shard_of_entry(path: str) -> str | None:
-    """Returns the shard of a file below DST/manifest; None for other files, such as temporary ones.
+    """Returns the shard whose manifest entry is at `path` below DST/manifest; None if `path` is not an entry.
 
     >>> shard_of_entry("val/000.tar.json"), shard_of_entry(".000.tar.json.7f3a.tmp")
     ('val/000.tar', None)

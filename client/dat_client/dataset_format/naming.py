@@ -1,4 +1,4 @@
-"""Names in a dataset: of shards, of a sample's key and of its fields."""
+"""Converts between the names of shards, of samples (keys) and of fields in a dataset."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
 INDICES_FIELD = "indices.npy"
 VIEWS_FIELD = "views.json"
 
-# webdataset's rule: a key reaches to the first dot of the file's name, and the rest is the field. Files whose name
-# begins with a dot (macOS adds some) have no key.
+# webdataset's rule: a key ends before the first dot of the file's name, and the field is the text after that dot.
+# Files whose name begins with a dot (macOS adds some) have no key.
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
 METADATA_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset skips such members
 
 
 def key_and_field(member: str) -> tuple[str, str] | None:
-    """Splits the name of a shard's member into key and field, as webdataset does; None where it has no field.
+    """Splits the name of a file in a shard into key and field, as webdataset does; None if it has no field.
 
     >>> key_and_field("val/n01440764_36.seg.PNG")
     ('val/n01440764_36', 'seg.png')
@@ -31,7 +31,7 @@ def key_and_field(member: str) -> tuple[str, str] | None:
 def key_and_suffix(path: str) -> tuple[str, str]:
     """Splits the path of a picture in a folder into the key of its sample and its suffix.
 
-    Dots of the file's name become `_`, because a key ends at the first dot of a name.
+    Dots before the suffix become `_` in the key, because in a shard the key ends at the first dot.
 
     >>> key_and_suffix("tabby/img.7.JPG")
     ('tabby/img_7', 'jpg')
@@ -42,12 +42,12 @@ def key_and_suffix(path: str) -> tuple[str, str]:
 
 
 def picture_field(fields: Collection[str]) -> str:
-    """Returns the name of the field that holds a sample's picture: the only one, or the only one without a dot.
+    """Returns the name of the only picture among a sample's fields, or of the only one without a dot.
 
     >>> picture_field(["cls", "jpg", "seg.png"])
     'jpg'
 
-    Raises ValueError where there is none, or more than one.
+    Raises ValueError if no field is a picture, or if this rule leaves more than one.
     """
     pictures = [name for name in fields if f".{name}".endswith(PICTURE_SUFFIXES)]
     candidates = [name for name in pictures if "." not in name] or pictures
@@ -59,12 +59,12 @@ def picture_field(fields: Collection[str]) -> str:
 
 
 def number_of_views(augment: int, variants: int) -> int:
-    """Returns how many views each sample has: one centre view or `augment` crops, each in `variants` variants."""
+    """Returns the number of views of each sample: max(1, augment) crops, each in `variants` variants."""
     return max(1, augment) * variants
 
 
 def view_prefix(view: int, views: int) -> str:
-    """Returns what precedes the field names of a view; nothing where a sample has a single view.
+    """Returns the prefix of a view's field names; it is empty if a sample has only one view.
 
     >>> view_prefix(2, 4) + INDICES_FIELD
     '2.indices.npy'
@@ -83,7 +83,7 @@ def output_name(source_name: str) -> str:
 
 
 def source_name(shard: str, source_address: str) -> str:
-    """Returns the name that a shard's source has below the folder of sources; the inverse of `output_name`.
+    """Returns the name, below the folder of sources, of a shard's source: the inverse of `output_name`.
 
     >>> source_name("val/000.tar", "s3://elsewhere/imagenet/val/000.TAR.GZ")
     'val/000.TAR.GZ'
@@ -93,11 +93,12 @@ def source_name(shard: str, source_address: str) -> str:
 
 
 def expand(pattern: str, open_address: Callable[[str], tuple[Any, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Yields each address that the braces of a pattern stand for, with the addresses that its wildcards match.
+    """Expands the braces of a pattern; yields each resulting address with the list of addresses that it matches.
 
-    A file or folder that exists stands for itself, whatever characters its name has; an address without wildcards
-    matches itself, whether it exists or not. `open_address` returns an address's fsspec file system and the path
-    in it. Raises ValueError for braces that are not in pairs.
+    The wildcards * ? [ of an address are matched against the files that exist. An address without wildcards matches
+    itself, whether it exists or not. If a file or folder of exactly the given name exists, its braces and wildcards
+    are taken as ordinary characters. `open_address` returns the fsspec file system of an address and the path in
+    it. Raises ValueError if braces are not in pairs.
     """
     from braceexpand import braceexpand  # not part of a plain dat-client
 

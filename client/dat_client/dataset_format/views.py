@@ -1,4 +1,4 @@
-"""Cuts a view from a picture; the reader repeats it to make x from the source, bit for bit."""
+"""Cuts a view from a picture. `dat precompute` and the reader both use it, so that x is the same bit for bit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ BILINEAR = Image.Resampling.BILINEAR
 
 
 def prepared(picture: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
-    """Applies the recipe's `resize` and `crop` to an RGB picture: torchvision's Resize and CenterCrop.
+    """Applies the recipe's `resize` and `crop` to an RGB picture, as torchvision's Resize and CenterCrop do.
 
-    `resize` is the length of the shorter side and `crop` the side of the centre square, in pixels; None leaves the
-    step out. Without either the picture itself is returned. Raises ValueError for a picture smaller than the crop.
+    `resize` is the new length of the shorter side in pixels, and `crop` the side of the centre square. A step whose
+    setting is None is left out; if both are None, the picture itself is returned. Raises ValueError for a picture
+    that is smaller than the crop.
 
     >>> prepared(Image.new("RGB", (100, 60)), {"resize": 30, "crop": None}).size
     (50, 30)
@@ -30,7 +31,7 @@ def prepared(picture: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
         if min(width, height) < crop:
             raise ValueError(
                 f"picture: {width}x{height} pixels is not usable; expected sides of {crop} or more, the crop; "
-                "a resize scales smaller ones up"
+                "set resize to scale smaller pictures up"
             )
         left, top = round((width - crop) / 2), round((height - crop) / 2)
         picture = picture.crop((left, top, left + crop, top + crop))
@@ -38,9 +39,10 @@ def prepared(picture: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
 
 
 def view_of(picture: Image.Image, view: Mapping[str, Any]) -> Image.Image:
-    """Cuts one of the random crops from an RGB picture, as an entry of `views.json` describes it.
+    """Cuts the random crop from an RGB picture that `view`, an entry of `views.json`, describes.
 
-    The `box` (left, top, width, height) is scaled to `size` (height, width) and, with `flip`, mirrored.
+    The `box` (left, top, width, height) in pixels is scaled to `size` (height, width). If `flip` is true, the
+    result is mirrored left to right.
 
     >>> view_of(Image.new("RGB", (100, 60)), {"box": [10, 0, 40, 60], "size": [32, 24], "flip": True}).size
     (24, 32)

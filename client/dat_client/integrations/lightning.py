@@ -1,13 +1,13 @@
-"""Discrete adversarial training in a Lightning trainer, by one callback.
+"""Adds discrete adversarial training to a Lightning trainer with one callback.
 
     attack = DiscreteAdversarialTraining(client, lambda module, x, y: F.cross_entropy(module(x), y))
     trainer = Trainer(callbacks=[attack])
 
-The callback waits for the codec at every batch (depth 0). To hide the codec's time, return a
-`dat_client.torch.AdversarialLoader` from `train_dataloader` instead; Lightning accepts it as it is. Two things
-differ from a DataLoader there. With several devices the inner loader needs a DistributedSampler of its own,
-because Lightning adds one to DataLoaders only. And Lightning fetches one batch ahead from a loader without a
-length, so that depth 0 becomes depth 1.
+The callback waits for the codec at every batch (depth 0). To let the codec work while the model trains, return a
+`dat_client.torch.AdversarialLoader` from `train_dataloader` instead of using the callback. Lightning treats it in
+two ways differently from a DataLoader. With several devices you must give the inner loader a DistributedSampler,
+because Lightning adds one only to a DataLoader. If the loader has no length, Lightning fetches each batch one step
+early, so that depth 0 becomes depth 1.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from dat_client.torch import adversarial
 class DiscreteAdversarialTraining(Callback):
     """Replaces x by Q(x + δ) before `training_step` receives the batch (Algorithm 1, lines 2-5).
 
-    Batches must be lists with the images first, as DataLoader's own collation makes them. `loss_fn(module, images,
-    *rest)` is the loss that is attacked. `options` are those of `dat_client.torch.adversarial`. The share of tokens
-    changed is logged as `tokens_changed`. Raises InvalidRequest for other batches, and what `adversarial` raises.
+    A batch must be a list whose first element is the images, as DataLoader's default collation returns it.
+    `loss_fn(module, images, *rest)` returns the loss to be attacked. `options` are keyword arguments of
+    `dat_client.torch.adversarial`. The share of the tokens in which Q(x + δ) differs from Q(x) is logged as
+    `tokens_changed`. Raises InvalidRequest if a batch is not such a list, and the errors of `adversarial`.
     """
 
     def __init__(self, client: Client, loss_fn: Callable[..., Any], **options: Any) -> None:
@@ -41,7 +42,7 @@ class DiscreteAdversarialTraining(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called by Lightning after a batch was moved to the device and before the training step."""
+        """Replaces the images of the batch. Lightning calls this between moving the batch and the training step."""
         if not isinstance(batch, list) or not batch:
             raise invalid("batch", "a list with the images first", found=type(batch).__name__)
         rest = batch[1:]

@@ -1,4 +1,4 @@
-"""Discrete adversarial training in a PyTorch loop; the codec stays on the server.
+"""Functions for discrete adversarial training in a PyTorch loop, with the codec on a server.
 
     from dat_client.torch import AdversarialLoader
 
@@ -10,8 +10,9 @@
         loss = F.cross_entropy(model(batch.adversarial), labels)
         ...
 
-`straight_through` is Q as a differentiable function (Eq. 7); `adversarial` is lines 3-5 of Algorithm 1 for one
-batch; `AdversarialLoader` does them for a whole data loader and hides the codec's time behind the training steps.
+`straight_through` computes Q as a differentiable function (Eq. 7). `adversarial` computes lines 3-5 of Algorithm 1
+for one batch. `AdversarialLoader` computes them for every batch of a data loader, while the model trains on earlier
+batches.
 """
 
 try:

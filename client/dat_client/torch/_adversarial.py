@@ -1,4 +1,4 @@
-"""Computes lines 3-5 of Algorithm 1: from a batch x to Q(x) and Q(x + δ)."""
+"""Computes Q(x) and Q(x + δ) of a batch x (Algorithm 1, lines 3-5)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Adversarial:
     Attributes:
         reconstruction: x̂ = Q(x).
         adversarial: Q(x + δ).
-        loss: the loss at the point where the gradient was taken (the mean of one value for each image), detached.
-        tokens_changed: the share of the tokens that the step changed; None if the codec has no tokens.
+        loss: the loss at the point where the gradient was taken, detached; the mean if loss_fn returned [N].
+        tokens_changed: the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x); None if the codec has no
+            tokens.
     """
 
     reconstruction: Tensor
@@ -54,33 +55,37 @@ def adversarial(
     timeout_s: float | None = None,
     **parameters: Any,
 ) -> Adversarial:
-    """Computes x̂ = Q(x), g = ∇L at x̂ (Eq. 7) and Q(x + δ) (Algorithm 1, lines 3-5); the caller minimises the loss.
+    """Computes x̂ = Q(x), the gradient g = ∇L at x̂ (Eq. 7), and Q(x + δ) (Algorithm 1, lines 3-5).
 
         q = adversarial(client, x, lambda x_hat: F.cross_entropy(model(x_hat), labels), model=model)
         loss = F.cross_entropy(model(q.adversarial), labels)
 
-    The additional pass leaves `model` as it was: buffers (BatchNorm statistics), `.grad`, and the random number
-    generators of torch. It does not change the model's mode either, so in `train()` BatchNorm normalises by the
-    batch and dropout drops. It runs under the caller's autocast and needs no GradScaler. Gradient checkpointing
-    must have use_reentrant=False.
+    Computing g takes one forward and one backward pass of `model`. They change neither its buffers (BatchNorm
+    statistics) nor `.grad` nor torch's random number generators. They keep the model's mode, so in `train()` mode
+    BatchNorm normalises by the batch and dropout is active. They run under the caller's autocast and need no
+    GradScaler. If the model uses gradient checkpointing, it must use use_reentrant=False.
 
     Args:
         x: [N,3,H,W] in 0..1 before normalisation, or uint8, on any device.
-        loss_fn: returns the loss, a scalar or [N], of x̂, float [N,3,H,W] in 0..1 on the device of x. Normalise
-            in it.
-        model: the module, or modules, that `loss_fn` calls; with [] nothing is protected.
-        reconstruction: Q(x), if it is known already, in the form of x; this saves one of the two requests.
-        reduction: how a scalar loss is reduced over the batch, `mean` or `sum`. `normalize="none"` steps along the
-            gradient of the sum, so that a sample's δ does not depend on the batch size.
+        loss_fn: called with x̂, float [N,3,H,W] in 0..1 on the device of x; returns the loss, a scalar or [N]. If
+            the model expects normalised images, normalise inside loss_fn.
+        model: the module or modules that `loss_fn` calls, whose buffers are restored after the backward pass. With
+            [] no buffers are restored.
+        reconstruction: Q(x), uint8 or float in 0..1 in the shape of x, if you already have it. This saves one of
+            the two requests.
+        reduction: how loss_fn reduces a scalar loss over the batch: `mean` or `sum`. The gradient that is sent is
+            always that of the sum, so that a sample's δ does not depend on the batch size.
         random_start: the probability, 0..1, with which the gradient is taken at x̂ + r, where r has a random
-            direction and the L2 length α; δ is then r + α·g/‖g‖₂, shortened to length α. None: 0.8 for preset
-            `easyrobust`, as in the authors' code, else 0. Only with normalize="l2".
-        generator: draws the random starts, on the device of x; None for one seeded by `torch.initial_seed()`.
-        gradient_dtype, timeout_s: as in `Client.discretize`.
-        output_dtype: the datatype in which images are sent back: UINT8 (a quarter of the bytes), FP16 or FP32.
+            direction and the L2 length α; δ is then r + α·g/‖g‖₂, shortened to length α. None stands for 0.8 with
+            preset `easyrobust`, as in the authors' code, and for 0 otherwise. Above 0 it needs normalize="l2".
+        generator: draws the random starts; it must be on the device of x. None stands for a generator that is
+            seeded with `torch.initial_seed()`.
+        gradient_dtype, timeout_s: as in `Client.discretize`; the timeout holds for each request.
+        output_dtype: the datatype in which the server sends images: UINT8 (a quarter of FP32's bytes), FP16 or
+            FP32.
         parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed, as in `Client.discretize`.
 
-    Raises as `Client.discretize`, and InvalidRequest for a loss that cannot be used.
+    Raises the errors of `Client.discretize`, and InvalidRequest for a loss that cannot be used.
     """
     answer_options: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
     attack = Attack(client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters)
@@ -98,9 +103,10 @@ def adversarial(
 
 @dataclass
 class Attack:
-    """Lines 3 and 4 of Algorithm 1 with one set of options; the arguments as for `adversarial`.
+    """Computes lines 3 and 4 of Algorithm 1 for many batches with the same options.
 
-    `answer_options` are the output_dtype and timeout_s of every request. Raises InvalidRequest for wrong arguments.
+    The fields are the arguments of `adversarial`; `answer_options` holds the output_dtype and timeout_s of each
+    request. The constructor raises InvalidRequest for wrong arguments.
     """
 
     client: Client
@@ -120,16 +126,17 @@ class Attack:
         self._start = RandomStart.from_parameters(self.random_start, self.parameters)
 
     def request(self, x_hat: Tensor, loss_fn: Callable[[Tensor], Any]) -> tuple[dict[str, Any], Tensor]:
-        """Takes the gradient at x̂, or at a random start beside it (line 3).
+        """Takes the gradient at x̂ or at a random start near it (line 3).
 
-        Returns the arguments of the request for Q(x + δ) beside the images (line 4), and the loss.
+        Returns the arguments that `Client.discretize` needs besides the images to answer Q(x + δ) (line 4), and the
+        loss.
         """
         start = self._start.draw(x_hat, self.generator)
         point = x_hat if start is None else start.to(x_hat.dtype)
         gradients, loss = loss_gradient(loss_fn, point, self.modules, self.reduction)
         parameters = self.parameters
         if start is not None:
-            # The service takes one step from x̂, so the way from x̂ to the start becomes part of δ.
+            # The service takes one step from x̂, so δ must include the displacement of the start from x̂.
             gradients = self._start.delta(start - x_hat.float(), gradients)
             parameters = {**parameters, "normalize": "none", "alpha": 1.0}
         request = dict(
@@ -144,14 +151,17 @@ class Attack:
 
 @dataclass(frozen=True)
 class RandomStart:
-    """The authors' random start: with `probability` the batch begins at L2 distance |α| from x̂."""
+    """The authors' random start: with `probability`, the attack begins at the L2 distance |α| from x̂."""
 
     probability: float
     alpha: float
 
     @classmethod
     def from_parameters(cls, probability: float | None, parameters: Mapping[str, Any]) -> RandomStart:
-        """Raises InvalidRequest for a probability outside 0..1, or one above 0 without normalize="l2"."""
+        """Takes alpha from the parameters or their preset; None for `probability` stands for the preset's.
+
+        Raises InvalidRequest for a probability outside 0..1, or for one above 0 without normalize="l2".
+        """
         not_none = {name: value for name, value in parameters.items() if value is not None}
         preset = str(not_none.get("preset", DEFAULTS["preset"]))
         step = {**PRESETS.get(preset, PRESETS[DEFAULTS["preset"]]), **not_none}  # the service refuses other presets
@@ -162,13 +172,16 @@ class RandomStart:
             return cls(0.0, 0.0)
         if normalize != "l2":
             found = f"{probability:g} with normalize={shown(normalize)}"
-            raise invalid("random_start", "0 without normalize='l2'", found=found)
+            raise invalid("random_start", "0 unless normalize is 'l2'", found=found)
         if not isinstance(alpha, Real) or not math.isfinite(alpha):
             raise invalid("alpha", "a finite number", value=alpha)
         return cls(probability, float(alpha))
 
     def draw(self, x_hat: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """Returns clip(x̂ + r, 0, 1), or None if no start is drawn. As the authors do, draws once for the batch."""
+        """Returns clip(x̂ + r, 0, 1), or None if the attack begins at x̂.
+
+        As in the authors' code, one random number decides for the whole batch.
+        """
         if not self.probability or not self.alpha:
             return None
         generator = generator or _own_generator(x_hat.device)
@@ -178,7 +191,7 @@ class RandomStart:
         return (x_hat.float() + abs(self.alpha) * _unit(noise)).clamp_(0, 1)
 
     def delta(self, displacement: Tensor, gradients: Tensor) -> Tensor:
-        """Returns δ: the displacement of the start from x̂ plus the step from there, shortened to length |α|."""
+        """Returns δ: `displacement` (start - x̂) plus the step from the start, shortened to L2 length |α|."""
         delta = displacement + self.alpha * _unit(gradients)
         flat: Tensor = delta.flatten(1).renorm(2, 0, abs(self.alpha))
         return flat.view_as(delta)
@@ -195,7 +208,7 @@ _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
 
 
 def _own_generator(device: torch.device) -> torch.Generator:
-    """Returns a generator seeded as torch's global one, which the attack must not advance."""
+    """Returns a generator with the seed of torch's global generator, which the attack must not advance."""
     seed = torch.initial_seed()
     if device not in _generators or _generators[device][0] != seed:
         _generators[device] = (seed, torch.Generator(device).manual_seed(seed))

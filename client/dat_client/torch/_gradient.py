@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from dat_client.errors import InvalidRequest, invalid
 
-# The summed loss is multiplied by this before the backward pass and the gradient is divided by it. That is exact in
-# fp32, and it keeps the fp16 part of a mixed-precision model from rounding small gradients to 0.
-# torch.amp.GradScaler uses 2^16 for the mean over a batch; for a sum, 2^16 overflowed in every other step of a
-# ResNet-18 with 8 images.
+# The summed loss is multiplied by this factor before the backward pass, and the gradient is divided by it after.
+# A power of two is exact in fp32. The factor keeps the fp16 part of a mixed-precision model from rounding small
+# gradients to 0. torch.amp.GradScaler uses 2^16 for the mean over a batch; with the sum over a batch, 2^16
+# overflowed in every second step of a ResNet-18 with 8 images.
 LOSS_SCALE = 2.0**8
 
 
 @contextmanager
 def untouched(modules: list[nn.Module]) -> Iterator[None]:
-    """Lets the modules work on copies of their buffers (BatchNorm statistics, queues) inside the `with` block.
+    """Replaces the modules' buffers (BatchNorm statistics, queues) by copies inside the `with` block.
 
-    Afterwards the original buffers are put back, rather than overwritten, because a graph that waits for its
-    backward pass may hold them. DistributedDataParallel is bypassed: it takes a forward pass for the beginning of
-    a step, and with `static_graph` a forward pass without a backward pass leaves the ranks with different weights
-    (observed with torch 2.15). Raises InvalidRequest if a parameter was changed inside, which cannot be undone.
+    After the block the modules get their original buffer objects back. The values are not copied back instead,
+    because a graph that waits for its backward pass may hold the original objects. DistributedDataParallel is
+    bypassed: it takes each forward pass for the beginning of a training step, and with `static_graph` a forward
+    pass without a backward pass leaves the ranks with different weights (observed with torch 2.15). Raises
+    InvalidRequest if the block changed a parameter, because that cannot be undone.
     """
     owners = list({id(owner): owner for module in modules for owner in module.modules()}.values())
     parameters = [p for module in modules for p in module.parameters() if not p.is_inference()]
@@ -56,11 +57,11 @@ def untouched(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def checked_modules(model: Any) -> list[nn.Module]:
-    """Returns the modules in an argument `model`; raises InvalidRequest if it holds anything else."""
+    """Returns `model` as a list of modules; raises InvalidRequest unless all are modules, and no ScriptModule."""
     modules = [model] if isinstance(model, nn.Module) or not isinstance(model, Iterable) else list(model)
     for module in modules:
         if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
-            limit = "a torch.nn.Module or several, none of them a ScriptModule"
+            limit = "a torch.nn.Module or several of them, none a ScriptModule"
             raise invalid("model", limit, found=type(module).__name__)
     return modules
 
@@ -70,11 +71,12 @@ def loss_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradient of the batch's summed loss at `images` [N,3,H,W], in fp32, and the mean loss (a scalar).
 
-    `reduction` says how a scalar loss was reduced over the batch: by the `mean`, whose gradient is multiplied by
-    N, or by the `sum`. A loss [N] is summed. Raises InvalidRequest if the loss cannot be used or is not finite.
-    If the loss is finite but its gradient is not for some images, these get the gradient 0 and a warning, because
-    fp16 overflows now and then and a run must go on. There is always one forward and one backward pass, so that
-    ranks whose model contains collectives stay in step.
+    `reduction` says how loss_fn reduced a scalar loss over the batch: `mean`, whose gradient is then multiplied by
+    N, or `sum`. A loss [N] is summed. Raises InvalidRequest if the loss has a wrong type or shape, does not depend
+    on the images, or is not finite. If the loss is finite but the gradient of some images is not, these images get
+    the gradient 0 and a RuntimeWarning names them: an fp16 overflow is rare, and must not end a training run. There
+    is always exactly one forward and one backward pass, so that all ranks of a model with collectives call them
+    equally often.
     """
     with (
         torch.inference_mode(False),
@@ -84,7 +86,7 @@ def loss_gradient(
     ):
         leaf = images.detach().clone().requires_grad_()
         loss = _checked_loss(loss_fn(leaf), len(leaf))
-        # The backward pass of N · mean starts with the same value as that of a summed loss.
+        # The backward pass of N · mean begins with the same value as the backward pass of a summed loss.
         total = loss.float().sum() if loss.ndim or reduction == "sum" else loss.float() * len(leaf)
         scale = 1.0 if loss.dtype == torch.float16 else LOSS_SCALE
         (gradient,) = torch.autograd.grad(total * scale, leaf, allow_unused=True)
@@ -104,7 +106,10 @@ def loss_gradient(
 
 
 def _restored_generators(images: Tensor, modules: list[nn.Module]) -> AbstractContextManager[None]:
-    """Restores the generators of the CPU and of each device in use, from which dropout draws, after the block."""
+    """Returns a context that restores the random number generators (used by dropout) when it is left.
+
+    These are the generators of the CPU and of the devices of the images and parameters.
+    """
     devices = {images.device, *(p.device for module in modules for p in module.parameters())}
     device_type = next((d.type for d in devices if d.type != "cpu"), "cuda")
     indices = sorted({d.index or 0 for d in devices if d.type == device_type})
@@ -113,7 +118,7 @@ def _restored_generators(images: Tensor, modules: list[nn.Module]) -> AbstractCo
 
 def _checked_loss(loss: Any, batch: int) -> Tensor:
     if isinstance(loss, Mapping):
-        raise _refused(f"is a {type(loss).__name__}; return the sum of its values")
+        raise _refused(f"is a {type(loss).__name__}; return one loss, for example the sum of its values")
     if not isinstance(loss, Tensor) or not (loss.ndim == 0 or loss.shape == (batch,)):
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise _refused(f"is {found}, must be a scalar or one value for each image, [{batch}]")

@@ -1,4 +1,4 @@
-"""Converts a trainer's images to what is sent, and the answer back to what the trainer works with."""
+"""Converts a trainer's images to the tensors that are sent, and answers to the trainer's device and dtype."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dat_client.errors import invalid
 
-# The distance from a grey level, in grey levels, below which a value counts as that level. k/255 computed in fp32
-# lies within 2e-5 of level k; the shortest step in use (α = 0.1, l2, 224x224) moves a pixel by 7e-2 levels.
+# A value within this distance of a grey level, measured in grey levels, counts as that level. k/255 computed in
+# fp32 lies within 2e-5 of level k; the smallest step in use (α = 0.1, l2, 224x224) moves a pixel by 7e-2 levels.
 LEVEL_TOLERANCE = 1e-4
 
 
 def checked_images(images: Any, field: str = "images") -> Tensor:
-    """Returns `images` itself if it is a tensor of 4 axes, as in [N,3,H,W]; raises InvalidRequest."""
+    """Returns `images`; raises InvalidRequest, naming `field`, unless it is a tensor of 4 axes."""
     if not isinstance(images, Tensor) or images.ndim != 4:
         found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise invalid(field, "a torch tensor [N,3,H,W], uint8 or float in 0..1", found=found)
@@ -23,7 +23,10 @@ def checked_images(images: Any, field: str = "images") -> Tensor:
 
 
 def checked_reconstruction(reconstruction: Any, images: Tensor) -> Tensor:
-    """Returns a Q(x) that the trainer already has, if it is uint8 or float in 0..1 and has the shape of x."""
+    """Returns `reconstruction`, a Q(x) that the trainer already has.
+
+    Raises InvalidRequest unless it is uint8 or float in 0..1 and has the shape of `images`.
+    """
     checked_images(reconstruction, "reconstruction")
     found = None
     if reconstruction.shape != images.shape:
@@ -40,10 +43,10 @@ def checked_reconstruction(reconstruction: Any, images: Tensor) -> Tensor:
 
 
 def to_wire(images: Tensor) -> Tensor:
-    """Returns the images as uint8 if each value is one of the 256 levels, else unchanged (bfloat16, fp64 as fp32).
+    """Returns fp32 images as uint8 if each value is one of the 256 levels k/255, else unchanged.
 
-    Crops and flips leave values at k/255, and uint8 has a quarter of the bytes; interpolation and jitter of float
-    images do not.
+    uint8 has a quarter of the bytes. Crops and flips keep values at k/255; interpolation and colour jitter of float
+    images do not. bfloat16 and fp64 images are converted to fp32 first; other dtypes are returned unchanged.
     """
     images = images.detach()
     if images.dtype == torch.bfloat16 or images.dtype == torch.float64:
@@ -57,17 +60,17 @@ def to_wire(images: Tensor) -> Tensor:
 
 
 def float_dtype(images: Tensor) -> torch.dtype:
-    """Returns the dtype in which the trainer works with these images: their own float dtype, fp32 for uint8."""
+    """Returns the dtype of results for these images: their own dtype if it is a float one, else fp32."""
     return images.dtype if images.dtype.is_floating_point else torch.float32
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`. The copy to a CPU blocks, because it may be read before it has arrived."""
+    """Returns the tensor on `device`. A copy to the CPU blocks: a program could read it before it is complete."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def from_wire(images: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns uint8 or float images (a tensor) as floats in 0..1 on `device`."""
+    """Returns images, a uint8 or float tensor, as floats in 0..1 of `dtype` on `device`."""
     on_device: Tensor = to_device(images, device)
     if on_device.dtype == torch.uint8:
         return on_device.to(torch.float32).div_(255).to(dtype)

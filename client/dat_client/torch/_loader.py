@@ -1,4 +1,4 @@
-"""A data loader whose batches have Q(x) and Q(x + δ), with the codec's time hidden behind the training steps."""
+"""A data loader that adds Q(x) and Q(x + δ) to each batch while the model trains on earlier batches."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class AdversarialBatch(NamedTuple):
     Attributes:
         images: x.
         reconstruction: Q(x).
-        adversarial: Q(x + δ); Q(x) if the batch was not attacked (`mix`).
-        rest: the elements after the images in the loader's batch, in their order (labels, targets, a second view).
-        position: 0 for the first batch of this pass over the loader.
-        tokens_changed: the share of the tokens that the step changed; None if the codec has no tokens.
-        loss: the loss at the point where the gradient was taken, detached; None if the batch was not attacked.
-        waited_s: seconds for which the training loop waited for the codec's answers.
+        adversarial: Q(x + δ), or Q(x) if the batch was not attacked (see `mix`).
+        rest: the remaining elements of the loader's batch, in their order: those after the images, and after Q(x)
+            with `precomputed` (labels, targets, a second view).
+        position: the number of the batch in this pass over the loader, from 0.
+        tokens_changed: the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x). None if the codec has no
+            tokens or the batch was not attacked.
+        loss: the mean loss, detached, at the point where the gradient was taken; None if there was no attack.
+        waited_s: the seconds for which the training loop waited for the codec's answers to this batch.
     """
 
     images: Tensor
@@ -60,30 +62,40 @@ class AdversarialLoader:
         for batch in loader:
             loss = F.cross_entropy(model(batch.adversarial), *batch.rest)
 
-    `depth=0` is exactly Algorithm 1: a batch is attacked at the weights that it then trains, and the loop waits for
-    the codec. `depth=k` attacks each batch k training steps before its turn, so that the codec works while the
-    model trains; the attack uses weights that are k steps old, and nothing else changes. The weights are only
-    read between the steps, in the thread of the training loop. Q(x), which does not depend on the weights, is
-    requested for `prefetch` further batches, and the loader is read ahead that far.
+    With `depth=0` this is exactly Algorithm 1: the gradient for a batch is taken at the weights that the batch then
+    trains, and the training loop waits for the codec. With `depth=k` the gradient for a batch is taken k training
+    steps before the loop receives that batch, so that the codec works while the model trains. The only difference
+    from depth 0 is that the gradient then belongs to weights that are k steps old. Gradients are taken between two
+    training steps, in the thread of the training loop, so the weights never change during an attack.
 
-    An error in a batch is raised when the batch's turn has come, with its position in the exception's notes; the
-    batches before it are complete. Leaving the loop early cancels the requests that wait. Every pass over this
-    object is a new pass over `loader`.
+    Q(x) does not depend on the weights, so it is requested as soon as a batch has been read. While the loop trains
+    on one batch, `depth + prefetch` batches after it have already been read from `loader`: the gradient has been
+    taken for the first `depth` of them, and only Q(x) has been requested for the remaining `prefetch`.
+
+    If a batch fails, the loop first receives all batches before it. The error is then raised in place of the failed
+    batch, and the exception's notes give the batch's position. Leaving the loop early cancels the requests that
+    have not been sent yet. Every pass over this object is a new pass over `loader`.
 
     Args:
-        loader: gives tuples or lists, the images first: [N,3,H,W], uint8 or float in 0..1 before normalisation.
-            It is read ahead, so each batch must have memory of its own. With several ranks it must shard the data
-            itself (DistributedSampler), under Lightning too.
-        client: a Client, of which at most `depth + prefetch + 1` connections are used.
-        loss_fn: returns the loss to be attacked, as for `adversarial`, of x̂ and the elements after the images (on
-            the device). It is called between the training steps, so it must enter autocast itself if it needs it.
-        model: the module, or modules, that `loss_fn` calls; they are left as they were.
-        depth: training steps between the attack on a batch and its turn.
-        prefetch: further batches whose Q(x) is requested ahead.
-        precomputed: the second element of each batch is Q(x) already (`dat precompute`), so it is not requested.
-        mix: the share of the batches that are attacked, spread evenly and equally on all ranks. The others have
-            Q(x) in place of Q(x + δ); precomputed, they need no request.
-        device: the device of the batches; None for that of the model's first parameter.
+        loader: yields tuples or lists whose first element is the images: [N,3,H,W], uint8 or float in 0..1 before
+            normalisation. Batches are read in advance, so `loader` must not reuse the memory of an earlier batch.
+            With several ranks `loader` must shard the data itself (DistributedSampler), under Lightning too.
+        client: a Client; the loader has at most `depth + prefetch + 1` calls under way at the same time.
+        loss_fn: called with x̂ and with the elements after the images, all on the device; returns the loss to be
+            attacked, as for `adversarial`. Enter autocast inside `loss_fn` if the model needs it, because the call
+            happens between training steps, outside the autocast of the step.
+        model: the module or modules that `loss_fn` calls. The loader cannot find them inside `loss_fn`. It needs
+            them to restore their buffers (BatchNorm statistics) after each gradient, and to choose the device.
+        depth: the number of training steps from taking a batch's gradient to training on the batch.
+        prefetch: the number of batches, beyond the `depth` batches whose gradient has been taken, that are read
+            and whose Q(x) is requested.
+        precomputed: True if the second element of each batch is Q(x) (`dat precompute`), so that it need not be
+            requested.
+        mix: the share of the batches, 0..1, that are attacked. They are spread evenly over a pass and have the same
+            positions on all ranks. Batches that are not attacked have Q(x) in place of Q(x + δ); with `precomputed`
+            nothing is requested for them.
+        device: the device of the batches. None stands for the device of the model's first parameter, or for the CPU
+            if `model` has no parameters.
         reduction, random_start, generator, gradient_dtype, output_dtype, timeout_s, parameters: as for
             `adversarial`.
 
@@ -132,8 +144,8 @@ class AdversarialLoader:
         position, ended = 0, False
         try:
             while True:
-                # The batch that is attacked now needs its Q(x) before all batches further ahead, so its request is
-                # sent first, and while the codec works on it, a slow `loader` is read.
+                # The batch whose gradient is taken next needs its Q(x) sooner than the batches after it do. Its
+                # requests are therefore sent first; the codec works on them while a slow `loader` is being read.
                 for length in (self.depth + 1, self.depth + 1 + self.prefetch):
                     while not ended and len(window) < length:
                         batch = _PendingBatch(position)
@@ -155,7 +167,7 @@ class AdversarialLoader:
                     batch.future.cancel()
 
     def _read(self, source: Iterator[Any], pending: _PendingBatch) -> bool:
-        """Reads the loader's next batch and requests its Q(x); returns False at the end."""
+        """Reads the loader's next batch into `pending` and requests its Q(x); returns False if there is none."""
         with pending.noting_errors("reading it from the loader"):
             try:
                 batch = next(source)
@@ -189,7 +201,7 @@ class AdversarialLoader:
             batch.future, batch.attacked = None, True
             if int((batch.position + 1) * self.mix) == int(batch.position * self.mix):
                 return
-            if self._attack.generator is None:  # seeded at the first batch, used in all passes
+            if self._attack.generator is None:  # created for the first batch and used in all later passes
                 self._attack.generator = torch.Generator(device).manual_seed(torch.initial_seed())
             request, batch.loss = self._attack.request(
                 batch.reconstruction, lambda x_hat: self.loss_fn(x_hat, *batch.rest)
@@ -197,7 +209,7 @@ class AdversarialLoader:
             batch.future = self.client.submit(batch.sent, **request)
 
     def _finish(self, batch: _PendingBatch) -> AdversarialBatch:
-        """Returns the batch whose turn has come, or raises its error."""
+        """Waits for Q(x + δ) and returns the batch that the loop receives next, or raises the batch's error."""
         with batch.noting_errors("Q(x + δ)"):
             if batch.error is None:
                 adversarial, tokens_changed = batch.reconstruction, None
@@ -220,7 +232,7 @@ class AdversarialLoader:
 
     @property
     def device(self) -> torch.device:
-        """The device of the batches."""
+        """The device of the batches: the argument `device`, else that of the first parameter, else the CPU."""
         if self._device is not None:
             return torch.device(self._device)
         parameters = (parameter for module in self._attack.modules for parameter in module.parameters())
@@ -230,7 +242,7 @@ class AdversarialLoader:
 
 @dataclass(eq=False)
 class _PendingBatch:
-    """A batch on its way through the window of batches that were read but not yet trained on."""
+    """A batch that was read from the loader but that the training loop has not received yet."""
 
     position: int
     images: Tensor = field(init=False)
@@ -238,7 +250,7 @@ class _PendingBatch:
     reconstruction: Any = field(init=False)
     rest: tuple[Any, ...] = field(init=False)
     future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
-    attacked: bool = False  # also set if `mix` spares the batch
+    attacked: bool = False  # True also for a batch that `mix` leaves without an attack
     loss: Tensor | None = None
     error: Exception | None = None
     waited_s: float = 0.0
@@ -254,7 +266,10 @@ class _PendingBatch:
 
     @contextmanager
     def noting_errors(self, activity: str) -> Iterator[None]:
-        """Keeps an exception until the batch's turn, with a note on the batch and the activity."""
+        """Stores an exception of the `with` block in `error` instead of raising it.
+
+        The exception gets a note with the batch's position and `activity`. `_finish` raises it later.
+        """
         try:
             yield
         except Exception as error:
@@ -263,7 +278,7 @@ class _PendingBatch:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Returns `value` with all tensors inside tuples, lists and dicts on the device."""
+    """Returns `value` with every tensor moved to the device, also tensors inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return to_device(value, device)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Q as a differentiable function, with the identity for its gradient (Eq. 7)."""
+"""Computes Q as a differentiable function whose gradient is the identity (Eq. 7)."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(
     client: Client, x: Tensor, *, output_dtype: str = "UINT8", timeout_s: float | None = None
 ) -> Tensor:
-    """Computes Q(x) forward and the identity backward: ∂Q(x)/∂x ≈ I (Eq. 7).
+    """Returns Q(x) as a differentiable function of x, whose backward pass is the identity: ∂Q(x)/∂x ≈ I (Eq. 7).
 
         loss = F.cross_entropy(model(straight_through(client, x)), labels)
         loss.backward()                       # x.grad is the gradient at Q(x)
 
     Args:
-        x: float [N,3,H,W] in 0..1 (before normalisation) on any device, or uint8.
-        output_dtype: the datatype in which Q(x) is sent back: UINT8 (256 levels, a quarter of the bytes), FP16,
-            FP32.
+        x: [N,3,H,W] on any device: float in 0..1 before normalisation, or uint8.
+        output_dtype: the datatype in which the server sends Q(x): UINT8 (256 levels, a quarter of FP32's bytes),
+            FP16 or FP32.
         timeout_s: as in `Client.discretize`.
 
     Returns:
         [N,3,H,W] on the device of `x` and in its dtype (float32 for uint8).
 
-    Raises as `Client.discretize`.
+    Raises the errors of `Client.discretize`.
     """
     answer = client.discretize(to_wire(checked_images(x)), output_dtype=output_dtype, timeout_s=timeout_s)
     q = from_wire(answer.reconstruction, x.device, float_dtype(x))

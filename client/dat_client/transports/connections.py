@@ -1,7 +1,8 @@
-"""Connections to one server: HTTP/1.1 over http.client, reused, without copying a byte of a tensor.
+"""Reuses HTTP/1.1 connections to one server (http.client) and never copies the bytes of a tensor.
 
-Buffers are handed to the socket as they are, a reply is received into one array of its own size, and every wait is
-limited by what is left of one deadline. urllib3 would receive each block into `bytes` and copy it from there.
+Buffers are passed to the socket unchanged, and a reply is received into one array of the reply's size. Each wait is
+limited by the time left until the request's deadline. urllib3 is not used because it receives each block into
+`bytes` and copies it from there.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from dat_client.errors import ProtocolError
 from dat_client.wire.headers import TIMEOUT_MS
 
 MAX_REPLY_BYTES = 4 << 30
-_BLOCK = 1 << 18  # bytes read at once from a reply without a length, and given to TLS at once
+_BLOCK = 1 << 18  # the most bytes read at once from a reply without a length, and sent at once over TLS
 _BUFFER = 1 << 16
 
-# A host that vanished sends nothing: without these options, a call would wait for its answer until the deadline.
+# A host that was cut off sends nothing. Without these options a call would wait for its answer until the deadline.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 
 
 class Unanswered(ConnectionError):
-    """The connection ended before the first byte of a reply."""
+    """Raised if the connection ends before the first byte of a reply."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,25 @@ class Reply:
 
 
 class Connections:
-    """At most `limit` connections to the server of a URL. Thread-safe; not fork-safe: close it in the child."""
+    """Holds at most `limit` connections to the server of a URL.
+
+    Threads may share it. It does not survive a fork: close it in the child and make a new one.
+    """
 
     def __init__(self, url: str, *, connect_timeout_s: float, limit: int) -> None:
         parts = urlsplit(url)
         is_https = parts.scheme == "https"
         kind = HTTPSConnection if is_https else HTTPConnection
-        # Without a port, http.client would look for one in the host, and find one in ::1.
+        # If no port is passed, http.client looks for one in the host name, and takes the 1 of ::1 for a port.
         port = kind.default_port if parts.port is None else parts.port
         context: dict[str, Any] = {"context": ssl.create_default_context()} if is_https else {}
         self._new_connection = functools.partial(kind, parts.hostname or "", port, **context)
         self._connect_timeout_s = connect_timeout_s
+        self._all_in_use = f"all {limit} connections to {parts.netloc} were in use"
         self._slots = threading.BoundedSemaphore(limit)
         self._idle: deque[HTTPConnection] = deque()  # append and pop are atomic
         self._closed = False
-        weakref.finalize(self, _close_all, self._idle)  # a client dropped unclosed leaves no socket open
+        weakref.finalize(self, _close_all, self._idle)  # closes the sockets of a client that was never closed
 
     def request(
         self,
@@ -79,12 +84,13 @@ class Connections:
     ) -> Reply:
         """Sends one request and returns its whole reply.
 
-        `deadline` is a time of time.monotonic(); the server learns what is left of it. If an idle connection turns
-        out to be closed before a byte of the reply, a new one replaces it at once. Raises OSError or
-        http.client.HTTPException if no whole reply arrives, ProtocolError if none ever will.
+        `deadline` is a time of time.monotonic(); the time left until then is sent to the server (X-Dat-Timeout-Ms).
+        If a reused connection ends before the first byte of the reply, the request is sent again at once over a new
+        connection. Raises OSError or http.client.HTTPException if no whole reply arrives, and ProtocolError if
+        repeating cannot help: TLS fails, or the reply has more than MAX_REPLY_BYTES.
         """
-        if not self._slots.acquire(timeout=time_left(deadline, "waiting for a connection")):
-            raise TimeoutError("timed out waiting for a connection")
+        if not self._slots.acquire(timeout=time_left(deadline, "before a connection was requested")):
+            raise TimeoutError(f"timed out while {self._all_in_use} (max_connections)")
         try:
             request = (deadline, method, target, headers, buffers)
             connection = self._pop_idle()
@@ -96,7 +102,7 @@ class Connections:
             self._slots.release()
 
     def close(self) -> None:
-        """Closes the idle connections; those in use close when their request ends."""
+        """Closes the idle connections now, and each connection in use as soon as its request ends."""
         self._closed = True
         _close_all(self._idle)
 
@@ -106,7 +112,7 @@ class Connections:
                 connection = self._idle.pop()
                 if not _events(connection.sock, select.POLLIN, 0.0):
                     return connection
-                connection.close()  # there is nothing to read on an idle connection but its end
+                connection.close()  # an idle connection becomes readable only when the server closes it
         return None
 
     def _connect(self, deadline: float) -> HTTPConnection:
@@ -117,7 +123,7 @@ class Connections:
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the server closed during the handshake
             raise
         except ssl.SSLError as error:
-            raise ProtocolError(f"{connection.host}: TLS failed: {error}") from error
+            raise ProtocolError(f"{connection.host}:{connection.port}: TLS failed: {error}") from error
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
@@ -125,7 +131,7 @@ class Connections:
         return connection
 
     def _exchange(self, connection: HTTPConnection, deadline: float, *request: Any) -> Reply:
-        """Sends a request and returns its reply; keeps the connection if it can carry another request."""
+        """Sends a request and returns its reply. Then keeps the connection for a later request, or closes it."""
         reusable = False
         try:
             sent = _send_request(connection, deadline, *request)
@@ -144,7 +150,7 @@ class Connections:
 
 
 def time_left(deadline: float, activity: str) -> float:
-    """Returns the seconds until `deadline`; raises TimeoutError, which names the activity, if it has passed."""
+    """Returns the seconds until `deadline`. If it has passed, raises TimeoutError(f"timed out {activity}")."""
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         raise TimeoutError(f"timed out {activity}")
@@ -179,7 +185,7 @@ def _send_request(
 
 
 def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
-    """Returns the reply after its head was read. Raises Unanswered if the connection ends before."""
+    """Reads the status line and the headers of the reply. Raises Unanswered if the connection ends before them."""
 
     def timed_response(sock: Any, **arguments: Any) -> HTTPResponse:
         return HTTPResponse(_DeadlineReader(sock, deadline), **arguments)  # type: ignore[arg-type]
@@ -192,7 +198,7 @@ def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
 
 
 def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: float) -> bool:
-    """Sends the buffers. Returns False if the server answers or closes before they are sent: it refuses them."""
+    """Sends the buffers. Returns False if the server answers or closes before all are sent: it refuses them."""
     tls = isinstance(sock, ssl.SSLSocket)  # with TLS, readable bytes may be a session ticket instead of an answer
     for buffer in buffers:
         view = memoryview(buffer)
@@ -210,7 +216,7 @@ def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: 
 
 
 def _events(sock: socket.socket, mask: int, timeout_s: float) -> int:
-    """Returns those of the poll(2) events in `mask`, and errors, that occur within the time; 0 for none."""
+    """Waits for poll(2) events in `mask` and for errors of the socket. Returns 0 if none occurs within the time."""
     poller = select.poll()  # select(2) does not support descriptors above 1023
     poller.register(sock, mask)
     events = poller.poll(timeout_s * 1000)
@@ -225,24 +231,24 @@ def _read_body(response: HTTPResponse) -> bytearray | memoryview:
             while block := response.read(_BLOCK):
                 grown += block
                 _check_size(len(grown))
-        except ValueError as error:  # http.client takes the negative length of a chunk for one of its own arguments
-            raise ConnectionError(f"the reply has a chunk of a wrong length: {error}") from error
+        except ValueError as error:  # http.client passes the negative length of a chunk to read()
+            raise ConnectionError(f"the length of a chunk in the reply is not valid: {error}") from error
         return grown
     _check_size(length)
-    body = np.empty(length, np.uint8).data  # a bytearray would be filled with zeros first
+    body = np.empty(length, np.uint8).data  # unlike a bytearray, it is not filled with zeros first
     received = response.readinto(body) if length else 0
     if received < length:
-        raise ConnectionError(f"IncompleteRead: {received} of {length} bytes of the reply")
+        raise ConnectionError(f"IncompleteRead: {received} of the reply's {length} bytes were received")
     return body
 
 
 def _check_size(size: int) -> None:
     if size > MAX_REPLY_BYTES:
-        raise ProtocolError(f"the reply has {size} bytes or more, the limit is {MAX_REPLY_BYTES}")
+        raise ProtocolError(f"the reply has at least {size} bytes; the limit is {MAX_REPLY_BYTES}")
 
 
 class _DeadlineReader(io.RawIOBase):
-    """A socket in the form in which http.client reads a reply, with what is left of the deadline for each recv."""
+    """The file from which http.client reads a reply; each receive waits at most until the deadline."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
@@ -250,14 +256,14 @@ class _DeadlineReader(io.RawIOBase):
         self._raw = sock.makefile("rb", buffering=0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Called by http.client. Reads that exceed the buffer go straight into the caller's memory."""
+        """Called by http.client. A read larger than the buffer goes directly into the caller's memory."""
         return io.BufferedReader(self, _BUFFER)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Receives once."""
+        """Receives into `buffer` once and returns the number of bytes, 0 at the end of the connection."""
         self._sock.settimeout(time_left(self._deadline, "while waiting for the reply"))
         return self._raw.readinto(buffer)
 

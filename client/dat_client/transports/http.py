@@ -1,4 +1,4 @@
-"""The transport over HTTP: Open Inference Protocol v2, one request for each call."""
+"""Implements Transport over HTTP (Open Inference Protocol v2), with one HTTP request for each attempt of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dat_client.wire.headers import (
 
 
 def check_url(url: str) -> str:
-    """Returns the base URL without a trailing slash; raises InvalidRequest if it cannot be one.
+    """Returns `url` without a trailing slash; raises InvalidRequest if it is not the base URL of a service.
 
     >>> check_url("http://codec:8000/prefix/")
     'http://codec:8000/prefix'
@@ -40,18 +40,18 @@ def check_url(url: str) -> str:
     except ValueError as error:
         hint = str(error)
     if parts.username is not None:  # the password is not shown
-        raise invalid("url", "without user and password", found="a URL that has them", hint="use api_key")
+        raise invalid("url", "without user and password", found="a URL that has them", hint="pass a key as api_key")
     if re.search(r"[\x00-\x20\x7f]", str(url)) or not parts.path.isascii():
-        hint = "percent-encode blanks and what is not ASCII in the path"
+        hint = "percent-encode blanks, control characters and non-ASCII characters"
     elif parts.query or parts.fragment:
-        hint = "a query or fragment cannot be part of it"
+        hint = "remove the query (?...) and the fragment (#...)"
     if hint or parts.scheme not in ("http", "https") or not parts.hostname:
         raise invalid("url", "http://host:port or https://host:port/prefix", value=url, hint=hint)
     return url.rstrip("/")
 
 
 class HttpTransport:
-    """A codec behind a URL; see `Transport`."""
+    """Sends the calls of a Client to a codec over HTTP; its methods are described at `Transport`."""
 
     def __init__(
         self, url: str, codec: str, *, connect_timeout_s: float, max_connections: int, headers: Mapping[str, str]
@@ -74,7 +74,7 @@ class HttpTransport:
         return self.url + self._paths[target]
 
     def prepare(self, call: Call) -> Callable[[float, int], Exchange]:
-        """Encodes the call once and returns the attempt that sends it."""
+        """Encodes the call once and returns `attempt(deadline, number)`, which sends it and returns its answer."""
         buffers, header_length = call.encode()
         size = sum(map(len, buffers))
         call_headers = {
@@ -96,7 +96,11 @@ class HttpTransport:
         return attempt
 
     def ask(self, question: Question, deadline: float, number: int = 1) -> dict[str, Any]:
-        """Returns the JSON object that answers a question; raises as `Client.metadata`."""
+        """Sends a question once and returns the JSON object of its answer.
+
+        For `live` and `ready` it returns {} if the body is anything else. Raises ProtocolError if the body of
+        `metadata` or `server_metadata` is not a JSON object, and the exceptions of `_send`.
+        """
         question_headers = {REQUEST_ID: new_id(), ATTEMPT: str(number)}
         reply = self._send("GET", question, question_headers, (), deadline)
         try:
@@ -105,10 +109,10 @@ class HttpTransport:
             answer = None
         if isinstance(answer, dict):
             return answer
-        if question in ("live", "ready"):  # OIP v2 answers these by the status alone
+        if question in ("live", "ready"):  # in OIP v2 the status alone is the answer to these
             return {}
         start = shown(bytes(reply.body[:80]))
-        raise ProtocolError(f"{self.address(question)}: the answer is not a JSON object, it begins with {start}")
+        raise ProtocolError(f"{self.address(question)}: the answer is not a JSON object; it begins with {start}")
 
     def _send(
         self,
@@ -118,7 +122,10 @@ class HttpTransport:
         buffers: Sequence[bytes | memoryview],
         deadline: float,
     ) -> Reply:
-        """Returns a reply of status 2xx. Raises Unavailable, or the exception that another status stands for."""
+        """Sends a request and returns its reply if the status is 2xx.
+
+        Raises the exception of `error_of` for any other status, and Unavailable if no whole reply arrives.
+        """
         try:
             path = self._prefix + self._paths[target]
             reply = self._connections.request(method, path, {**self._headers, **headers}, buffers, deadline)
@@ -131,20 +138,20 @@ class HttpTransport:
         return reply
 
     def close(self) -> None:
-        """Closes the idle connections; those in use close when their request ends."""
+        """Closes the idle connections now, and each connection in use as soon as its request ends."""
         self._connections.close()
 
 
 def error_of(reply: Reply, url: str) -> DatError | None:
-    """Returns the exception that a reply's status stands for, None for 2xx."""
+    """Returns the exception that corresponds to the status of a reply, or None if the status is 2xx."""
     status = reply.status
     if 200 <= status < 300:
         return None
     if 300 <= status < 400:
         location = shown(reply.header("location") or "elsewhere")
-        return errors.ProtocolError(f"{url}: {status}: redirects to {location}; use that address")
+        return errors.ProtocolError(f"{url}: {status}: the server redirects to {location}; use that address")
     body = wire.decode_error(reply.body)
-    own_status = status if body else None  # without OIP's error body, a proxy answered
+    own_status = status if body else None  # an answer without OIP's error body comes from a proxy
     text = body.error if body else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
     message = f"{url}: {status}: {text}"
     pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
@@ -153,9 +160,9 @@ def error_of(reply: Reply, url: str) -> DatError | None:
     if status == 408 or status >= 500:
         return errors.Unavailable(message, cause=message, status=own_status)
     if status in (401, 403):
-        return errors.Unauthorized(f"{message} (api_key)", status=status)
+        return errors.Unauthorized(f"{message} (check the api_key of the Client)", status=status)
     if status == 404 and not body:
-        return errors.ProtocolError(f"{message}: no inference service at this address")
+        return errors.ProtocolError(f"{message}: the address has no inference service; check the URL")
     kinds: dict[int, type[errors.InvalidRequest]] = {404: errors.UnknownCodec, 413: errors.TooLarge}
     kind = kinds.get(status, errors.InvalidRequest)
     if not body:

@@ -1,4 +1,4 @@
-"""Decides when a failed attempt is repeated, and how often. Q is a pure function, so repeating is harmless."""
+"""Repeats failed attempts of a call: how often, and after which pause. Q is a pure function, so this is safe."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from dat_client.errors import Unavailable
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
-#: Status 500 in the service's own words is more likely a bug, which stays, than a passing fault of the network.
+#: A status 500 that the service itself sent is more likely a bug than a passing fault, and repeating cures no bug.
 MOST_REPEATS_AFTER_500 = 8
 
 T = TypeVar("T")
 
 
 def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], float]) -> float:
-    """Returns the pause after failed attempt 1, 2, …: exponential with full jitter, on top of Retry-After."""
+    """Returns the seconds to wait after failed attempt number `attempt` (1, 2, …).
+
+    That is the server's Retry-After plus a random part (full jitter) of min(0.1 · 2^(attempt - 1), 5) seconds.
+    """
     pause = jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30)))
     return pause + (error.retry_after_s or 0.0)
 
@@ -36,11 +39,12 @@ def repeat(
     clock: Callable[[], float] = time.monotonic,
     jitter: Callable[[float, float], float] = random.uniform,
 ) -> T:
-    """Returns the result of `attempt(deadline, number)`, number 1, 2, …, repeated while it raises Unavailable.
+    """Calls `attempt(deadline, number)` with number 1, 2, … while it raises Unavailable; returns its first result.
 
-    Repeats at most `retries` times; if that is None, until `deadline`, which is `timeout_s` after the call's
-    beginning. `wait(seconds)` returns True to stop repeating at once. Raises what `attempt` raises; Unavailable and
-    Overloaded name `target`, the number of attempts and the last cause in their message.
+    Repeats at most `retries` times. With retries=None it repeats until `deadline`, which lies `timeout_s` after the
+    beginning of the call, but gives up at the ninth status 500. `wait(seconds)` is called between two attempts; it
+    returns True if the client was closed, and then no attempt follows. Raises the exceptions of `attempt`. The
+    message of the last Unavailable or Overloaded is extended by `target`, the number of attempts and the cause.
     """
     own_errors = 0
     for number in itertools.count(1):
@@ -58,7 +62,7 @@ def repeat(
         elif retries is None and own_errors > MOST_REPEATS_AFTER_500:
             reason = f"gave up after {own_errors} times status 500"
         elif pause >= left_s:
-            reason = f"gave up: the next attempt, in {pause:.3g} s, lies beyond timeout_s={timeout_s:g}"
+            reason = f"gave up: the next attempt, in {pause:.3g} s, would begin after timeout_s={timeout_s:g}"
         elif wait(pause):
             reason = "the client was closed"
         else:

@@ -1,4 +1,4 @@
-"""Sends a large batch as several requests at the same time; its rows come back in their order."""
+"""Splits a large batch into several requests that are sent at the same time, and joins their answers in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from dat_client.wire.vocabulary import OUTPUTS
 
 
 def cut(call: Call, count: int) -> list[tuple[slice, Call]]:
-    """Returns the call as at most `count` calls of nearly equal size, each with its rows. Nothing is copied."""
+    """Splits a call into at most `count` calls of nearly equal size, without copying.
+
+    Returns each call together with the slice of the batch's rows that it holds.
+    """
     count = min(count, call.batch)
     bounds = [call.batch * n // count for n in range(count + 1)]
     parts = []
@@ -39,9 +42,9 @@ def infer(
 ) -> Exchange | DatError:
     """Sends `call` as at most `count` requests at the same time and joins their answers.
 
-    `send_part` repeats a part until its event is set. The error of a part that failed is returned instead of
-    raised, because its request was repeated already. Raises Unavailable if two codecs answered: all parts must be
-    sent again.
+    `send_part(part, stop)` sends one part and repeats it after failures until the event `stop` is set. If a part
+    fails nevertheless, its DatError is returned, not raised, so that the caller does not repeat the batch. Raises
+    Unavailable if two codecs answered, because then all parts must be sent again.
     """
     stop = threading.Event()
     joined = _Joined(call)
@@ -62,7 +65,7 @@ def infer(
             futures.append(spawn(functools.partial(send, rows, part)))
         wait(futures, return_when=FIRST_EXCEPTION)
         failure = next((e for future in futures if future.done() and (e := future.exception())), None)
-    finally:  # Nobody waits for the other parts any more, also if this thread was interrupted or `spawn` failed.
+    finally:  # After a failure, also an interrupt or an error of `spawn`, the unfinished parts are useless.
         stop.set()
         for future in futures:
             future.cancel()
@@ -85,7 +88,7 @@ def infer(
 
 
 def wait_for(stop: threading.Event, closed: threading.Event, seconds: float) -> bool:
-    """Waits until one of the events is set (returns True) or the time is over (returns False)."""
+    """Returns True as soon as one of the events is set, and False if none is set within `seconds`."""
     end = time.monotonic() + seconds
     while not closed.is_set() and not stop.wait(min(0.1, max(0.0, end - time.monotonic()))):
         if time.monotonic() >= end:
@@ -94,7 +97,7 @@ def wait_for(stop: threading.Event, closed: threading.Event, seconds: float) -> 
 
 
 class _Joined:
-    """The outputs of a whole batch; the thread that received a part copies the part's rows in."""
+    """Collects the outputs of a whole batch; the thread that receives a part copies the part's rows into them."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -113,11 +116,11 @@ class _Joined:
                 found = f"{array.dtype} {list(array.shape[1:])} and {whole.dtype} {list(whole.shape[1:])}"
                 if self._call.image_shape is None:
                     raise invalid("images", "pictures of one size", found=found)
-                raise ProtocolError(f"{name}: the parts of one batch have {found}")
+                raise ProtocolError(f"{name}: the parts of one batch differ in dtype or shape: {found}")
             whole[rows] = array
 
     def response(self, parts: list[wire.Response], weights: list[int]) -> wire.Response:
-        """Returns one response for all parts; `tokens_changed` is their mean, weighted by rows."""
+        """Returns one response for all parts. Its `tokens_changed` is the mean of the parts', weighted by rows."""
         parameters = dict(parts[0].parameters)
         shares = [share for part in parts if (share := tokens_changed_of(part)) is not None]
         if len(shares) == len(parts):

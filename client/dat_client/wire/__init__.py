@@ -1,4 +1,4 @@
-"""Open Inference Protocol v2 with the binary tensor data extension: both ends of the wire, as pure functions."""
+"""Encodes and decodes messages of the Open Inference Protocol v2 with the binary tensor data extension."""
 
 from dat_client.errors import WireError
 from dat_client.wire.headers import HEADER_LENGTH

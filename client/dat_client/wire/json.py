@@ -1,4 +1,4 @@
-"""The JSON part of a message: parses it and takes typed values out of it, or raises WireError."""
+"""Parses the JSON part of a message and returns typed values from it. Every function may raise WireError."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or fal
 
 
 def parse(view: memoryview) -> dict[str, Any]:
-    """Returns the JSON object in these bytes."""
+    """Parses UTF-8 bytes as JSON and returns the object; raises WireError if they are not a JSON object."""
     try:
         parsed = json.loads(str(view, "utf-8"), parse_constant=_refuse_constant)
     except WireError:
         raise
     except RecursionError:
-        malformed("body: the JSON is nested too deep")
+        malformed("body: the JSON is nested too deeply")
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more than 4300 digits
         malformed(f"body: not JSON ({shown(str(error))})", value=bytes(view[:80]))
     if not isinstance(parsed, dict):
@@ -29,30 +29,33 @@ def parse(view: memoryview) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    malformed("body: not JSON", value=name)  # NaN and Infinity, which Python reads by default
+    malformed("body: not JSON", value=name)  # NaN and Infinity are not JSON, but Python accepts them by default
 
 
 def typed(value: Any, kind: type[T], field: str) -> T:
-    """Returns a JSON value if it is of a type."""
+    """Returns `value`; raises WireError, naming `field`, if it is not of type `kind`."""
     if not isinstance(value, kind):
-        malformed(f"not {_NAMES[kind]}", field, value)
+        malformed(f"must be {_NAMES[kind]}", field, value)
     return value
 
 
 def optional(parent: dict[str, Any], key: str, kind: type[T]) -> T | None:
-    """Returns the value under a key if it is of a type, None if the key is missing or null."""
+    """Returns the value under `key`, or None if the key is missing or null.
+
+    Raises WireError if the value has a type other than `kind`.
+    """
     value = parent.get(key)
     return None if value is None else typed(value, kind, key)
 
 
 def get_parameters(parent: dict[str, Any]) -> dict[str, Any]:
-    """Returns the object `parameters` of a message or of one of its tensors, an empty one if there is none."""
+    """Returns the object `parameters` of a message or of one of its tensors; {} if it is missing or null."""
     return optional(parent, "parameters", dict) or {}
 
 
 def get_name(entry: Any, field: str) -> str:
-    """Returns the name of a tensor's entry."""
+    """Returns the `name` in the JSON entry of a tensor; raises WireError, naming `field`, if there is none."""
     name = optional(typed(entry, dict, field), "name", str)
     if name is None:
-        malformed("name missing", field)
+        malformed("the name is missing", field)
     return name

@@ -1,8 +1,8 @@
-"""Open Inference Protocol v2 with the binary tensor data extension, as pure functions for both ends of the wire.
+"""Encodes and decodes requests, responses and errors of the Open Inference Protocol v2, for client and server.
 
-A message is a JSON header, followed by the raw bytes of every tensor that is not in the JSON, in the JSON's
-order. The HTTP header `Inference-Header-Content-Length` gives the length of the JSON; without it the whole body
-is JSON.
+A message is a JSON header, followed by the raw bytes of the tensors whose data the JSON does not contain, in the
+order in which the JSON lists these tensors (the binary tensor data extension). The HTTP header
+`Inference-Header-Content-Length` gives the length of the JSON in bytes; without it the whole body is JSON.
 
     >>> import numpy as np
     >>> images = np.zeros((2, 3, 8, 8), np.uint8)
@@ -11,8 +11,8 @@ is JSON.
     >>> request.id, request.inputs["images"].shape
     ('7', (2, 3, 8, 8))
 
-Encoding returns a list of buffers and never joins or copies a tensor that is C-contiguous and little endian;
-decoding returns views of the body. Whatever the bytes are, decoding raises no exception but WireError.
+Encoding returns a list of buffers and does not copy a tensor that is C-contiguous and little endian. Decoding
+returns views of the body. For any bytes, decoding either succeeds or raises WireError.
 
 Specification: https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol and its
 binary tensor data extension.
@@ -50,7 +50,7 @@ Encoded: TypeAlias = tuple[list[bytes | memoryview], int]
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output that a request names, and whether it is to be sent as binary data (else as JSON)."""
+    """An output that a request names; `binary` is True for binary data, False for JSON."""
 
     name: str
     binary: bool = True
@@ -60,9 +60,9 @@ class RequestedOutput:
 class Request:
     """A decoded inference request.
 
-    `parameters` are those of the codec; `binary_data_output` has been taken out. `inputs` are views of the body
-    (read-only if the body is). `outputs` is empty if the request named none; then `binary_default`, its parameter
-    `binary_data_output`, holds for all outputs.
+    `inputs` are views of the body, read-only if the body is. `parameters` are the codec's parameters, without the
+    protocol's own `binary_data_output`, whose value is in `binary_default`. `outputs` is empty if the request named
+    no outputs; `binary_default` then applies to all of them.
     """
 
     inputs: dict[str, Array]
@@ -72,13 +72,13 @@ class Request:
     binary_default: bool = False
 
     def wants_binary(self, name: str) -> bool:
-        """Whether output `name` is to be sent as binary data: as requested for it, else the request's default."""
+        """Returns True if output `name` is to be sent as binary data; `binary_default` if it is not requested."""
         return next((output.binary for output in self.outputs if output.name == name), self.binary_default)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A decoded inference response; `outputs` are views of the body."""
+    """A decoded inference response. `outputs` are views of the body."""
 
     model_name: str
     outputs: dict[str, Array]
@@ -89,7 +89,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody:
-    """The body of an error answer. OIP requires `error`; `field`, `value` and `limit` name what is wrong."""
+    """The body of an error answer. OIP requires `error`; the field, its value and its limit are our additions."""
 
     error: str
     field: str | None = None
@@ -108,8 +108,9 @@ def encode_request(
 ) -> Encoded:
     """Returns the buffers of an inference request and the length of its JSON part.
 
-    `binary` says which inputs are sent as binary data; `binary_default` is sent as `binary_data_output` if no
-    `outputs` are named. Raises WireError for a dtype, or a parameter, that the protocol cannot express.
+    `binary` says which inputs are sent as binary data: all, none, or by name. `binary_default` is sent as the
+    parameter `binary_data_output` if `outputs` is empty. Raises WireError for a dtype or a parameter that the
+    protocol cannot express.
     """
     defaults = {} if outputs else {"binary_data_output": binary_default}
     entries, tail = _encode_tensors(inputs, binary)
@@ -136,8 +137,8 @@ def encode_response(
         binary = {name: request.wants_binary(name) for name in outputs}
         chunks, header_length = encode_response(codec, outputs, id=request.id, binary=binary)
 
-    `binary` says which outputs are sent as binary data. Raises WireError for a dtype that the protocol lacks, and
-    for JSON outputs with NaN, infinity or BYTES that are not text.
+    `binary` says which outputs are sent as binary data: all, none, or by name. Raises WireError for a dtype that
+    the protocol lacks, and for an output that JSON cannot express: NaN, infinity, or BYTES that are not UTF-8 text.
     """
     entries, tail = _encode_tensors(outputs, binary)
     header = {
@@ -153,18 +154,19 @@ def encode_response(
 def decode_request(
     body: Buffer, header_length: int | str | None = None, *, max_strings: int | None = None
 ) -> Request:
-    """Returns the inference request in a body; `header_length` is the HTTP header, as text or number.
+    """Decodes the body of an inference request.
 
-    None, or the length of the body, means that all of it is JSON. `max_strings` is the largest number of elements
-    of a BYTES tensor, each of which becomes a Python object. Raises WireError and nothing else: `malformed` for
-    HTTP 400, otherwise for 422.
+    `header_length` is the length of the JSON part in bytes: the value of the HTTP header, as text or as a number.
+    If it is None, the whole body is JSON. `max_strings` is the largest number of elements that a BYTES tensor may
+    have, because each becomes a Python object; None sets no limit. Raises WireError and no other exception; its
+    `malformed` is True for HTTP status 400 and False for 422.
     """
     header, rest = _split(body, header_length)
     parameters = get_parameters(header)
     binary_default = typed(parameters.pop("binary_data_output", False), bool, "binary_data_output")
     for name, value in parameters.items():
         if isinstance(value, float) and not math.isfinite(value):  # 1e999 is legal JSON and becomes infinity
-            refuse("parameter is not finite", shown(name), value)
+            refuse("the parameter is not finite", shown(name), value)
     outputs: list[RequestedOutput] = []
     for index, entry in enumerate(typed(header.get("outputs", []), list, "outputs")):
         name = get_name(entry, f"outputs[{index}]")
@@ -177,7 +179,7 @@ def decode_request(
 
 
 def decode_response(body: Buffer, header_length: int | str | None = None) -> Response:
-    """Returns the inference response in a body, as `decode_request`; raises WireError."""
+    """Decodes the body of an inference response, as `decode_request` does that of a request; raises WireError."""
     header, rest = _split(body, header_length)
     model_name = optional(header, "model_name", str)
     if model_name is None:
@@ -192,7 +194,7 @@ def decode_response(body: Buffer, header_length: int | str | None = None) -> Res
 
 
 def encode_error(message: str, field: str | None = None, value: Any = None, limit: Any = None) -> bytes:
-    """Returns the JSON body of an error answer. A value that is not short JSON becomes text of 80 characters.
+    """Returns the JSON body of an error answer. A long `value` or `limit` is replaced by a text of 80 characters.
 
     >>> encode_error("images: 5 axes", "images", 5, 4)
     b'{"error": "images: 5 axes", "field": "images", "value": 5, "limit": 4}'
@@ -203,7 +205,7 @@ def encode_error(message: str, field: str | None = None, value: Any = None, limi
 
 
 def decode_error(body: Buffer) -> ErrorBody | None:
-    """Returns the body of an error answer, None if it is not OIP's `{"error": ...}`. Never raises."""
+    """Decodes the body of an error answer; returns None if it is not OIP's `{"error": ...}`. Never raises."""
     try:
         parsed = parse(memoryview(body).cast("B"))
     except WireError:
@@ -241,7 +243,7 @@ def _encode(header: dict[str, Any], tail: list[bytes | memoryview]) -> Encoded:
     try:
         text = json.dumps(_without_none(header), allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
-        refuse(f"not JSON ({error})", "parameters", header.get("parameters"))
+        refuse(f"JSON cannot express them ({error})", "parameters", header.get("parameters"))
     if tail:
         text = text.ljust(-len(text) % _ALIGN + len(text))
     return [text, *tail], len(text)
@@ -259,10 +261,10 @@ def _header_length(value: int | str) -> int:
     if isinstance(value, str):
         text = value.strip()
         if not (text.isascii() and text.isdigit() and len(text) < 20):
-            malformed("it is not a number of bytes", HEADER_LENGTH, value)
+            malformed("must be a number of bytes", HEADER_LENGTH, value)
         value = int(text)
     if value < 0:
-        malformed("it is negative", HEADER_LENGTH, value)
+        malformed("must not be negative", HEADER_LENGTH, value)
     return value
 
 
@@ -283,18 +285,18 @@ def _decode_tensors(
                 malformed(f"{member} is missing", label)
         size = get_parameters(entry).get("binary_data_size")
         if (size is None) == ("data" not in entry):
-            malformed("it must have either data or binary_data_size", label)
+            malformed("the tensor must have either data or binary_data_size", label)
         if size is not None and (type(size) is not int or not 0 <= size <= len(rest) - offset):
             malformed("binary_data_size does not fit the body", label, size, len(rest) - offset)
         dtype = dtype_of(entry["datatype"], label)
         shape = parse_shape(entry["shape"], dtype, label)
         if max_strings is not None and dtype.hasobject and math.prod(shape) > max_strings:
-            refuse("too many BYTES elements", label, math.prod(shape), max_strings)
+            refuse("the BYTES tensor has too many elements", label, math.prod(shape), max_strings)
         if size is None:
             tensors[name] = from_json(entry["data"], dtype, shape, label)
         else:
             tensors[name] = from_buffer(rest[offset : offset + size], dtype, shape, label)
             offset += size
     if offset != len(rest):
-        malformed("the body has bytes after the JSON that belong to no tensor", key, len(rest) - offset)
+        malformed("the body has bytes after its last tensor", key, len(rest) - offset)
     return tensors

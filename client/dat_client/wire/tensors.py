@@ -1,7 +1,7 @@
 """Converts one tensor between numpy and the Open Inference Protocol v2: datatypes, shapes, bytes and JSON lists.
 
-Nothing here allocates memory for a size that the other side merely claims: every array is a view of bytes, or a
-copy of list elements, that were received.
+No function allocates memory by a size that the peer merely claims. Every array is a view of received bytes or a
+copy of received list elements.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DATATYPES.items(
 def refuse(
     problem: str, field: str | None = None, value: Any = None, limit: Any = None, *, malformed: bool = False
 ) -> NoReturn:
-    """Raises the 422 kind of WireError, whose message has the field, the problem, the value and the limit."""
+    """Raises WireError with a message made of field, problem, value and limit; `malformed` as in WireError."""
     message = problem if field is None else f"{field}: {problem}"
     if value is not None:
         message += f", got {shown(value)}"
@@ -53,7 +53,7 @@ def refuse(
 
 
 def malformed(problem: str, field: str | None = None, value: Any = None, limit: Any = None) -> NoReturn:
-    """Raises the 400 kind of WireError."""
+    """Raises WireError as `refuse` does, but for a message that cannot be read (HTTP status 400)."""
     refuse(problem, field, value, limit, malformed=True)
 
 
@@ -65,8 +65,8 @@ def datatype_of(array: Array, field: str = "tensor") -> str:
     """
     name = _NAMES.get((array.dtype.kind, array.dtype.itemsize))
     if name is None:
-        hint = "; for BYTES make an object array of bytes" if array.dtype.kind in "SU" else ""
-        refuse(f"dtype without an OIP datatype{hint}", field, str(array.dtype), ", ".join(DATATYPES))
+        hint = "; use an object array of bytes to send BYTES" if array.dtype.kind in "SU" else ""
+        refuse(f"the dtype has no OIP datatype{hint}", field, str(array.dtype), ", ".join(DATATYPES))
     return name
 
 
@@ -77,7 +77,7 @@ def dtype_of(datatype: Any, field: str = "tensor") -> np.dtype[Any]:
     2
     """
     if not isinstance(datatype, str):
-        malformed("datatype is not a string", field, datatype)
+        malformed("the datatype is not a string", field, datatype)
     dtype = DATATYPES.get(datatype)
     if dtype is None:
         refuse("unknown datatype", field, datatype, ", ".join(DATATYPES))
@@ -85,21 +85,21 @@ def dtype_of(datatype: Any, field: str = "tensor") -> np.dtype[Any]:
 
 
 def parse_shape(shape: Any, dtype: np.dtype[Any], field: str) -> tuple[int, ...]:
-    """Returns a shape that numpy can hold. Its product is computed in Python ints, which cannot overflow."""
+    """Returns the shape in a message as a tuple; raises WireError if it is not one that numpy can hold."""
     if not isinstance(shape, list) or any(type(dim) is not int for dim in shape):
-        malformed("shape is not a list of integers", field, shape)
+        malformed("the shape is not a list of integers", field, shape)
     if len(shape) > MAX_AXES:
         refuse("too many axes", field, len(shape), MAX_AXES)
     if any(not 0 <= dim <= _MAX_BYTES for dim in shape):
         refuse("a dimension of the shape is out of range", field, shape, [0, _MAX_BYTES])
-    # numpy multiplies the non-zero dimensions of an empty array, too
+    # numpy multiplies the non-zero dimensions of an empty array too. Python ints cannot overflow.
     if math.prod(dim or 1 for dim in shape) * dtype.itemsize > _MAX_BYTES:
-        refuse("shape holds more bytes than can be addressed", field, shape, _MAX_BYTES)
+        refuse("the shape needs more bytes than can be addressed", field, shape, _MAX_BYTES)
     return tuple(shape)
 
 
 def from_buffer(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
-    """Returns a view of `buffer` (format B) as a tensor; BYTES elements are copied."""
+    """Returns a view of `buffer` (format B) as a tensor; only BYTES elements are copied. Raises WireError."""
     count = math.prod(shape)
     if dtype.kind == "O":
         return _bytes_from_buffer(buffer, shape, count, field)
@@ -109,7 +109,7 @@ def from_buffer(buffer: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]
         return np.empty(shape, dtype)
     array: Array = np.frombuffer(buffer, np.uint8)
     if dtype.kind == "b" and array.max() > 1:
-        refuse("BOOL byte that is neither 0 nor 1", field, int(array.max()), 1)
+        refuse("a BOOL byte is neither 0 nor 1", field, int(array.max()), 1)
     return array.view(dtype).reshape(shape)
 
 
@@ -125,10 +125,10 @@ def _bytes_from_buffer(buffer: memoryview, shape: tuple[int, ...], count: int, f
         (length,) = struct.unpack_from("<I", buffer, offset)
         offset = start + length
         if offset > len(buffer):
-            refuse(f"BYTES element {index} runs past the data", field, length, len(buffer) - start)
+            refuse(f"BYTES element {index} is longer than the rest of the data", field, length, len(buffer) - start)
         elements.append(bytes(buffer[start:offset]))
     if offset != len(buffer):
-        refuse(f"BYTES data goes on after element {count}", field, len(buffer), offset)
+        refuse(f"the BYTES data continues after its {count} elements", field, len(buffer), offset)
     return _objects(elements, shape)
 
 
@@ -139,12 +139,16 @@ def _objects(elements: list[bytes], shape: tuple[int, ...]) -> Array:
 
 
 def to_buffer(array: Array, field: str) -> bytes | memoryview:
-    """Returns a tensor's bytes. A C-contiguous little endian array is not copied; BYTES elements are joined."""
+    """Returns the bytes of a tensor, without copying if it is C-contiguous and little endian.
+
+    BYTES elements are joined, each after its length (uint32, little endian). Raises WireError for an object array
+    with elements that are not bytes.
+    """
     if array.dtype.kind == "O":
         parts: list[bytes] = []
         for element in array.reshape(-1):
             if not isinstance(element, (bytes, bytearray, memoryview)):
-                refuse("object array with an element that is not bytes", field, type(element).__name__)
+                refuse("the object array has an element that is not bytes", field, type(element).__name__)
             data = bytes(element)
             parts += (struct.pack("<I", len(data)), data)
         return b"".join(parts)
@@ -164,45 +168,48 @@ _JSON_TYPES: dict[str, set[type]] = {
 
 
 def from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], field: str) -> Array:
-    """Returns a tensor from JSON `data`, which is flat or nested as its shape (OIP v2, "Tensor Data")."""
+    """Returns JSON `data`, a list that is flat or nested like `shape` (OIP v2, "Tensor Data"), as a tensor.
+
+    Raises WireError if the number or the type of the elements is wrong, or if a value does not fit the datatype.
+    """
     flat = _flatten(data, shape, field)
     wrong = set(map(type, flat)) - _JSON_TYPES[dtype.kind]
     if wrong:
         names = ", ".join(sorted(t.__name__ for t in wrong))
-        refuse(f"data of the wrong type for {_NAMES[dtype.kind, dtype.itemsize]}", field, names)
+        refuse(f"the data have the wrong type for {_NAMES[dtype.kind, dtype.itemsize]}", field, names)
     if dtype.kind == "O":
         try:
             return _objects([text.encode() for text in flat], shape)
         except UnicodeEncodeError:  # "\ud800" is legal JSON but not a character
-            refuse("BYTES string that is not Unicode", field)
+            refuse("a BYTES string is not valid Unicode", field)
     if dtype.kind in "ui" and flat:
         limits = np.iinfo(dtype)
         low, high = min(flat), max(flat)
         if low < limits.min or high > limits.max:
-            refuse("number out of range", field, low if low < limits.min else high, [limits.min, limits.max])
+            refuse("a number is out of range", field, low if low < limits.min else high, [limits.min, limits.max])
     if dtype.kind != "f":
         return np.array(flat, dtype).reshape(shape)
     try:
         wide: npt.NDArray[np.float64] = np.array(flat, np.float64)
     except OverflowError:
-        refuse("number out of range", field)
+        refuse("a number is out of range", field)
     with np.errstate(over="ignore"):
         array: Array = wide.astype(dtype)
     if not np.isfinite(array).all():
-        refuse("number out of range", field, float(np.abs(wide).max()), float(np.finfo(dtype).max))
+        refuse("a number is out of range", field, float(np.abs(wide).max()), float(np.finfo(dtype).max))
     return array.reshape(shape)
 
 
 def _flatten(data: Any, shape: tuple[int, ...], field: str) -> list[Any]:
     if not isinstance(data, list):
-        malformed("data is not a list", field, data)
+        malformed("the data are not a list", field, data)
     if data and isinstance(data[0], list):
         level: list[Any] = [data]
         for axis, dim in enumerate(shape):
             for item in level:
                 if not isinstance(item, list) or len(item) != dim:
                     found = len(item) if isinstance(item, list) else type(item).__name__
-                    refuse(f"nested data does not have shape {shown(list(shape))} at axis {axis}", field, found)
+                    refuse(f"the nested data do not have shape {shown(list(shape))} at axis {axis}", field, found)
             level = list(chain.from_iterable(level))
         return level
     count = math.prod(shape)
@@ -212,13 +219,13 @@ def _flatten(data: Any, shape: tuple[int, ...], field: str) -> list[Any]:
 
 
 def to_json(array: Array, field: str) -> list[Any]:
-    """Returns the elements of a tensor as a flat list; raises WireError for those that JSON cannot express."""
+    """Returns the elements of a tensor as a flat list; raises WireError if JSON cannot express one of them."""
     if array.dtype.kind == "O":
         try:
             return [bytes(element).decode() for element in array.reshape(-1)]
         except (UnicodeDecodeError, TypeError):
-            refuse("BYTES that are not UTF-8 text need binary data", field)
+            refuse("BYTES that are not UTF-8 text must be sent as binary data", field)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        refuse("NaN and infinity need binary data", field)
+        refuse("NaN and infinity must be sent as binary data", field)
     flat: list[Any] = array.reshape(-1).tolist()
     return flat

@@ -1,4 +1,4 @@
-"""The words that trainer and service share: names, datatypes and limits, each defined here and nowhere else."""
+"""The names, datatypes and limits that client and service share. Each is defined only here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OUTPUTS = ("reconstruction", "adversarial", "indices", "adversarial_indices")
 
 
 def default_outputs(has_attack: bool) -> tuple[str, ...]:
-    """Returns the outputs of a request that names none.
+    """Returns the outputs of a request that names no outputs.
 
-    A request has an attack, and so the output `adversarial`, if it sends gradients or a replace_fraction above 0.
+    `has_attack` is True if the request sends gradients or a replace_fraction above 0.
     """
     return ("reconstruction", "adversarial") if has_attack else ("reconstruction",)
 
 
-#: OIP datatype -> numpy dtype of images in either direction, and so the values of the parameter `output_dtype`.
+#: OIP datatype -> numpy dtype of images, sent or received. The keys are the values of the parameter `output_dtype`.
 OUTPUT_DTYPES = {name: DATATYPES[name] for name in ("UINT8", "FP16", "FP32")}
 
 #: OIP datatype -> numpy dtype of `gradients`. INT8 needs `gradient_scales`, FP16 may have them.
@@ -36,20 +36,19 @@ INDEX_DTYPES = {name: DATATYPES[name] for name in ("UINT16", "INT32")}
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-#: The step of Algorithm 1 for each value of the parameter `preset`: that of the paper, and that of the authors'
-#: code.
+#: The parameters of the step of Algorithm 1 by `preset`: those of the paper and those of the authors' code.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base": "x", "normalize": "none", "alpha": 0.1, "epsilon": None},
     "easyrobust": {"base": "reconstruction", "normalize": "l2", "alpha": 0.1, "epsilon": None},
 }
 
-#: The values of parameters that a request omits. Those of the step come from the preset.
+#: The defaults of parameters that a request omits. Parameters that are not listed here get theirs from the preset.
 DEFAULTS: dict[str, Any] = {"preset": "paper", "replace_fraction": 0.0, "seed": 0, "output_dtype": None}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A request parameter: `allows` tests whether a value keeps the limit, `limit` describes the limit."""
+    """The limit of a request parameter: `allows(value)` tests it, and `limit` describes it in messages."""
 
     limit: str
     allows: Callable[[Any], bool]
@@ -61,14 +60,14 @@ def _choice(choices: Iterable[str]) -> Parameter:
 
 
 def _number(low: float, high: float, limit: str, types: Any = int | float) -> Parameter:
-    def allows(value: Any) -> bool:  # True and False are not numbers here, NaN is within no bounds
+    def allows(value: Any) -> bool:  # NaN fails both comparisons
         return isinstance(value, types) and not isinstance(value, bool) and low <= value <= high
 
     return Parameter(limit, allows)
 
 
 #: The parameters of a request, in the order in which messages name them.
-#: Above 1e38 a number is infinite in fp32, and infinity times a gradient of 0 is NaN.
+#: Numbers are limited to 1e38: larger ones may be infinite in fp32, and infinity times a gradient of 0 is NaN.
 PARAMETERS: dict[str, Parameter] = {
     "preset": _choice(PRESETS),
     "base": _choice(["x", "reconstruction"]),
@@ -84,7 +83,7 @@ NULLABLE = ("epsilon", "output_dtype")
 
 
 def violated_limit(name: str, value: Any) -> str | None:
-    """Returns the limit that a parameter's value breaks, None if it is allowed; raises KeyError for unknown names.
+    """Returns the limit that a parameter's value violates; None if the value is allowed. KeyError: unknown name.
 
     >>> violated_limit("alpha", 0.2)
     >>> violated_limit("replace_fraction", 1.5)
@@ -96,9 +95,9 @@ def violated_limit(name: str, value: Any) -> str | None:
 
 
 def with_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every parameter's value: that in the request, else that of its preset, else the default.
+    """Returns the values of all parameters: from the request, else from its preset, else from DEFAULTS.
 
-    The parameters must keep their limits.
+    `parameters` are those of the request, already checked with `violated_limit`.
 
     >>> with_defaults({"preset": "easyrobust", "alpha": 0.2})["normalize"]
     'l2'
