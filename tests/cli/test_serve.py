@@ -83,7 +83,7 @@ def test_what_cannot_start_says_why(local: list[str], tmp_path: Path) -> None:
 def test_codec_that_does_not_load_in_the_replica_ends_the_command(local: list[str]) -> None:
     """Whether engine and dtype fit is only known when the codec is loaded, in the replica's process."""
     said = failing("--engine", "reference", "--dtype", "bf16", "--port", str(free_port()), *local)
-    assert "'bf16', must be auto or fp32 for the engine 'reference'" in said
+    assert "'bf16', but must be auto or fp32 for the engine 'reference'" in said
 
 
 @pytest.mark.parametrize("local", [[], ["--local"]])

@@ -1,4 +1,4 @@
-"""Q behind one pure function: `Discretizer.discretize` is what HTTP, Ray, precompute and the CLI call."""
+"""The discretizer Q as a pure function, `Discretizer.discretize`, which HTTP, Ray, precompute and the CLI call."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from dat_workers.request import (
     pick_output_dtype,
 )
 
-# Extra results of a batch, bool [n]: which of its images came out finite. They stay on the device and are looked at
-# together with the other results, since each look waits for the GPU.
+# Extra results of a batch, bool [n], that say which of its images are finite. They are copied from the device
+# together with the outputs, because checking them earlier would wait for the GPU once more.
 FINITE_CHECKS = {"finite_latents": "latent vectors", "finite_images": "images"}
 
 
 class Discretizer:
-    """One codec on one engine.
+    """Runs one codec on one engine.
 
     >>> q = Discretizer.from_store("tiny-f8")                                     # doctest: +SKIP
     >>> q.discretize(images, outputs=("reconstruction", "indices"))["indices"]    # doctest: +SKIP
 
-    It is pure: the answer depends on the arguments alone, not on earlier calls; on a CPU it also does not depend on
-    the other images of the batch. (CUDA kernels may add in another order for another batch size, which can move a
-    near-tie between two codebook entries.)
+    It is pure: a result depends on the arguments alone and not on earlier calls. On a CPU the result of an image
+    does not depend on the other images of its batch either. (On CUDA the order of additions may depend on the batch
+    size, which can decide a near-tie between two codebook entries differently.)
     """
 
     def __init__(self, spec: CodecSpec, fingerprint: str, engine: Engine) -> None:
@@ -56,7 +56,7 @@ class Discretizer:
 
     @classmethod
     def from_store(cls, name: str, config: EngineConfig = DEFAULT_ENGINE) -> Discretizer:
-        """Loads the codec `name`, embedded or installed. Raises CodecError if it is neither.
+        """Loads the codec `name`. Raises CodecError if it is neither shipped in the package nor installed.
 
         The codec `identity` has its own engine and ignores `config`.
         """
@@ -68,7 +68,7 @@ class Discretizer:
 
     @classmethod
     def warm_from_store(cls, name: str, config: EngineConfig, side: int = 224) -> Discretizer:
-        """Sets PyTorch's threads in this process, then loads a codec and warms it up.
+        """Sets PyTorch's number of threads in this process, then loads a codec, warms it up and returns it.
 
         Call it in the thread that will run the codec.
         """
@@ -78,13 +78,13 @@ class Discretizer:
         return discretizer
 
     def warm_up(self, side: int = 224) -> None:
-        """Prepares the engine and discretizes one grey image, so that no request pays for first calls."""
+        """Prepares the engine and discretizes one grey image, so that no request waits for preparations."""
         self.engine.warm_up(side)
         self.discretize(np.full((1, 3, side, side), 127, np.uint8))
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The outputs that this codec has."""
+        """The names of the outputs that this codec can compute."""
         return OUTPUTS if self.spec.has_tokens else OUTPUTS[:2]
 
     def discretize(
@@ -101,17 +101,19 @@ class Discretizer:
     ) -> dict[str, Array]:
         """Computes Q(x) = decode(encode(x)) (Eq. 3-4) and, from gradients, Q(x + δ) (Algorithm 1, line 4).
 
-        images: uint8 [N,3,H,W], or float16/32 in 0..1; sides that f does not divide are padded by reflection on the
-        right and below, and cropped back. gradients: float16/32 or int8 [N,3,H,W]; gradient_scales: float32 [N],
-        the gradient of sample i is scale[i] times its values. `replace_fraction` of the adversarial tokens (of the
-        plain ones without a gradient) are swapped for random others, drawn by `seed`.
+        images: uint8 [N,3,H,W], or float16/32 in 0..1; sides that are not multiples of f are padded by reflection
+        on the right and below, and the results are cropped back. gradients: float16/32 or int8 [N,3,H,W].
+        gradient_scales: float32 [N]; the gradient of sample i is gradients[i] times gradient_scales[i].
+        replace_fraction: the share of each sample's adversarial tokens (or of the tokens of Q(x), if there are no
+        gradients) that are replaced by different tokens, drawn at random from `seed`.
 
-        Returns, by name: `reconstruction` and `adversarial` [N,3,H,W] of `output_dtype` (UINT8, FP16 or FP32; by
-        default that of `images`), `indices` and `adversarial_indices` uint16 [N,ceil(H/f),ceil(W/f)], and with
-        anything adversarial `tokens_changed` float32 [N], the share of each sample's tokens that differ from those
-        of the step's base (of x, or of Q(x) if the step starts there). `outputs` None stands for `reconstruction`,
-        and `adversarial` if there is something to attack with. Raises InvalidInput, and EngineError if the codec
-        overflows.
+        Returns the requested `outputs` by name: `reconstruction` and `adversarial` [N,3,H,W] of `output_dtype`
+        (UINT8, FP16 or FP32; by default the dtype of `images`), and `indices` and `adversarial_indices` uint16
+        [N,ceil(H/f),ceil(W/f)]. If an adversarial output is requested, it also returns `tokens_changed` float32
+        [N]: the share of each sample's tokens that differ from the tokens of the step's base (x, or Q(x) if the
+        step starts there). By default `outputs` is `reconstruction`, and also `adversarial` if there are gradients
+        or a positive replace_fraction. Raises InvalidInput for arguments that are not usable, and EngineError if
+        the codec overflows.
         """
         parameters = Parameters(step, replace_fraction, seed, output_dtype)
         return self._run(
@@ -119,7 +121,7 @@ class Discretizer:
         )
 
     def decode(self, indices: Array, *, output_dtype: str | None = None) -> Array:
-        """Decodes tokens, uint16 or int32 [N,h,w] and each below K, to images [N,3,h*f,w*f], by default uint8."""
+        """Decodes tokens uint16 or int32 [N,h,w], each in 0..K-1, to images [N,3,h*f,w*f], by default uint8."""
         return self._run(self.prepare_decode(indices, output_dtype=output_dtype))["reconstruction"]
 
     def prepare(
@@ -131,9 +133,9 @@ class Discretizer:
         parameters: Parameters = DEFAULT_PARAMETERS,
         outputs: Collection[str] | None = None,
     ) -> CodecRequest:
-        """Checks everything about a request for `discretize` and returns it, ready for a `Batcher`.
+        """Checks the arguments of `discretize` and returns them as a request, ready for a `Batcher`.
 
-        Raises InvalidInput.
+        Raises InvalidInput for arguments that are not usable.
         """
         check_images(images, self.spec.factor)
         step, replace_fraction, seed = parameters.step, parameters.replace_fraction, parameters.seed
@@ -144,10 +146,10 @@ class Discretizer:
         adversarial = any(name.startswith("adversarial") for name in outputs)
         if adversarial and not has_attack:
             raise InvalidInput(
-                "outputs", "adversarial without gradients", "gradients, or a replace_fraction over 0"
+                "outputs", "adversarial without gradients", "gradients, or a replace_fraction above 0"
             )
         if replace_fraction and self.spec.codebook_size < 2:
-            limit = f"0 for codec {self.spec.name}: it has no two tokens"
+            limit = f"0 for codec {self.spec.name}, which does not have two different tokens"
             raise InvalidInput("replace_fraction", replace_fraction, limit)
         check_gradients(gradients, gradient_scales, images.shape)
         dtype = pick_output_dtype(parameters.output_dtype, images.dtype)
@@ -156,7 +158,7 @@ class Discretizer:
             arrays["gradients"] = gradients
             if gradient_scales is not None:
                 arrays["gradient_scales"] = gradient_scales
-        if not adversarial:  # parameters without effect must not keep rows out of a common batch
+        if not adversarial:  # rows that differ only in parameters without effect may share a batch
             step, replace_fraction, seed = PRESETS["paper"], 0.0, 0
         inputs = tuple((name, str(array.dtype)) for name, array in arrays.items())
         height, width = images.shape[2:]
@@ -165,7 +167,7 @@ class Discretizer:
         return CodecRequest(task, arrays, {"reconstruction": images} if unchanged else None)
 
     def prepare_decode(self, indices: Array, *, output_dtype: str | None = None) -> CodecRequest:
-        """Checks everything about a request for `decode` and returns it. Raises InvalidInput."""
+        """Checks the arguments of `decode` and returns them as a request. Raises InvalidInput for unusable ones."""
         if not self.spec.has_tokens:
             raise InvalidInput("indices", f"codec {self.spec.name}", "a codec that has a codebook")
         check_indices(indices, self.spec.name, self.spec.codebook_size)
@@ -176,7 +178,7 @@ class Discretizer:
         return CodecRequest(task, {"indices": indices.astype(np.int32, copy=False)})
 
     def compute(self, task: Task) -> Compute:
-        """Returns the function from a batch's input tensors to its result tensors, all on the engine's device."""
+        """Returns the function that computes a batch's results from its inputs; all tensors are on the device."""
         return partial(self._decode_batch if task.decodes else self._discretize_batch, task)
 
     def rows_at_once(self, task: Task) -> int:
@@ -184,22 +186,23 @@ class Discretizer:
         return rows_at_once(self.engine, task.size[0] * task.size[1])
 
     def stream(self, batches: Iterable[DeviceBatch | None]) -> Iterator[dict[str, Array]]:
-        """Yields the results of one batch after the other, as `run_on_device` does."""
+        """Yields the results of each batch in order, as `run_on_device` does."""
         return run_on_device(self.engine.device, batches, overlap=self.engine.tricks.overlap)
 
     def outputs_of(self, results: dict[str, Array], start: int) -> dict[str, Array]:
-        """Returns the outputs among a batch's results; `start` is the position of its first image in the request.
+        """Returns the outputs among a batch's results, without the results of FINITE_CHECKS.
 
-        Raises EngineError if an image is not finite.
+        `start` is the position of the batch's first image in the request. Raises EngineError if an image is not
+        finite.
         """
         for name, checked in FINITE_CHECKS.items():
             bad = [start + i for i, finite in enumerate(results.get(name, ())) if not finite]
             if bad:
                 raise EngineError(
-                    f"codec {self.spec.name} on {self.engine.describe()}: {checked} of images {bad[:8]} came out "
-                    "with values that are not finite; run it with --dtype fp32"
+                    f"codec {self.spec.name} on {self.engine.describe()}: {checked} of images {bad[:8]} have "
+                    "values that are not finite; run the codec with --dtype fp32"
                 )
-        # On the device tokens are int32, since few operations of PyTorch support uint16.
+        # On the device tokens are int32, because few operations of PyTorch support uint16.
         return {
             name: array.astype(np.uint16) if name.endswith("indices") else array
             for name, array in results.items()
@@ -207,7 +210,7 @@ class Discretizer:
         }
 
     def _run(self, request: CodecRequest) -> dict[str, Array]:
-        """Computes one request by itself, in as many batches as it takes."""
+        """Computes one request by itself, in as many batches as it needs."""
         if request.result is not None:
             return request.result
         capacity, compute = self.rows_at_once(request.task), self.compute(request.task)
@@ -263,7 +266,7 @@ class Discretizer:
         return finite | {"reconstruction": to_output("reconstruction", images, task.output_dtype)}
 
     def _encode(self, x: Tensor, finite: dict[str, Tensor]) -> Tensor:
-        """Encodes fp32 [n,3,H,W] to tokens, and enters in `finite` whose latent vectors are finite."""
+        """Encodes images fp32 [n,3,H,W] to tokens; records in `finite` which images have finite latent vectors."""
         f = self.spec.factor
         below, right = -x.shape[2] % f, -x.shape[3] % f
         indices = self.engine.encode(F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x)
@@ -274,29 +277,29 @@ class Discretizer:
     def _decode(
         self, indices: Tensor, size: tuple[int, int], finite: dict[str, Tensor], exact: bool = False
     ) -> Tensor:
-        """Decodes tokens to images of `size`, and enters in `finite` which are finite."""
+        """Decodes tokens to images of `size`, and records in `finite` which images are finite."""
         images = self.engine.decode(indices, exact=exact)[:, :, : size[0], : size[1]]
         if self.engine.returns_images_unchanged:
             return images
-        # before clipping, which would turn infinity into white
+        # This must happen before clipping, which would turn infinity into white.
         record_finite(finite, "finite_images", images.isfinite())
         return images.clamp(0, 1)
 
 
 def record_finite(finite: dict[str, Tensor], name: str, elements: Tensor) -> None:
-    """Enters under `name`, bool [n], which images are good in all `elements` [n,...], now and in earlier calls."""
+    """Sets finite[name], bool [n], to True for images whose elements [n,...] are all True, in every call so far."""
     images = elements.flatten(1).all(1)
     finite[name] = finite[name] & images if name in finite else images
 
 
 def scaled_gradients(gradients: Tensor, scales: Tensor | None) -> Tensor:
-    """Returns scale times value, fp32 [n,3,H,W]."""
+    """Returns each gradient [n,3,H,W] times its scale [n], as fp32; without scales the gradients alone."""
     g = gradients.float()
     return g if scales is None else g * scales[:, None, None, None]
 
 
 def to_output(name: str, value: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """Converts an output for its way off the device: images to `dtype`, tokens to int32, shares stay float32."""
+    """Converts an output before its copy to the host: images to `dtype`, tokens to int32; shares stay float32."""
     if name.endswith("indices"):
         return value.int()
     return value if name == "tokens_changed" else as_dtype(value, dtype)
@@ -306,8 +309,8 @@ def as_float(images: Tensor) -> Tensor:
     """Returns images, uint8 or float, as fp32 in 0..1."""
     if images.dtype != torch.uint8:
         return images.float()
-    # Divide by a tensor, not by a number: for a number CUDA would multiply by 1/255, which now and then gives
-    # another fp32 than a CPU's division. The tensor is filled on the device, since a copy from the host would wait.
+    # The divisor is a tensor, because for a Python number CUDA would multiply by 1/255, which sometimes rounds to a
+    # different fp32 than a CPU's division. It is filled on the device, because a copy from the host would wait.
     return images.float().div_(torch.full((), 255.0, device=images.device))
 
 

@@ -160,7 +160,7 @@ def test_overloaded_server_is_asked_again(source: Any, path: Path) -> None:
 )
 def test_web_page_instead_of_a_file(source: Any, path: Path, body: bytes, kind: str) -> None:
     source.body, source.content_type = body, kind
-    with pytest.raises(DownloadError, match=r"a web page came instead of a file.*status 200"):
+    with pytest.raises(DownloadError, match=r"the server sent a web page instead of a file.*status 200"):
         fetch(source, path)
     assert not path.exists()
 

@@ -58,7 +58,7 @@ def test_unknown_name_lists_near_ones() -> None:
     with pytest.raises(CodecNotFound, match=r"'vqgan-openimage-f8'.*vqgan-openimages-f8-256") as caught:
         get("vqgan-openimage-f8")
     assert isinstance(caught.value, CodecError)
-    with pytest.raises(CodecNotFound, match="known: tiny-f8, "):
+    with pytest.raises(CodecNotFound, match="known codecs: tiny-f8, "):
         get("§§§")
 
 

@@ -112,7 +112,9 @@ def test_other_weights_replace_only_when_told(
     first = home.add(spec, weights, ORIGIN)
     assert home.add(spec, weights, ORIGIN) == first
     weights["quant_conv.bias"] += 1
-    with pytest.raises(CodecError, match=f"is installed with fingerprint {first}; this one has .*--force"):
+    with pytest.raises(
+        CodecError, match=f"is already installed with fingerprint {first}; the new one has fingerprint .*--force"
+    ):
         home.add(spec, weights, ORIGIN)
     assert home.load("toy").fingerprint == first
     second = home.add(spec, weights, ORIGIN, replace=True)
@@ -136,7 +138,7 @@ def test_a_registered_name_holds_the_registered_geometry(
     home: CodecStore, spec: CodecSpec, weights: dict[str, Tensor]
 ) -> None:
     named = replace(spec, name="vqgan-openimages-f8-256")
-    with pytest.raises(CodecError, match=r"must have the geometry .*'codebook_size': 256.*it has .*: 64"):
+    with pytest.raises(CodecError, match=r"must have the geometry .*'codebook_size': 256.*but the file has .*: 64"):
         home.add(named, weights, ORIGIN)
     file.write(home.path(named.name), named, weights, ORIGIN)
     assert home.status(named.name).startswith("broken: ")

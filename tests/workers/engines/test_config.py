@@ -12,11 +12,11 @@ from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "tensorflow"}, "engine is 'tensorflow', must be one of .*'torch'"),
-        ({"dtype": "fp8"}, "dtype is 'fp8', must be one of .*'mixed'"),
+        ({"engine": "tensorflow"}, "engine is 'tensorflow', but must be one of .*'torch'"),
+        ({"dtype": "fp8"}, "dtype is 'fp8', but must be one of .*'mixed'"),
         ({"tricks": "all,-magic"}, "'-magic' does not exist"),
-        ({"engine": "cpu", "tricks": "sdpa"}, "tricks is 'sdpa': the engine 'cpu' knows none"),
-        ({"threads": -1}, "threads is -1, must be 0"),
+        ({"engine": "cpu", "tricks": "sdpa"}, "tricks is 'sdpa', but the engine 'cpu' has no tricks"),
+        ({"threads": -1}, "threads is -1, but must be 0"),
     ],
 )
 def test_settings_that_are_not_usable(settings: dict[str, Any], message: str) -> None:

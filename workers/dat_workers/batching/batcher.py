@@ -1,7 +1,8 @@
 """Dynamic batching: one thread runs the codec on batches that consist of rows of many requests.
 
-Ray Serve's own `@serve.batch` cannot do this: it counts requests, not images, does not split a large request, knows
-no groups of size and parameters, is first come, first served, and computes requests that nobody waits for any more.
+Ray Serve's own `@serve.batch` cannot do this. It counts requests instead of images, does not split a large request,
+does not keep rows of different size or parameters apart, serves strictly in the order of arrival, and computes
+requests whose callers have stopped waiting.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ OnBatch = Callable[[int, int, float], None]
 
 
 class Batcher:
-    """The codec's thread and the queue before it.
+    """Holds the queue of requests, and the thread that computes them with the codec.
 
     >>> batcher = Batcher()                                                            # doctest: +SKIP
     >>> discretizer = batcher.start(lambda: Discretizer.from_store("tiny-f8"))         # doctest: +SKIP
     >>> batcher.submit(discretizer.prepare(images), flow="a").result().outputs         # doctest: +SKIP
 
-    A batch holds rows of one task, from any requests. It starts when it is full, or when its first row has waited
-    `max_wait_s`: None stands for 2 ms on CUDA and for 0 on a CPU, whose small batches (up to 4 images, two computed
-    at a time) are filled by the rows that wait anyway. Requests expected to wait longer than `max_queue_s` are
-    refused (Full). A batch without progress for `watchdog_s` has hung. `on_batch` is called with the rows, the
-    capacity and the seconds of each batch. If `padded` is set, every batch is computed with its full capacity of
-    rows: on a GPU the kernels, and so their rounding, depend on the number.
+    A batch holds rows of one task, which may come from several requests. It starts when it is full, or when its
+    first row has waited `max_wait_s`. The default, None, means 2 ms on CUDA and 0 on a CPU: a CPU's batches are
+    small (up to 4 images, two computed at a time), and the rows already in the queue fill them. A request expected
+    to wait longer than `max_queue_s` is refused (Full). If no batch finishes for `watchdog_s` while one is being
+    computed, the engine is considered hung. After each batch `on_batch` is called with its number of rows, its
+    capacity and its seconds. If `padded` is set, every batch is padded to its full capacity, because on a GPU the
+    choice of kernels, and with it the rounding, depends on the number of rows.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class Batcher:
         self._in_flight: deque[Batch] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._progress_at = 0.0  # when a batch was last handed over or came back
+        self._progress_at = 0.0  # when a batch was last started or finished
         self._finished_at = 0.0
         self._seconds = self._cost = 0.0  # of recent batches, decaying; their ratio is the speed of the codec
         self._discretizer: Discretizer
 
     def start(self, load: Callable[[], Discretizer]) -> Discretizer:
-        """Loads the discretizer in the codec's thread and begins to serve; raises the exceptions of `load`."""
+        """Loads the discretizer in the codec's thread, starts serving and returns it; raises what `load` raises."""
         loaded: Future[Discretizer] = Future()
         threading.Thread(target=self._run, args=(load, loaded), name="codec", daemon=True).start()
         self._discretizer = loaded.result()
@@ -77,16 +79,17 @@ class Batcher:
 
     @property
     def queued(self) -> int:
-        """The number of rows that wait for the codec."""
+        """The number of rows that wait in the queue."""
         with self._changed:
             return self._queue.rows
 
     def submit(self, request: CodecRequest, flow: str = "", deadline: float | None = None) -> Future[Result]:
-        """Queues a request; its rows take turns with those of other flows. Cancel the future to withdraw it.
+        """Queues a request and returns a future of its result; cancel the future to withdraw the request.
 
-        `deadline` is a time of time.monotonic(). Raises Full if the turn of the request is expected after
-        `max_queue_s` or after the deadline, DeadlinePassed if the deadline is past and Unhealthy if nothing is
-        computed any more. The future raises EngineError, DeadlinePassed or Unhealthy.
+        Rows of different flows take turns. `deadline` is on the clock of time.monotonic(). Raises Full if the
+        request is expected to start later than `max_queue_s` from now or after the deadline, DeadlinePassed if the
+        deadline has already passed, and Unhealthy if the batcher has stopped or failed. The future raises
+        EngineError, DeadlinePassed or Unhealthy.
         """
         if request.result is not None:
             done: Future[Result] = Future()
@@ -98,26 +101,26 @@ class Batcher:
                 raise Unhealthy(self.why_unhealthy or "the service is shutting down")
             now = time.monotonic()
             if deadline is not None and now > deadline:
-                raise DeadlinePassed(f"the deadline passed {now - deadline:.3g} s before the codec was asked")
+                raise DeadlinePassed(f"the deadline passed {now - deadline:.3g} s before the request was queued")
             first_batch = min(request.rows, self._discretizer.rows_at_once(task)) * task.cost
             wait_s = self._expected_wait_s(flow, first_batch)
             if wait_s > self._max_queue_s:
                 limit = f"at most {self._max_queue_s:.3g} s"
                 raise Full(f"the wait is about {wait_s:.1f} s", limit, whole_seconds(wait_s - self._max_queue_s))
             if deadline is not None and now + wait_s > deadline:
-                limit = f"the caller waits {max(0.0, deadline - now):.3g} s more"
+                limit = f"but the caller's deadline is in {max(0.0, deadline - now):.3g} s"
                 raise Full(f"the wait is about {wait_s:.1f} s", limit, whole_seconds(wait_s))
             queued = QueuedRequest(flow, task, request.rows, task.cost, now, request, deadline)
             self._queue.push(queued)
             self._changed.notify_all()
-        # A weak reference, since a future keeps its callbacks: a strong one would be a circle, and would hold the
-        # arrays until the garbage collector finds it.
+        # The reference is weak because a future keeps its callbacks: a strong reference would form a cycle, and the
+        # arrays would stay in memory until the garbage collector finds it.
         reference = weakref.ref(queued)
         queued.future.add_done_callback(lambda _: self._remove(reference()))
         return queued.future
 
     def stop(self) -> None:
-        """Ends the codec's thread after its present batch, and refuses the requests that wait."""
+        """Ends the codec's thread after its current batch, and fails the waiting requests with Unhealthy."""
         with self._changed:
             self._stopping = True
             for queued in self._queue:
@@ -130,7 +133,10 @@ class Batcher:
 
     @property
     def _seconds_per_cost(self) -> float:
-        """The speed over many batches, not the mean of their ratios: tiny images take time but cost little."""
+        """The total seconds of recent batches divided by their total cost.
+
+        A mean of the batches' own ratios would be too high: a batch of tiny images takes time but costs little.
+        """
         return self._seconds / self._cost if self._cost else 0.0
 
     def _remove(self, queued: QueuedRequest | None) -> None:
@@ -153,7 +159,7 @@ class Batcher:
             self._fail_all(f"the codec's thread ended: {type(error).__name__}: {error}")
 
     def _serve(self, discretizer: Discretizer) -> None:
-        """Computes batches until the end, or until a batch fails, which is then computed again in parts."""
+        """Computes batches until the batcher stops or a batch fails; a failed batch is computed again in parts."""
         try:
             for results in discretizer.stream(self._device_batches(discretizer)):
                 self._deliver(self._in_flight[0].parts, results)
@@ -183,7 +189,7 @@ class Batcher:
                 self._in_flight.popleft()
 
     def _device_batches(self, discretizer: Discretizer) -> Iterator[DeviceBatch | None]:
-        """Yields batches as they become ready, and None when the one in flight should be finished first."""
+        """Yields batches as they become ready, and None when the batch in flight should be finished first."""
         while True:
             batch = self._next_batch(discretizer)
             if batch is not None:
@@ -198,7 +204,7 @@ class Batcher:
                 return
 
     def _next_batch(self, discretizer: Discretizer) -> Batch | None:
-        """Waits for the next batch. Returns None at the end, and if a batch in flight should be finished first."""
+        """Waits for the next batch. Returns None if the batcher stops or the one in flight should finish first."""
         assert self._max_wait_s is not None
         with self._changed:
             while not (self._stopping or self.why_unhealthy):
@@ -237,11 +243,11 @@ class Batcher:
         for queued in self._queue:
             if queued.deadline is not None and now > queued.deadline:
                 late_s, waited_s = now - queued.deadline, now - queued.arrived
-                message = f"the deadline passed {late_s:.3g} s ago, after {waited_s:.3g} s of waiting"
+                message = f"the deadline passed {late_s:.3g} s ago; the request was queued for {waited_s:.3g} s"
                 resolve(queued.future, DeadlinePassed(message))
 
     def _deliver(self, parts: list[Part], results: dict[str, Array]) -> None:
-        """Gives each request its rows; a request with an image that is not finite fails alone."""
+        """Gives each request the results of its rows; if an image is not finite, only its own request fails."""
         first = 0
         for part in parts:
             rows = {name: array[first : first + part.count] for name, array in results.items()}
@@ -254,7 +260,7 @@ class Batcher:
                 part.queued.deliver(outputs, part.start, owned=len(parts) == 1)
 
     def _finish_batch(self) -> None:
-        """Takes the oldest batch out of flight and measures the codec's speed with it."""
+        """Removes the oldest batch from those in flight and updates the measured speed of the codec."""
         with self._changed:
             batch = self._in_flight.popleft()
             now = time.monotonic()
@@ -269,7 +275,7 @@ class Batcher:
         with self._changed:
             if self.why_unhealthy:
                 return
-            log.critical("%s; this replica answers nothing more", reason)
+            log.critical("%s; this replica will not answer any more requests", reason)
             self.why_unhealthy = reason
             in_flight = [part.queued for batch in self._in_flight for part in batch.parts]
             for queued in [*in_flight, *self._queue]:
@@ -284,9 +290,10 @@ class Batcher:
                     continue
                 batch = self._in_flight[0]
                 silent_s = time.monotonic() - self._progress_at
-                # a large batch on a slow engine may take longer than the watchdog's limit
+                # A large batch on a slow engine may take longer than watchdog_s.
                 if silent_s > max(self._watchdog_s, 4 * batch.cost * self._seconds_per_cost):
-                    self._fail_all(f"the engine hangs: {batch.rows} images are not done after {silent_s:.1f} s")
+                    rows = f"a batch of {batch.rows} images"
+                    self._fail_all(f"the engine hangs: {rows} is not done after {silent_s:.1f} s")
 
 
 def whole_seconds(seconds: float) -> int:

@@ -1,10 +1,10 @@
-"""Decides whose rows are next: start-time fair queueing between flows (Goyal, Vin and Cheng, SIGCOMM 1996).
+"""Decides which flow's rows are next: start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
 
-Each flow (a client) has a tag, the virtual time at which its next row may start; taking rows moves it on by their
-cost. The flow with the smallest tag is next. Virtual time goes on by what each of the waiting flows was due, and is
-never behind the flow served last: a flow that comes back from a pause has no credit, and a client that takes a new
-name each time gains nothing. With n flows that always wait, each gets 1/n of the codec, whatever the sizes
-and numbers of their requests.
+Each flow (a client) has a tag: the virtual time at which its next row may start. Taking rows increases the tag by
+their cost. The flow with the smallest tag is next. When rows are taken, virtual time advances by their cost divided
+by the number of waiting flows, and it is never behind the tag of the flow served last. A flow that returns after a
+pause therefore has no credit, and a client gains nothing by using a new name each time. If n flows always have rows
+waiting, each gets 1/n of the codec, whatever the sizes and numbers of their requests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 @dataclass(eq=False)
 class QueuedItem:
-    """Rows that wait. `waiting` of them are not taken yet; only rows of one `group` may be taken together."""
+    """Rows in the queue. `waiting` counts those not taken yet; only rows of the same `group` share a batch."""
 
     flow: str
     group: Hashable
@@ -40,7 +40,7 @@ class _Flow(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """A queue of items, fair between their flows. Not thread-safe: its user must hold a lock.
+    """A queue of items that serves their flows fairly. It is not thread-safe: the caller must hold a lock.
 
     >>> queue = FairQueue[QueuedItem]()
     >>> for i in range(3): queue.push(QueuedItem("flood", "g", 8, 1.0, arrived=i))
@@ -62,14 +62,14 @@ class FairQueue(Generic[T]):
         return sum(item.waiting for item in self)
 
     def push(self, item: T) -> None:
-        """Puts an item behind those of its flow."""
+        """Adds an item behind the other items of its flow."""
         flow = self._flows.setdefault(item.flow, _Flow(self._virtual_time))
         if not flow.items:
             flow.tag = max(flow.tag, self._virtual_time)
         flow.items.append(item)
 
     def head(self) -> T | None:
-        """Returns the item whose rows are next."""
+        """Returns the item whose rows are next, or None if the queue is empty."""
         return next((flow.items[0] for flow in self._waiting_flows()), None)
 
     def rows_of(self, group: Hashable) -> tuple[int, float]:
@@ -78,7 +78,10 @@ class FairQueue(Generic[T]):
         return sum(item.waiting for item in items), min((item.arrived for item in items), default=float("inf"))
 
     def take(self, group: Hashable, room: int) -> tuple[T, int] | None:
-        """Takes at most `room` rows of the group's next item; returns the item and the number, or None."""
+        """Takes at most `room` rows of the group's next item.
+
+        Returns the item and the number of rows taken, or None if no rows of the group wait.
+        """
         flows = self._waiting_flows()
         for flow in flows:
             item = next((item for item in flow.items if item.group == group), None)
@@ -95,16 +98,16 @@ class FairQueue(Generic[T]):
         return None
 
     def remove(self, item: T) -> None:
-        """Takes an item out, if it is still in."""
+        """Removes an item; does nothing if it is not in the queue."""
         flow = self._flows.get(item.flow)
         if flow is not None and item in flow.items:
             flow.items.remove(item)
             self._forget_flows()
 
     def cost_before(self, flow: str, cost: float) -> float:
-        """Returns the cost of the rows that are served before a new request of `cost` in this flow.
+        """Returns the cost of the rows that will be served before a new request of `cost` in this flow.
 
-        In that time each other flow is served at most as much as this flow.
+        It assumes that meanwhile every other flow is served at most as much as this flow.
         """
         own = self._flows[flow].cost if flow in self._flows else 0.0
         return own + sum(min(f.cost, own + cost) for name, f in self._flows.items() if name != flow)
@@ -116,6 +119,6 @@ class FairQueue(Generic[T]):
     def _forget_flows(self) -> None:
         """Drops empty flows that do not differ from a new flow of the same name."""
         if not any(flow.items for flow in self._flows.values()):
-            self._flows.clear()  # nothing waits, so no flow was served at another one's expense
+            self._flows.clear()  # nothing waits, so no flow has been served more than its share
         else:
             self._flows = {n: f for n, f in self._flows.items() if f.items or f.tag > self._virtual_time}

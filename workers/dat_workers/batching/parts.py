@@ -17,7 +17,7 @@ from dat_workers.request import CodecRequest, Task
 
 @dataclass(frozen=True)
 class Result:
-    """The outputs of a request by name, and how many seconds it waited for the codec and was in it."""
+    """The outputs of a request by name, the seconds it waited in the queue, and the seconds it was computed."""
 
     outputs: dict[str, Array]
     queue_s: float = 0.0
@@ -33,12 +33,12 @@ class QueuedRequest(QueuedItem):
     future: Future[Result] = field(default_factory=Future)
     started: float = 0.0  # when its first row was taken into a batch
     outputs: dict[str, Array] = field(default_factory=dict)
-    delivered: int = 0  # rows whose outputs are there
+    delivered: int = 0  # rows whose outputs have arrived
 
     def deliver(self, outputs: dict[str, Array], start: int, owned: bool) -> None:
-        """Adds the outputs of rows from `start` on; the last of them complete the future.
+        """Stores the outputs of rows from `start` on; completes the future when the outputs of all rows are stored.
 
-        `owned`: the arrays hold no rows of other requests, so they may become the result without a copy.
+        `owned` means that the arrays hold no rows of other requests, so that they may become the result uncopied.
         """
         count, rows = len(next(iter(outputs.values()))), self.request.rows
         if count == rows and owned:
@@ -63,7 +63,7 @@ class Part:
     count: int
 
     def arrays(self) -> dict[str, Array]:
-        """Returns the rows of each array."""
+        """Returns this part's rows of each of the request's arrays."""
         return {name: a[self.start : self.start + self.count] for name, a in self.queued.request.arrays.items()}
 
 
@@ -94,7 +94,7 @@ def row_count(parts: Sequence[Part]) -> int:
 
 
 def device_batch(parts: Sequence[Part], compute: Compute, padded_rows: int = 0) -> DeviceBatch:
-    """Joins parts of one task; if they are fewer than `padded_rows`, their first row is repeated to fill up."""
+    """Joins parts of one task; if they have fewer than `padded_rows` rows, repeats the first row to reach them."""
     arrays = [part.arrays() for part in parts]
     first_row = {name: array[:1] for name, array in arrays[0].items()}
     arrays += [first_row] * (padded_rows - row_count(parts))
@@ -102,7 +102,7 @@ def device_batch(parts: Sequence[Part], compute: Compute, padded_rows: int = 0) 
 
 
 def resolve(future: Future[Result], outcome: Result | Exception) -> None:
-    """Completes a future, unless it was cancelled or completed before."""
+    """Completes a future with a result or an exception, unless it is already cancelled or completed."""
     try:
         if isinstance(outcome, Exception):
             future.set_exception(outcome)

@@ -1,4 +1,4 @@
-"""Runs a failed batch again: in halves if memory ran out, else each request alone, as one may have spoiled it."""
+"""Computes a failed batch again: in halves if memory ran out, else request by request, to isolate a faulty one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import OutOfMemory
 
-# Errors are recognised by their text, because those of ONNX Runtime are no RuntimeErrors.
+# Errors are recognised by their text, because ONNX Runtime's exceptions are not RuntimeErrors.
 DEVICE_LOST = ("CUDA error", "CUDA failure")
 NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_device_lost(error: object) -> bool:
-    """Whether the device can compute nothing more: CUDA errors are permanent, a lack of memory is not."""
+    """Returns True if the device cannot be used again: CUDA errors are permanent, but a lack of memory is not."""
     if not isinstance(error, Exception) or is_out_of_memory(error):
         return False
     accelerator_error = getattr(torch, "AcceleratorError", ())
@@ -25,7 +25,7 @@ def is_device_lost(error: object) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the GPU or of the host."""
+    """Returns True if the error says that the GPU or the host ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
     return any(text in str(error) for text in NO_MEMORY)
@@ -36,8 +36,8 @@ def run_in_parts(
 ) -> Iterator[tuple[list[Part], dict[str, Array] | Exception]]:
     """Computes a batch that failed with `error` again, in smaller groups of its parts.
 
-    Yields each group with its results or its own error. After out of memory there are two groups of half the rows;
-    after any other error each request is a group. Nothing is tried a third time.
+    Yields each group with its results or its own error. If memory ran out, there are two groups, each with half the
+    rows; after any other error each request is a group of its own. A group that fails is not computed again.
     """
     if is_out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -50,13 +50,16 @@ def run_in_parts(
         except Exception as second:
             if is_out_of_memory(second):
                 reason = str(second).splitlines()[0][:200]
-                yield group, OutOfMemory(f"no memory for {row_count(group)} images at once: {reason}")
+                yield (
+                    group,
+                    OutOfMemory(f"not enough memory for {row_count(group)} images at once: {reason}"),
+                )
             else:
                 yield group, second
 
 
 def halves(parts: Sequence[Part]) -> list[list[Part]]:
-    """Splits the rows of a batch into two groups; a single row stays one group."""
+    """Splits the rows of a batch into two groups; a batch of a single row gives one group."""
     room = max(1, row_count(parts) // 2)
     first: list[Part] = []
     second: list[Part] = []

@@ -1,8 +1,8 @@
 """Reads published checkpoints (taming-transformers, latent-diffusion) as plain tensors, without running a pickle.
 
 A published `.ckpt` is a Lightning pickle: beside `state_dict` it holds callbacks, optimizer states and
-hyper-parameters made of classes of pytorch_lightning, omegaconf and numpy. torch's weights-only unpickler reads it,
-and none of those packages is imported: see `unpickle`.
+hyper-parameters, which are objects of pytorch_lightning, omegaconf and numpy. torch's weights-only unpickler reads
+the file without importing any of these packages (see `unpickle`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.codecs.unpickle import unpickle
 
 MAX_MEMBER_BYTES = 16 << 30
-# Weights of the training loss. Users report 55 keys of vq-f4 that do not belong to the network: 33 of LPIPS and 22
-# of the discriminator. `model_ema.*` never occurs.
+# The prefix of the training loss's weights. Users report 55 keys of vq-f4 that do not belong to the network: 33 of
+# LPIPS and 22 of the discriminator. `model_ema.*` never occurs.
 DROPPED_PREFIX = "loss."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The network's weights in a checkpoint, and a description of everything else that the checkpoint held."""
+    """The network's weights from a checkpoint, and a description of everything that was left out."""
 
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...]
@@ -53,19 +53,19 @@ def load_published(path: Path, spec: CodecSpec) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, member: str | None = None) -> Checkpoint:
-    """Returns the tensors of a checkpoint file without `loss.*`; they are not compared with any spec.
+    """Returns the tensors of a checkpoint file, except `loss.*`; does not compare them with any spec.
 
     >>> read_checkpoint(Path("last.ckpt")).dropped  # doctest: +SKIP
     ('55 weights of the training loss (loss.*)', 'callbacks', 'optimizer_states')
 
     `member` is the checkpoint's name inside a zip; by default the zip must hold a single `.ckpt`. Raises CodecError
-    for a file of another kind, a damaged file, and a file whose pickle names anything outside `unpickle.ALLOWED`
-    (nothing in it is imported or run).
+    for a file that is not a checkpoint, a damaged file, and a file whose pickle names anything outside
+    `unpickle.ALLOWED` (nothing that the pickle names is imported or run).
     """
     try:
         if not zipfile.is_zipfile(path) or _is_torch_zip(path):
             return _read_unpacked(path, str(path))
-        # The member is unpacked beside the archive, not in /tmp: it has about 1 GB, and /tmp may be memory.
+        # The member is unpacked beside the archive because it has about 1 GB, and /tmp may be held in memory.
         beside = path.parent if os.access(path.parent, os.W_OK) else None
         with tempfile.TemporaryDirectory(dir=beside, prefix=".unzip-") as folder:
             return _read_unpacked(_extract(path, member, Path(folder)), f"{path}, member {member or 'ckpt'}")
@@ -84,23 +84,27 @@ def _is_torch_zip(path: Path) -> bool:
 
 
 def _extract(path: Path, member: str | None, folder: Path) -> Path:
-    """Unpacks one member under a fixed name, because names inside an archive must never become paths."""
+    """Unpacks one member under a fixed name, because names inside an archive must not become paths; returns it."""
     pattern = PurePosixPath(member).name if member else "*.ckpt"
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [i for i in archive.infolist() if PurePosixPath(i.filename).match(pattern)]
             if len(matches) != 1:
-                names = ", ".join(archive.namelist()[:5]) or "nothing"
-                raise CodecError(f"{path} must hold one {pattern}, it has {len(matches)} (it holds {names})")
+                names = ", ".join(archive.namelist()[:5]) or "none"
+                raise CodecError(
+                    f"{path} must contain exactly one file matching {pattern}; found {len(matches)}. "
+                    f"Files there: {names}"
+                )
             if matches[0].file_size > MAX_MEMBER_BYTES:
                 raise CodecError(
-                    f"{path}: {pattern} unpacks to {matches[0].file_size} bytes, the limit is {MAX_MEMBER_BYTES}"
+                    f"{path}: {pattern} unpacks to {matches[0].file_size} bytes; the limit is {MAX_MEMBER_BYTES}"
                 )
             target = folder / "member.ckpt"
             with archive.open(matches[0]) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
             return target
-    # RuntimeError: the archive is encrypted, or (NotImplementedError) compressed in a way that Python lacks
+    # zipfile raises RuntimeError for an encrypted archive, and its subclass NotImplementedError for a compression
+    # method that Python does not support.
     except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
         raise CodecError(f"{path} could not be unpacked: {error}") from error
 
@@ -109,7 +113,7 @@ def _read_unpacked(path: Path, where: str) -> Checkpoint:
     with path.open("rb") as file:
         head = file.read(9)
     content: object
-    if head[8:9] == b"{":  # only a safetensors header has it there, neither a zip nor torch's older magic number
+    if head[8:9] == b"{":  # the start of a safetensors header; a zip and torch's older format differ here
         try:
             content = load_file(path)
         except SafetensorError as error:
@@ -127,20 +131,20 @@ def _read_unpacked(path: Path, where: str) -> Checkpoint:
     if foreign:
         raise CodecError(
             f"{where} does not hold a state dict: {len(foreign)} entries are not plain tensors, such as "
-            f"{', '.join(foreign[:5])}"
+            f"{', '.join(foreign[:5])}; every entry must be a dense tensor"
         )
     weights = {k: v for k, v in state.items() if not k.startswith(DROPPED_PREFIX)}
     if len(state) > len(weights):
         dropped.insert(0, f"{len(state) - len(weights)} weights of the training loss ({DROPPED_PREFIX}*)")
-    # The loaded tensors are views of a mapped file that may be deleted next, so they are copied.
+    # The loaded tensors are views of a mapped file that may be deleted afterwards, so they are copied.
     tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
     return Checkpoint(tensors, tuple(dropped))
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a dense tensor with all its values in the file: not sparse, quantized, meta or expanded.
+    """Returns True for a dense tensor whose values are all in the file: not sparse, quantized, meta or expanded.
 
-    An expanded tensor of a few bytes can claim any shape, and copying it would allocate that much memory.
+    An expanded tensor of a few bytes can claim any shape, and copying it would allocate memory for that shape.
     """
     return (
         isinstance(value, Tensor)
@@ -160,8 +164,8 @@ def infer_spec(tensors: dict[str, Tensor], name: str) -> CodecSpec:
     >>> infer_spec(read_checkpoint(Path("mine.ckpt")).tensors, "mine").ch_mult  # doctest: +SKIP
     (1, 2, 2, 4)
 
-    The weights do not tell the training resolution; 256 is assumed, which only names the levels with attention.
-    Raises CodecError unless the weights are exactly those of one VQGAN.
+    The training resolution cannot be read from the weights. The returned spec has 256, which affects nothing but
+    the numbers in `attn_resolutions`. Raises CodecError unless the weights are exactly those of a VQGAN.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for key, rank in (
@@ -171,14 +175,17 @@ def infer_spec(tensors: dict[str, Tensor], name: str) -> CodecSpec:
     ):
         if len(shapes.get(key, ())) != rank:
             found = list(shapes[key]) if key in shapes else "absent"
-            raise CodecError(f"codec {name!r} is not a VQGAN: {key} must have {rank} dimensions and is {found}")
+            raise CodecError(f"codec {name!r} is not a VQGAN: {key} must have {rank} dimensions, but is {found}")
     blocks: dict[int, list[int]] = {}  # level: the width of each of its blocks
     for key, shape in shapes.items():
         if match := _BLOCK.fullmatch(key):
             blocks.setdefault(int(match[1]), []).append(shape[0] if shape else 0)
     levels = range(len(blocks))
     if sorted(blocks) != list(levels) or not blocks:
-        raise CodecError(f"codec {name!r} is not a VQGAN: its encoder has the levels {sorted(blocks)}")
+        raise CodecError(
+            f"codec {name!r} is not a VQGAN: its encoder has the levels {sorted(blocks)}, which must be "
+            "0, 1, 2, ... without gaps"
+        )
     ch = shapes["encoder.conv_in.weight"][0]
     widths = [blocks[i][0] for i in levels]
     if any(width % ch for width in widths):

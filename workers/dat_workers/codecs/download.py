@@ -1,7 +1,7 @@
-"""Downloads published checkpoints: resumes interrupted downloads, and checks the hash first seen at an address.
+"""Downloads published checkpoints, resumes interrupted downloads, and detects files that have changed.
 
-None of the sources publishes a hash. The first one seen is therefore recorded (`HOME/hashes.json`), and every later
-download from the same address must match it.
+None of the sources publishes a hash. The sha256 of the first file fetched from an address is therefore recorded in
+`HOME/hashes.json`, and every later download from that address must match it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from dat_workers.system.files import write_atomically
 if sys.platform != "win32":
     import fcntl
 
-# bytes received so far, and bytes in total if the server sent a length
+# called with the bytes received so far, and with the total bytes (None if the server sent no length)
 ProgressCallback = Callable[[int, int | None], None]
 Response = http.client.HTTPResponse | HTTPError
 
-CHUNK_BYTES = 1 << 16  # a dropped connection loses at most this much
-ATTEMPTS = 5  # in a row that bring no new byte
-BACKOFF_S = 1.0  # before the second attempt; doubles with each further one
-TIMEOUT_S = 60.0  # of connecting, and of each read
+CHUNK_BYTES = 1 << 16  # if the connection drops, at most this many received bytes are lost
+ATTEMPTS = 5  # a download fails after this many attempts in a row without a new byte
+BACKOFF_S = 1.0  # wait before the second attempt; doubles for each attempt after that
+TIMEOUT_S = 60.0  # limit for connecting, and for each read
 TRANSIENT = (429, 500, 502, 503, 504)
 
 
 class DownloadError(CodecError):
-    """A download failed for good; `status` is the HTTP status, if there was a response."""
+    """A download failed and is not retried; `status` is the HTTP status, or None if there was no response."""
 
     def __init__(self, url: str, problem: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {problem}" + (f" (HTTP status {status})" if status is not None else ""))
@@ -55,7 +55,7 @@ class DownloadError(CodecError):
 
 
 class _AttemptFailed(Exception):
-    """An attempt failed; the next may succeed."""
+    """An attempt to download failed, but the next attempt may succeed."""
 
     def __init__(self, problem: str, status: int | None = None) -> None:
         super().__init__(problem)
@@ -63,14 +63,15 @@ class _AttemptFailed(Exception):
 
 
 def download(url: str, path: Path, progress: ProgressCallback | None = None) -> str:
-    """Downloads `url` to `path` and returns the file's sha256 (hex); `path` appears only when the file is complete.
+    """Downloads `url` to `path` and returns the file's sha256 (hex); creates `path` only when the file is complete.
 
     >>> download("https://example.org/last.ckpt", Path("last.ckpt"))  # doctest: +SKIP
 
-    The bytes received so far stay in `<path>.part` when a connection drops and when this function fails, and the
-    next attempt or call continues from there, with Range and If-Range (RFC 9110, 13.1.5); if the source has changed
-    meanwhile, it starts over. Gives up after ATTEMPTS attempts in a row without a new byte, with exponential
-    backoff. Raises DownloadError with address and status, and CodecError if the disk is full.
+    If a connection drops or this function fails, the bytes received so far stay in `<path>.part`. The next attempt
+    or call continues from there with Range and If-Range (RFC 9110, 13.1.5), or restarts the download from the
+    beginning if the file at the address has changed. Attempts are repeated with exponential backoff. Raises
+    DownloadError, with the address and the HTTP status, after ATTEMPTS attempts in a row without a new byte and for
+    errors that a retry cannot fix; raises CodecError if the disk is full.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(url, "only http and https addresses can be downloaded")
@@ -90,12 +91,12 @@ def download(url: str, path: Path, progress: ProgressCallback | None = None) -> 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _disk_full(part) from error
-        raise DownloadError(url, f"could not be stored in {part}: {error}") from error
+        raise DownloadError(url, f"the download could not be stored in {part}: {error}") from error
 
 
 @dataclass
 class _PartialDownload:
-    """The bytes of a file that have arrived so far, in `path`, and beside it the validator that they came with."""
+    """An unfinished download: the received bytes in `path`, and in a second file the validator sent with them."""
 
     url: str
     path: Path
@@ -107,7 +108,10 @@ class _PartialDownload:
         return Path(f"{self.path}.json")
 
     def lock(self) -> None:
-        """Lets one process at a time download to this file, since replicas that start together share the folder."""
+        """Locks the file, because replicas that start together share the folder.
+
+        Raises DownloadError if another process has locked it.
+        """
         if sys.platform == "win32":
             return
         try:
@@ -116,11 +120,14 @@ class _PartialDownload:
         except (BlockingIOError, FileNotFoundError):
             still_there = False
         if not still_there:
-            problem = f"another process is downloading it ({self.path}); try again when it is done"
+            problem = f"another process is downloading this file to {self.path}; try again when it has finished"
             raise DownloadError(self.url, problem)
 
     def complete(self) -> None:
-        """Attempts it until the file is complete. Raises DownloadError after ATTEMPTS without a new byte."""
+        """Repeats `attempt` until the file is complete.
+
+        Raises DownloadError after ATTEMPTS attempts in a row without a new byte.
+        """
         failures, most_bytes = 0, self.size()
         while True:
             try:
@@ -135,7 +142,7 @@ class _PartialDownload:
                 time.sleep(BACKOFF_S * 2 ** (failures - 1))
 
     def attempt(self) -> None:
-        """Continues the file, or starts it over if it cannot be continued. Raises _AttemptFailed, DownloadError."""
+        """Fetches the missing bytes, or all bytes if it cannot continue. Raises _AttemptFailed or DownloadError."""
         validator = self.validator()
         received = self.size() if validator else 0
         headers = {"User-Agent": "dat-service"}
@@ -147,12 +154,13 @@ class _PartialDownload:
             if received and response.status in (206, 416):
                 first, total = _content_range(response)
                 if response.status == 416 and total == received:
-                    return  # the file was complete, and only the renaming was missing
-                # a server that ignores If-Range would append another file's bytes
+                    return  # the file was already complete, and only had to be renamed
+                # From a server that ignores If-Range, the bytes of a changed file would be appended.
                 if response.status == 416 or first != received or _validator(response) not in ("", validator):
                     self.validator_path.unlink(missing_ok=True)
                     self.file.truncate(0)
-                    raise _AttemptFailed("the source changed; starting over", response.status)
+                    problem = "the file at the download address changed; restarting the download from the beginning"
+                    raise _AttemptFailed(problem, response.status)
             elif response.status == 200:
                 length = response.headers.get("Content-Length", "")
                 received, total = 0, int(length) if length.isdecimal() else None
@@ -178,19 +186,19 @@ class _PartialDownload:
             if not chunk:
                 break
             if not received and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-                raise DownloadError(self.url, "a web page came instead of a file", response.status)
+                raise DownloadError(self.url, "the server sent a web page instead of a file", response.status)
             self.file.write(chunk)
             received += len(chunk)
         self.file.flush()
         if total is not None and received != total:
-            raise _AttemptFailed(f"{received} of {total} bytes came")
+            raise _AttemptFailed(f"the connection ended after {received} of {total} bytes")
 
     def size(self) -> int:
         self.file.flush()
         return os.fstat(self.file.fileno()).st_size
 
     def validator(self) -> str:
-        """Returns the validator of the bytes received so far, or "" if this address cannot continue them."""
+        """Returns the validator of the bytes received so far, or "" if the download cannot continue from them."""
         try:
             values = json.loads(self.validator_path.read_text())
             return str(values["validator"]) if values["url"] == self.url else ""
@@ -205,12 +213,13 @@ class _SafeRedirects(HTTPRedirectHandler):
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> Request | None:
         if urlsplit(newurl).scheme not in ("https", req.type):
-            raise DownloadError(req.full_url, f"redirects to {newurl}, which is not protected", code)
+            problem = f"the server redirects to {newurl}, which is not protected by TLS; use an https address"
+            raise DownloadError(req.full_url, problem, code)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _open(url: str, headers: dict[str, str]) -> Response:
-    """Sends a GET request and returns the response, whatever its status. Raises _AttemptFailed, DownloadError."""
+    """Sends a GET request and returns the response, whatever its status. Raises _AttemptFailed or DownloadError."""
     try:
         response: Response = build_opener(_SafeRedirects).open(Request(url, headers=headers), timeout=TIMEOUT_S)
         return response
@@ -230,14 +239,16 @@ def _open(url: str, headers: dict[str, str]) -> Response:
 def _check_is_file(url: str, response: Response) -> None:
     media_type = response.headers.get("Content-Type", "")
     if media_type.split(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
-        raise DownloadError(url, f"a web page came instead of a file (Content-Type {media_type})", response.status)
+        problem = f"the server sent a web page instead of a file (Content-Type {media_type})"
+        raise DownloadError(url, problem, response.status)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise DownloadError(url, f"came with Content-Encoding {encoding}, must come without one", response.status)
+        problem = f"the response has Content-Encoding {encoding}; it must not be encoded"
+        raise DownloadError(url, problem, response.status)
 
 
 def _validator(response: Response) -> str:
-    """Returns what If-Range may carry: a strong ETag, or else Last-Modified."""
+    """Returns the validator for If-Range: a strong ETag, else Last-Modified, else ""."""
     etag: str = response.headers.get("ETag", "")
     if etag and not etag.startswith("W/"):
         return etag
@@ -245,7 +256,7 @@ def _validator(response: Response) -> str:
 
 
 def _content_range(response: Response) -> tuple[int | None, int | None]:
-    """Returns (first byte, total bytes) of the header Content-Range; None for a part that is absent."""
+    """Returns (first byte, total bytes) from the Content-Range header; a number that is absent is None."""
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     first, total = match.groups() if match else (None, None)
     return int(first) if first else None, int(total) if total and total != "*" else None
@@ -258,30 +269,32 @@ def _free_bytes(path: Path) -> int:
 def _disk_full(part: Path, needed: int | None = None) -> CodecError:
     missing = f"{needed} bytes are still to come, " if needed is not None else ""
     free = _free_bytes(part)
-    return CodecError(f"{part}: the disk is full or a limit is reached ({missing}{free} bytes are free)")
+    return CodecError(f"{part}: the disk is full or a size limit is reached ({missing}{free} bytes are free)")
 
 
 def pull(name: str, store: CodecStore, progress: ProgressCallback | None = None, url: str | None = None) -> str:
-    """Downloads a codec of the registry, checks and installs it, and returns its fingerprint.
+    """Downloads a codec of the registry, checks it, installs it and returns its fingerprint.
 
     >>> pull("vqgan-openimages-f8-16384", CodecStore())  # doctest: +SKIP
 
-    `url` replaces the registry's address. The downloaded file is removed in the end. Raises CodecNotFound,
-    DownloadError, CodecError for a file whose sha256 is not the one first seen at that address (nothing is
-    installed then), and CodecError as `checkpoint.load_published` and `CodecStore.add` do.
+    `url` replaces the registry's address. The downloaded file is deleted in the end, whether it was installed or
+    refused. Raises CodecNotFound for an unknown name, DownloadError, CodecError for a file whose sha256 differs
+    from that of the first file fetched from that address (nothing is installed then), and CodecError as
+    `checkpoint.load_published` and `CodecStore.add` do.
     """
     spec = get(name)
     source = url or spec.source_url
     if source is None:
-        raise CodecError(f"codec {name!r} has no address to download from: it is {store.status(name)}")
+        raise CodecError(f"codec {name!r} has no address to download from; its status is: {store.status(name)}")
     path = store.home / "downloads" / f"{name}.download"
     digest = download(source, path, progress)
     try:
         hashes = _read_hashes(store)
         if hashes.get(source, digest) != digest:
             raise CodecError(
-                f"{source} has changed: its sha256 was {hashes[source]} when first seen and is {digest} now. "
-                f"Nothing was installed; to accept it, remove its line from {store.home / 'hashes.json'}"
+                f"the file at {source} changed: its sha256 was {hashes[source]} when first seen and is {digest} "
+                "now. Nothing was installed; to accept the new file, remove the line of this address from "
+                f"{store.home / 'hashes.json'}"
             )
         fingerprint = store.add(spec, load_published(path, spec), Origin.now(source, digest))
         if source not in hashes:
@@ -300,7 +313,8 @@ def _read_hashes(store: CodecStore) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise CodecError(f"{path} cannot be read: {error}") from error
     if not isinstance(hashes, dict):
-        raise CodecError(f"{path} must map addresses to hashes, it holds a {type(hashes).__name__}")
+        found = type(hashes).__name__
+        raise CodecError(f"{path} must hold a JSON object that maps addresses to hashes, but holds a {found}")
     return hashes
 
 

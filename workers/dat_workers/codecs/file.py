@@ -27,7 +27,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.spec import CodecError, CodecSpec
 from dat_workers.system.files import write_atomically
 
-MAX_KEYS_NAMED = 5  # how many offending keys an error names; it counts the rest
+MAX_KEYS_NAMED = 5  # an error names at most this many offending keys, and gives the number of the rest
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,7 +47,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class CodecHeader:
-    """The metadata of a codec file; the names and shapes of its weights were checked, the weights were not."""
+    """The metadata of a codec file; the names and shapes of its weights are checked, but not their values."""
 
     spec: CodecSpec
     fingerprint: str
@@ -56,7 +56,7 @@ class CodecHeader:
 
 @dataclass(frozen=True)
 class CodecFile(CodecHeader):
-    """A codec whose weights were read and verified; the tensors have the dtype in which they were stored."""
+    """A codec whose weights are read and verified; the tensors have the dtype in which they were stored."""
 
     tensors: dict[str, Tensor]
 
@@ -76,7 +76,7 @@ def expected_shapes(spec: CodecSpec) -> Mapping[str, tuple[int, ...]]:
 
 
 def parameter_count(spec: CodecSpec) -> int:
-    """Returns how many numbers the weights of the spec's network hold, the codebook included.
+    """Returns the number of parameters of the spec's network, including the codebook.
 
     >>> parameter_count(CodecSpec("identity", architecture="identity"))
     0
@@ -92,14 +92,14 @@ def _enumerate(items: Sequence[str]) -> str:
 def check_shapes(spec: CodecSpec, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     """Raises CodecError unless names and shapes are exactly those of the spec's network.
 
-    The error counts the keys that are missing, unexpected or of another shape, and names the first few.
-    `where` names the file in errors.
+    The error says how many keys are missing, unexpected or of the wrong shape, and names the first few of each.
+    `where` is the name of the file in errors.
     """
     expected = expected_shapes(spec)
     offending_keys = {
         "missing keys": [name for name in expected if name not in shapes],
         "unexpected keys": sorted(name for name in shapes if name not in expected),
-        "keys of another shape": [
+        "keys of another shape than expected": [
             f"{name} (expected {list(shape)}, found {list(shapes[name])})"
             for name, shape in expected.items()
             if name in shapes and tuple(shapes[name]) != shape
@@ -111,7 +111,7 @@ def check_shapes(spec: CodecSpec, shapes: Mapping[str, Sequence[int]], where: st
 
 
 def check_weights(spec: CodecSpec, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises CodecError as `check_shapes` does, and unless all weights are finite and of one of STORED_DTYPES."""
+    """Raises CodecError as `check_shapes` does, and for weights that are not finite or not of STORED_DTYPES."""
     check_shapes(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
     wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED_DTYPES]
     if wrong:
@@ -124,7 +124,8 @@ def check_weights(spec: CodecSpec, tensors: Mapping[str, Tensor], where: str) ->
 def geometry(spec: CodecSpec) -> dict[str, Any]:
     """Returns the fields that decide what the network computes, in one canonical form.
 
-    `resolution` and `attn_resolutions` do nothing but place the attention, so the levels that have it are returned.
+    `resolution` and `attn_resolutions` only decide which levels have attention, so those levels are returned
+    instead.
     """
     if spec.architecture == "identity":
         return {"architecture": "identity"}
@@ -136,7 +137,7 @@ def geometry(spec: CodecSpec) -> dict[str, Any]:
 def fingerprint(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> str:
     """Returns the sha256 (hex) of `geometry` and of every tensor's name, dtype, shape and bytes, in sorted order.
 
-    Name, licence, summary and source do not count: equal fingerprints mean equal outputs.
+    Name, licence, summary and source are not included: codecs with equal fingerprints give equal outputs.
 
     >>> fingerprint(CodecSpec("identity", architecture="identity"), {})[:8]
     'b5a79ec0'
@@ -151,12 +152,12 @@ def fingerprint(spec: CodecSpec, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write(path: Path, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Origin) -> str:
-    """Writes one codec file and returns its fingerprint; the name appears only when the file is complete.
+    """Writes one codec file and returns its fingerprint; creates `path` only when the file is complete.
 
     >>> write(Path("toy.safetensors"), spec, tensors, Origin.now("toy.ckpt", sha256))  # doctest: +SKIP
 
-    Raises CodecError for weights that `read` would refuse, and where the disk refuses to write. Nothing new is left
-    behind then, and an older file of that name stays as it was.
+    Raises CodecError for weights that `read` would refuse, and if the file cannot be written. No new file is left
+    behind in either case, and an older file of that name stays as it was.
     """
     check_weights(spec, tensors, f"the codec to be written to {path}")
     digest = fingerprint(spec, tensors)
@@ -167,8 +168,8 @@ def write(path: Path, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Or
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Every tensor is copied because safetensors refuses tensors that share memory. `save_file` is not used: its
-        # own temporary file would be readable by its owner only.
+        # Every tensor is copied because safetensors refuses tensors that share memory. `save_file` is not used
+        # because the files that it creates can be read by their owner only.
         copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
         write_atomically(path, save(copies, metadata))
     except (OSError, SafetensorError) as error:
@@ -204,9 +205,9 @@ def _header(file: Any, path: Path) -> CodecHeader:
 
 
 def read_header(path: Path) -> CodecHeader:
-    """Reads a codec file's metadata and checks names and shapes, but not the weights: this takes milliseconds.
+    """Reads a codec file's metadata and checks the names and shapes of its weights, which takes milliseconds.
 
-    Raises CodecError as `read` does, except for altered or non-finite weights.
+    The weights themselves are not read. Raises CodecError as `read` does, except for altered or non-finite weights.
     """
     with _opened(path) as file:
         return _header(file, path)
@@ -218,8 +219,8 @@ def read(path: Path) -> CodecFile:
     >>> read(Path("tiny-f8.safetensors")).spec.factor  # doctest: +SKIP
     8
 
-    Raises CodecError, naming the file, where it is truncated or not a safetensors file, where metadata or keys are
-    missing, where keys are unexpected or of another shape, and where weights are not finite or do not match the
+    Raises CodecError, which names the file, if the file is truncated or not a safetensors file, if metadata or keys
+    are missing, if keys are unexpected or have the wrong shape, and if weights are not finite or do not match the
     fingerprint.
     """
     with _opened(path) as file:
@@ -229,7 +230,7 @@ def read(path: Path) -> CodecFile:
     digest = fingerprint(header.spec, tensors)
     if digest != header.fingerprint:
         raise CodecError(
-            f"{path} was altered: its weights have fingerprint {digest}, its metadata says {header.fingerprint}; "
-            "install the codec again"
+            f"{path} was altered: its weights have fingerprint {digest}, but its metadata says "
+            f"{header.fingerprint}; install the codec again"
         )
     return CodecFile(header.spec, digest, header.origin, tensors)

@@ -15,12 +15,12 @@ from dat_workers.codecs.spec import CodecError, CodecSpec
 
 
 class CodecNotFound(CodecError):
-    """No codec of that name is registered or installed; the message suggests similar names."""
+    """No codec of that name is registered or installed; the message suggests similar names or lists all names."""
 
     def __init__(self, name: str, known_names: Iterable[str]) -> None:
         names = list(known_names)
         similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else f"known: {', '.join(names)}"
+        hint = f"did you mean {' or '.join(similar)}?" if similar else f"known codecs: {', '.join(names)}"
         super().__init__(f"unknown codec {name!r}; {hint}")
 
 
@@ -60,8 +60,8 @@ _ENTRIES = (
         num_res_blocks=1,
         codebook_size=16384,
         latent_dim=4,
-        licence="that of this package",
-        summary="small VQGAN of the same family; ships inside the package, the default",
+        licence="the licence of this package",
+        summary="small VQGAN of the same family; shipped inside the package; the default codec",
     ),
     _published(
         "vqgan-openimages-f8-16384", _F8, 16384, 4, f"{_LATENT_DIFFUSION}/vq-f8.zip",
@@ -87,7 +87,7 @@ _ENTRIES = (
         "identity",
         architecture="identity",
         licence="none needed",
-        summary="copies its input: for measuring everything but the codec",
+        summary="returns its input unchanged; for measuring everything but the codec",
     ),
 )  # fmt: skip
 
@@ -95,12 +95,12 @@ REGISTRY: dict[str, CodecSpec] = {spec.name: spec for spec in _ENTRIES}
 
 
 def get(name: str) -> CodecSpec:
-    """Returns the registry's entry of that name.
+    """Returns the spec of the registered codec of that name.
 
     >>> get("vqgan-openimages-f8-16384").factor
     8
 
-    Raises CodecNotFound, which suggests similar names.
+    Raises CodecNotFound for a name that is not in the registry; its message suggests similar names.
     """
     try:
         return REGISTRY[name]

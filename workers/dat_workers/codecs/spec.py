@@ -20,8 +20,8 @@ class CodecSpec:
     2
 
     The network's fields have the names of the published configuration files (taming-transformers,
-    latent-diffusion), so that an entry can be compared with its source. Raises CodecError for values that
-    describe no network.
+    latent-diffusion), so that an entry can be compared with its source. Raises CodecError for values from which no
+    network can be built.
     """
 
     name: str
@@ -30,7 +30,7 @@ class CodecSpec:
     ch_mult: tuple[int, ...] = (1, 2, 2, 4)
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()
-    resolution: int = 256  # side of the training images in pixels; places attn_resolutions among the levels
+    resolution: int = 256  # side of the training images in pixels; level i has resolution / 2^i
     z_channels: int = 4
     codebook_size: int = 0  # K
     latent_dim: int = 0  # d, the size of one codebook vector ("embed_dim" in the published files)
@@ -42,16 +42,16 @@ class CodecSpec:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise CodecError(
-                f"codec {self.name!r}: architecture is {self.architecture!r}, must be one of {ARCHITECTURES}"
+                f"codec {self.name!r}: architecture is {self.architecture!r}, but must be one of {ARCHITECTURES}"
             )
         if self.architecture == "identity":
             return
         for field in ("ch", "num_res_blocks", "resolution", "z_channels", "codebook_size", "latent_dim"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise CodecError(f"codec {self.name!r}: {field} is {value!r}, must be a positive whole number")
+                raise CodecError(f"codec {self.name!r}: {field} is {value!r}, but must be a positive whole number")
         if not self.ch_mult or any(m < 1 for m in self.ch_mult):
-            raise CodecError(f"codec {self.name!r}: ch_mult is {self.ch_mult!r}, must hold positive numbers")
+            raise CodecError(f"codec {self.name!r}: ch_mult is {self.ch_mult!r}, but must hold positive numbers")
         if any(self.ch * m % 32 for m in (1, *self.ch_mult)):
             raise CodecError(
                 f"codec {self.name!r}: ch={self.ch} with ch_mult={self.ch_mult} gives numbers of channels that are "
@@ -59,28 +59,28 @@ class CodecSpec:
             )
         if self.codebook_size > 65536:
             raise CodecError(
-                f"codec {self.name!r}: codebook_size is {self.codebook_size}, must be at most 65536, because "
+                f"codec {self.name!r}: codebook_size is {self.codebook_size}, but must be at most 65536, because "
                 "indices are uint16"
             )
 
     @property
     def factor(self) -> int:
-        """f, the side in pixels of the square that one latent vector stands for."""
+        """The factor f: one latent vector stands for a square of f x f pixels."""
         return 1 if self.architecture == "identity" else 2 ** (len(self.ch_mult) - 1)
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the codec has a codebook (`identity` has none)."""
+        """True if the codec has a codebook (`identity` has none)."""
         return self.codebook_size > 0
 
     @property
     def widths(self) -> list[int]:
-        """The number of channels of each level, from full resolution to the lowest."""
+        """The number of channels of each level, from the highest resolution to the lowest."""
         return [self.ch * m for m in self.ch_mult]
 
     @property
     def attention_levels(self) -> list[int]:
-        """The levels whose blocks are followed by attention; level i works at resolution / 2^i."""
+        """The numbers of the levels whose blocks are followed by attention; level i works at resolution / 2^i."""
         return [i for i in range(len(self.ch_mult)) if self.resolution >> i in self.attn_resolutions]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,9 +95,12 @@ class CodecSpec:
         """
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
-            raise CodecError(f"codec description has unknown fields {unknown}; was it written by another version?")
+            raise CodecError(
+                f"the codec description has unknown fields {unknown}; was it written by a different version of "
+                "dat-service?"
+            )
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**fields)
         except TypeError as error:
-            raise CodecError(f"codec description is invalid: {error}") from error
+            raise CodecError(f"the codec description is invalid: {error}") from error

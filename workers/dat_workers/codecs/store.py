@@ -1,8 +1,10 @@
-"""Finds and installs codecs: inside the package, or under `$DAT_HOME` (by default the user's cache folder).
+"""Finds codecs shipped in the package or installed under HOME, and installs new ones under HOME.
+
+HOME is `$DAT_HOME`, or by default a folder in the user's cache folder.
 
 HOME/codecs/NAME.safetensors    installed codecs
-HOME/downloads/                 unfinished downloads (`.part`); they are removed once installed
-HOME/hashes.json                the sha256 first seen at every address that was downloaded from
+HOME/downloads/                 unfinished downloads (`.part`), each deleted once its codec is installed
+HOME/hashes.json                for each download address, the sha256 of the first file fetched from it
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """Returns the name if it is safe as a file name. Raises CodecError otherwise.
+    """Returns the name if it is safe as a file name; raises CodecError if it is not.
 
     >>> check_name("vq-f8_2")
     'vq-f8_2'
@@ -43,7 +45,7 @@ def check_name(name: str) -> str:
 
 
 class CodecStore:
-    """The codecs of this machine.
+    """Finds, loads and installs the codecs of this machine.
 
     >>> CodecStore().load("tiny-f8").spec.codebook_size  # doctest: +SKIP
     16384
@@ -60,17 +62,17 @@ class CodecStore:
         return self.home / "codecs"
 
     def names(self) -> list[str]:
-        """Returns all names of the registry, followed by the other installed codecs."""
+        """Returns all names of the registry, followed by the installed codecs that are not in the registry."""
         installed = sorted(p.name.removesuffix(SUFFIX) for p in self.folder.glob(f"*{SUFFIX}"))
         return [*REGISTRY, *(name for name in installed if name not in REGISTRY and _NAME.fullmatch(name))]
 
     def path(self, name: str) -> Path:
-        """Returns the file in which a codec is, or would be, stored.
+        """Returns the path of a codec's file, even if the codec is not installed.
 
         Raises CodecError for an unsafe name, and for `identity`, which has no file.
         """
         if check_name(name) == "identity":
-            raise CodecError("codec 'identity' has no weights and no file")
+            raise CodecError("codec 'identity' has no weights, and therefore no file")
         return (EMBEDDED_FOLDER if name in EMBEDDED else self.folder) / f"{name}{SUFFIX}"
 
     def status(self, name: str) -> str:
@@ -92,8 +94,9 @@ class CodecStore:
     def load(self, name: str) -> CodecFile:
         """Reads and verifies a codec.
 
-        Raises CodecNotFound for an unknown name; CodecError for a codec that is not installed (with the command
-        that installs it), and for a file that `file.read` refuses or that holds another codec than its name says.
+        Raises CodecNotFound for an unknown name, CodecError for a codec that is not installed (the message gives
+        the command that installs it), and CodecError for a file that `file.read` refuses or that holds a codec
+        other than the one it is named after.
         """
         if name == "identity":
             spec = REGISTRY[name]
@@ -120,8 +123,9 @@ class CodecStore:
     def add(self, spec: CodecSpec, tensors: Mapping[str, Tensor], origin: Origin, replace: bool = False) -> str:
         """Installs a codec under `spec.name` and returns its fingerprint.
 
-        Raises CodecError for a name that is unsafe or the package's own, for another geometry than the registry's,
-        and, unless `replace` is set, if that name is installed with another fingerprint.
+        Raises CodecError for a name that is unsafe or belongs to a codec shipped in the package, for a geometry
+        that differs from the registry's, and, unless `replace` is set, if a codec of that name with a different
+        fingerprint is installed.
         """
         path = self.path(spec.name)
         if spec.name in EMBEDDED:
@@ -131,8 +135,8 @@ class CodecStore:
             old, new = file.read_header(path).fingerprint, file.fingerprint(spec, tensors)
             if old != new:
                 raise CodecError(
-                    f"codec {spec.name!r} is installed with fingerprint {old}; this one has {new}. "
-                    f"Nothing was replaced: remove {path} first, or import with --force"
+                    f"codec {spec.name!r} is already installed with fingerprint {old}; the new one has fingerprint "
+                    f"{new}. Nothing was replaced: remove {path} first, or import with --force"
                 )
         return file.write(path, spec, tensors, origin)
 
@@ -143,7 +147,7 @@ def _check_matches_name(name: str, spec: CodecSpec, path: Path) -> None:
     if name in REGISTRY and file.geometry(spec) != file.geometry(REGISTRY[name]):
         raise CodecError(
             f"{path}: codec {name!r} must have the geometry {file.geometry(REGISTRY[name])}, "
-            f"it has {file.geometry(spec)}"
+            f"but the file has {file.geometry(spec)}"
         )
 
 

@@ -1,9 +1,9 @@
 """Reads a pickle written by `torch.save` without running it, and without the packages whose classes it names.
 
 torch's weights-only unpickler calls nothing but its own tensor functions and the classes registered as safe.
-Published checkpoints name further classes beside their weights. Those are listed in ALLOWED, and each is replaced
-by a stand-in that does nothing, so that pytorch_lightning, omegaconf and numpy are not imported. Every other name
-is refused.
+Published checkpoints also name classes that have nothing to do with their weights. ALLOWED lists them, and each is
+replaced by a stand-in that does nothing, so that pytorch_lightning, omegaconf and numpy are not imported. A pickle
+that names anything else is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dat_workers.codecs.spec import CodecError
 
 
 class _Ignored:
-    """Stands in for a class named in a checkpoint: accepts any arguments and state, and keeps none of them."""
+    """Stands in for a class named in a checkpoint: accepts any arguments and any state, and discards them."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -33,7 +33,7 @@ class _Ignored:
 
 
 class _IgnoredDict(_Ignored):
-    """Stands in for a subclass of dict: the unpickler fills items only into a plain OrderedDict."""
+    """Stands in for a subclass of dict, as a plain OrderedDict: the unpickler can add items to nothing else."""
 
     def __new__(cls, *args: object) -> Any:
         return OrderedDict()
@@ -85,7 +85,7 @@ _MAPPINGS = (
 )
 ALLOWED = frozenset((*_OBJECTS, *_MAPPINGS))
 
-# The unpickler looks stand-ins up by identity, so every name has a class of its own.
+# The unpickler looks up stand-ins by identity, so every name needs a separate class.
 _STAND_INS: list[Any] = [
     (type(name.rpartition(".")[2], (base,), {}), name)
     for names, base in ((_OBJECTS, _Ignored), (_MAPPINGS, _IgnoredDict))
@@ -94,33 +94,33 @@ _STAND_INS: list[Any] = [
 
 
 def unpickle(path: Path, where: str) -> object:
-    """Returns what `torch.save` wrote to `path`: tensors on the CPU, and stand-ins for all other objects.
+    """Returns the object that `torch.save` wrote to `path`: tensors on the CPU, and stand-ins for other objects.
 
     >>> unpickle(Path("last.ckpt"), "last.ckpt")["state_dict"]  # doctest: +SKIP
 
-    `where` names the file in errors. Raises CodecError for a damaged file, and for a file that names anything
-    outside ALLOWED; the error lists those names.
+    `where` is the name of the file in errors. Raises CodecError for a damaged file, and for a file that names
+    anything outside ALLOWED; the error lists the names that are not allowed.
     """
     with safe_globals(_STAND_INS):
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_can_map(path))
         except Exception as error:  # a damaged or hostile pickle raises anything, from EOFError to struct.error
-            # torch's message names only the global that it stopped at, and a builtin without its module
+            # torch's message names only the global at which it stopped, and names a builtin without its module.
             names = _foreign_globals(path) | set(re.findall(r"GLOBAL (\S+\.\S+) w", str(error)))
             if names:
                 raise CodecError(
                     f"{where} was refused: its pickle names {', '.join(sorted(names))}, which no published codec "
                     "needs. Nothing in it was run"
                 ) from error
-            # torch wraps the reason of an UnpicklingError in the advice to load the file unsafely
+            # torch surrounds the reason of an UnpicklingError with advice to load the file unsafely
             reason = str(error.__context__ or error).strip().partition("\n")[0] or type(error).__name__
             raise CodecError(f"{where} is not a checkpoint that can be read: {reason}") from error
 
 
 def _can_map(path: Path) -> bool:
-    """Whether torch can map the file into memory: it must be an uncompressed zip.
+    """Returns True if torch can map the file into memory, which needs an uncompressed zip.
 
-    The optimizer states of a mapped file, twice the size of the weights, are never read.
+    Mapping saves reading the optimizer states, which are twice the size of the weights.
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -135,9 +135,9 @@ def _foreign_globals(path: Path) -> set[str]:
     """Returns the names in a pickle that torch's weights-only unpickler refuses, without running the pickle."""
     with contextlib.suppress(Exception):
         return set(get_unsafe_globals_in_checkpoint(path))
-    # torch's function reads neither its own older format nor pickle protocols other than 2
+    # torch's own function for this reads neither its older format nor pickle protocols other than 2.
     names: set[str] = set()
-    with contextlib.suppress(Exception), path.open("rb") as stream:  # names before damaged data still count
+    with contextlib.suppress(Exception), path.open("rb") as stream:  # names found before the damage are returned
         for _ in range(5):  # the older format is five pickles: magic number, version, system, object, keys
             _collect_globals(stream, names)
     return {name for name in names if name not in ALLOWED and not _TORCHS_OWN.match(name)}

@@ -12,7 +12,7 @@ EngineName = Literal["auto", "torch", "cpu", "onnx", "reference"]
 EngineDtype = Literal["auto", "fp32", "tf32", "mixed", "fp16", "bf16"]  # mixed: encoder in fp32, decoder in fp16
 ENGINES: tuple[str, ...] = get_args(EngineName)
 ENGINE_DTYPES: tuple[str, ...] = get_args(EngineDtype)
-FP32_ENGINES = ("cpu", "onnx", "reference")  # they have no other precision and no tricks
+FP32_ENGINES = ("cpu", "onnx", "reference")  # engines that have no precision but fp32, and no tricks
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class EngineConfig:
 
     engine: one of `ENGINES`; `auto` is `torch` on CUDA and `cpu` elsewhere. device: auto, cpu, cuda or cuda:N.
     dtype: one of `ENGINE_DTYPES`. tricks: the optimisations of the torch engine, as `Tricks.parse` reads them.
-    threads: CPU threads of the engine, 0 for all cores that this process may use. Raises ValueError for a value
-    that does not exist, and for tricks with an engine that has none. Whether the device is there is checked when
-    the engine is created.
+    threads: CPU threads of the engine, 0 for all cores that this process may use. Raises ValueError for an unknown
+    engine or dtype, for negative threads, and for tricks with an engine that has none. The device is not checked
+    until the engine is created.
     """
 
     engine: str = "auto"
@@ -37,18 +37,21 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise ValueError(f"engine is {self.engine!r}, must be one of {ENGINES}")
+            raise ValueError(f"engine is {self.engine!r}, but must be one of {ENGINES}")
         if self.dtype not in ENGINE_DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, must be one of {ENGINE_DTYPES}")
+            raise ValueError(f"dtype is {self.dtype!r}, but must be one of {ENGINE_DTYPES}")
         if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}, must be 0 (all cores) or more")
+            raise ValueError(f"threads is {self.threads}, but must be 0 (all cores) or more")
         Tricks.parse(self.tricks, cuda=False)
         if self.engine in FP32_ENGINES and self.tricks not in ("auto", "none"):
-            raise ValueError(f"tricks is {self.tricks!r}: the engine {self.engine!r} knows none")
+            raise ValueError(
+                f"tricks is {self.tricks!r}, but the engine {self.engine!r} has no tricks; use --tricks auto or "
+                "--engine torch"
+            )
 
     @property
     def cpu_threads(self) -> int:
-        """The number of CPU threads that `threads` stands for."""
+        """The number of CPU threads to use: `threads`, or the number of available cores if that is 0."""
         return self.threads or len(os.sched_getaffinity(0))
 
 

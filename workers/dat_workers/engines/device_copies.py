@@ -1,4 +1,4 @@
-"""Runs batches on a device: arrays to the device, a function there, arrays back."""
+"""Runs batches on a device: copies arrays to the device, calls a function there, and copies the results back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """Arrays by name, each in parts that are joined along their first axis, and what to compute from them."""
+    """The inputs of a batch by name, each as parts to join along the first axis, and the function to call."""
 
     arrays: Mapping[str, Sequence[Array]]
     compute: Compute
@@ -25,13 +25,13 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class Copies:
-    """Results in pinned memory, complete once `done` has happened."""
+    """Results in pinned memory, which are complete once the event `done` has happened."""
 
     results: dict[str, Tensor]
     done: torch.cuda.Event
 
     def wait(self) -> dict[str, Array]:
-        """Waits for the copies and returns them in ordinary memory, since pinned memory is scarce."""
+        """Waits for the copies and returns the results in ordinary memory, because pinned memory is scarce."""
         self.done.synchronize()
         return {name: tensor.numpy().copy() for name, tensor in self.results.items()}
 
@@ -39,15 +39,15 @@ class Copies:
 def run_on_device(
     device: torch.device, batches: Iterable[DeviceBatch | None], *, overlap: bool = False
 ) -> Iterator[dict[str, Array]]:
-    """Yields the results of each batch's `compute` on `device`, arrays by name, in the order of the batches.
+    """Runs each batch's `compute` on `device` and yields its results, arrays by name, in the order of the batches.
 
     >>> double = DeviceBatch({"x": [np.ones(1), np.ones(1)]}, lambda inputs: {"y": inputs["x"] * 2})
     >>> [results["y"].tolist() for results in run_on_device(torch.device("cpu"), [double])]
     [[2.0, 2.0]]
 
-    With `overlap`, which exists on CUDA alone, the next batch is handed over before the results of the last one are
-    waited for, and copies run on streams of their own. None in place of a batch means that none is ready yet: the
-    outstanding results are yielded without waiting for one.
+    With `overlap`, which is possible only on CUDA, a batch is started before the results of the previous batch are
+    waited for, and copies run on separate streams. None in place of a batch means that no batch is ready yet; the
+    results of the batch in flight are then yielded without waiting for the next batch.
     """
     if overlap:
         yield from _run_overlapped(device, batches)
@@ -56,16 +56,16 @@ def run_on_device(
         if batch is not None:
             inputs = {name: joined(parts, device) for name, parts in batch.arrays.items()}
             results = {name: tensor.cpu().numpy() for name, tensor in batch.compute(inputs).items()}
-            del batch, inputs  # the consumer may take long before it asks for the next results
+            del batch, inputs  # hold no memory while the consumer works on the results
             yield results
             del results
 
 
 def _run_overlapped(device: torch.device, batches: Iterable[DeviceBatch | None]) -> Iterator[dict[str, Array]]:
-    """Runs batches with one of them on the device while the next is staged.
+    """Yields results as `run_on_device` does, but copies the next batch while the device computes the current one.
 
-    No buffer is reused early: device tensors that another stream reads are recorded on it, and PyTorch's allocator
-    hands pinned memory out again only when the copies that it saw are over.
+    No buffer is reused too early: a device tensor that a second stream reads is recorded on that stream, and
+    PyTorch's allocator reuses pinned memory only after the copies from or to it have finished.
     """
     upload, download = copy_streams(device)
     outstanding: Copies | None = None
@@ -98,19 +98,19 @@ def _run_overlapped(device: torch.device, batches: Iterable[DeviceBatch | None])
 
 @cache
 def copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Returns the streams for copies to and from a device; cached, because each stream holds memory of its own."""
+    """Returns the streams for copies to and from a device; they are cached because each stream reserves memory."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def joined(parts: Sequence[Array], device: torch.device) -> Tensor:
-    """Joins the parts into a tensor. Always copies: parts may be read-only, or views of a request about to go."""
+    """Joins copies of the parts: a part may be read-only, or a view of a request whose memory is freed soon."""
     if len(parts) == 1:
         return torch.tensor(np.ascontiguousarray(parts[0]), device=device)
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 def pinned(parts: Sequence[Array]) -> Tensor:
-    """Joins copies of the parts in pinned memory, which the GPU reads by itself."""
+    """Joins copies of the parts in pinned memory, which the GPU can read without the CPU's help."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     staged = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, parts[0].dtype)).dtype, pin_memory=True)
     np.concatenate(parts, out=staged.numpy())

@@ -10,13 +10,13 @@ from dat_workers.engines.config import ENGINE_DTYPES, FP32_ENGINES, EngineConfig
 
 
 def engine_dtype_pairs(cuda: bool) -> list[tuple[str, str]]:
-    """Returns every (engine, dtype), apart from the reference, that can run on CUDA or on a CPU."""
+    """Returns every (engine, dtype) that can run on CUDA, or on a CPU if `cuda` is False, except the reference."""
     dtypes = [dtype for dtype in ENGINE_DTYPES if dtype != "auto" and (cuda or dtype != "tf32")]
     return [*(("torch", dtype) for dtype in dtypes), *([] if cuda else [("cpu", "fp32")]), ("onnx", "fp32")]
 
 
 def pick_device(device: str) -> torch.device:
-    """Returns the device of that name; `auto` is CUDA if there is a GPU. Raises ValueError if it does not exist."""
+    """Returns the device of that name; `auto` is CUDA if there is a GPU. Raises ValueError if there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,19 +30,19 @@ def pick_device(device: str) -> torch.device:
 
 
 def disable_tf32() -> None:
-    """Switches TF32 off in this process: its 10 bits of mantissa lose δ, and cuDNN uses it by default."""
+    """Switches TF32 off in this process, as its 10 bits of mantissa are too few for δ; cuDNN uses it by default."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def create(config: EngineConfig, model: VQGAN) -> Engine:
-    """Creates the configured engine around `model`; `auto` is the fastest one that needs no further package.
+    """Creates the configured engine for `model`; `auto` is the fastest engine that needs no optional package.
 
     >>> create(EngineConfig(device="cpu"), model).name  # doctest: +SKIP
     'cpu'
 
-    It does not change PyTorch's number of threads, which belongs to the process. Raises ValueError for a device
-    that does not exist and for settings that do not go together, RuntimeError if a package is missing.
+    PyTorch's number of threads is not changed, because it applies to the whole process. Raises ValueError for a
+    device that does not exist and for settings that exclude each other, and RuntimeError if a package is missing.
     """
     disable_tf32()
     name, dtype, tricks = config.engine, config.dtype, config.tricks
@@ -50,7 +50,7 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
         on_cpu = pick_device(config.device).type == "cpu"
         name = "cpu" if on_cpu and dtype in ("auto", "fp32") and tricks in ("auto", "none") else "torch"
     if name in FP32_ENGINES and dtype not in ("auto", "fp32"):
-        raise ValueError(f"dtype is {dtype!r}, must be auto or fp32 for the engine {name!r}")
+        raise ValueError(f"dtype is {dtype!r}, but must be auto or fp32 for the engine {name!r}")
     if name == "onnx":
         from dat_workers.engines.onnx.engine import OnnxEngine
 

@@ -10,7 +10,7 @@ from dat_workers.engines.base import Engine
 class IdentityEngine(Engine):
     """Returns images unchanged, so that everything around the codec runs without weights and without a GPU.
 
-    Metadata and metrics call it "none": no engine computes anything.
+    Metadata and metrics name this engine "none", because nothing is computed.
     """
 
     name = "none"

@@ -1,4 +1,4 @@
-"""The reference for all other engines: the modules of the package taming-transformers, in fp32, as published."""
+"""The reference engine: the unchanged modules of the package taming-transformers in fp32."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from dat_workers.engines.base import Engine, mark_non_finite
 
 
 class ReferenceEngine(Engine):
-    """Encoder, VectorQuantizer2 and Decoder of taming-transformers, loaded strictly from `model`'s weights.
+    """Runs Encoder, VectorQuantizer2 and Decoder of taming-transformers with `model`'s weights, loaded strictly.
 
-    It is slow on purpose: this project adds only the order of the calls, so that agreement with it means something.
+    It is deliberately slow. This project only calls the published modules in order, so that an engine that agrees
+    with this one agrees with the published code.
     """
 
     name = "reference"
@@ -38,7 +39,7 @@ class ReferenceEngine(Engine):
             "resolution": spec.resolution,
             "z_channels": spec.z_channels,
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # the published modules print
+        with contextlib.redirect_stdout(io.StringIO()):  # the published modules print messages
             self.encoder = Encoder(**geometry, double_z=False)
             self.decoder = Decoder(**geometry)
             self.quantize = VectorQuantizer2(spec.codebook_size, spec.latent_dim, beta=0.25, sane_index_shape=True)

@@ -65,7 +65,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, with a residual."""
+    """Applies single-head self-attention over all positions, and adds its input (residual connection)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, followed by `downsample`, `upsample` or nothing."""
+    """The blocks that work at one resolution, followed by `downsample`, `upsample` or neither."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """A block, attention and another block, at the lowest resolution."""
+    """A residual block, attention and a second residual block, at the lowest resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps features [N,z_channels,h,w] to images [N,3,h*f,w*f], which lie about in -1..1 and are not clipped."""
+    """Maps features [N,z_channels,h,w] to images [N,3,h*f,w*f] with values in about -1..1, not clipped."""
 
     def __init__(self, spec: CodecSpec) -> None:
         super().__init__()
@@ -210,17 +210,17 @@ class Codebook(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Returns the index of the codebook vector nearest to each latent vector (Eq. 3).
 
-        z [N,d,h,w] gives int64 [N,h,w]. Distances are fp32 and are computed for a block of latent vectors at a
-        time: all at once they take 51 MB for an image of 224² at K = 16384. A block of 4 M distances stays in a
-        CPU's cache, where it is twice as fast.
+        z [N,d,h,w] gives int64 [N,h,w]. Distances are fp32 and are computed for one block of latent vectors at a
+        time, because all distances of an image of 224² at K = 16384 take 51 MB. A block of 4 M distances stays in a
+        CPU's cache, which makes the search twice as fast.
         """
         n, d, height, width = z.shape
         flat = z.float().permute(0, 2, 3, 1).reshape(-1, d)
         vectors = self.embedding.weight.float()
         norms = vectors.square().sum(1)
         chunk = max(16, (1 << (27 if z.is_cuda else 22)) // len(vectors))
-        # |z|² is the same for every codebook vector and could be left out. It stays, and so does the order of the
-        # additions, because the published quantizer rounds this way: with K = 16384 and d = 4 one token in a
+        # |z|² is the same for every codebook vector and could be left out. It is included, in the published order
+        # of additions, so that rounding equals the published quantizer's: with K = 16384 and d = 4 one token in a
         # thousand is nearer to a tie than fp32 can resolve, and there equal rounding gives equal tokens (observed
         # on CPUs). MKL rounds a product of a few rows differently, so no block is much shorter than the others.
         parts = [
@@ -236,7 +236,7 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder; Q(x) = decode(encode(x)) (Eq. 3-4)."""
+    """A network of encoder, codebook and decoder, with Q(x) = decode(encode(x)) (Eq. 3-4)."""
 
     def __init__(self, spec: CodecSpec) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(spec.latent_dim, spec.z_channels, 1)
 
     def latents(self, x: Tensor) -> Tensor:
-        """Returns the latent vectors [N,d,h,w], before the codebook, of images [N,3,H,W] in -1..1."""
+        """Returns the latent vectors [N,d,h,w] of images [N,3,H,W] in -1..1, before the codebook search."""
         out: Tensor = self.quant_conv(self.encoder(x))
         return out
 

@@ -1,18 +1,21 @@
-"""Finds the nearest codebook entry (Eq. 3) without comparing with all of them, for codebooks of few dimensions.
+"""Finds the nearest codebook entry (Eq. 3) without comparing all entries, for codebooks of few dimensions.
 
-Neighbouring entries form groups, each inside a ball. A latent vector r is compared with the balls' centres and then
-with the entries of the nearest ball. The best of them gives a distance that the nearest entry of all cannot exceed.
-Last, r is compared with the entries of all balls that come that near: a few hundredths of the codebook.
+Neighbouring entries form groups, and each group lies inside a ball. A latent vector r is compared first with the
+centres of the balls, and then with the entries of the nearest ball. The smallest of these distances is an upper
+bound for the distance to the nearest entry of the codebook. Finally r is compared with the entries of every ball
+that reaches within this bound, which are a few hundredths of the codebook.
 
-The index is that of the published formula in fp32, D = |r|² + |e|² − 2·r·e, whose rounding decides near-ties. With
-c = (d + 4)·2⁻²⁴ and the exact T = |r − e|², in whatever order the terms of D are added (d + 2 roundings at most),
+The returned index is that of the published formula in fp32, D = |r|² + |e|² − 2·r·e, whose rounding decides
+near-ties. Let c = (d + 4)·2⁻²⁴, and let T = |r − e|² be the exact squared distance. In whatever order the terms of
+D are added (d + 2 roundings at most),
 
     |D − T|  ≤  c·(|r| + |e|)²  ≤  c·(2|r| + √T)²
 
-which grows slower than T. So all entries at T₂ or beyond lose to one at T₁ if T₂ − T₁ > 2c·(2|r| + √T₂)². T itself
-is summed from differences and at most c·T off. A ball is left out only if all of its entries lose by this bound,
-and an index is accepted only if it wins by it; otherwise (one vector in forty of `tiny-f8`) the formula itself
-decides, over all K entries.
+and this bound grows more slowly than T. Therefore an entry at T₂ or beyond is farther than an entry at T₁ by the
+formula, too, if T₂ − T₁ > 2c·(2|r| + √T₂)². The computed T is summed from differences, with an error of at most
+c·T. A ball is skipped only if the inequality excludes all of its entries, and an index is accepted only if the
+inequality excludes the second nearest entry. Otherwise (for one vector in forty of `tiny-f8`) the formula is
+computed for all K entries.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ from torch import Tensor
 from dat_workers.codecs.networks.vqgan import Codebook
 
 BALL_ENTRIES = 32
-LEAST_ENTRIES = 2048  # in smaller codebooks comparing with all is as fast
+LEAST_ENTRIES = 2048  # in smaller codebooks comparing all entries is as fast
 MOST_DIMENSIONS = 4  # in more dimensions a ball has too many neighbours
-MOST_BALLS = 64  # compared per vector, on average; with more, comparing with all is as fast
-LEAST_ROWS = 32  # in a matrix product, see `_by_formula`
-BLOCK_ROWS = 1024  # vectors at a time: their distances stay in a CPU's cache
+MOST_BALLS = 64  # average number of balls per vector; above it comparing all entries is as fast
+LEAST_ROWS = 32  # fewest rows of a matrix product, see `_by_formula`
+BLOCK_ROWS = 1024  # number of vectors searched at a time, so that their distances stay in a CPU's cache
 
 
 def pick_search(codebook: Codebook) -> BallSearch | Codebook:
-    """Returns the faster of two exact searches: a `BallSearch`, or the codebook, which compares all entries."""
+    """Returns the faster of two exact searches: a `BallSearch`, or the codebook, which compares all its entries."""
     size, dim = codebook.embedding.weight.shape
     balls = size // BALL_ENTRIES
     halvable = size % BALL_ENTRIES == 0 and balls & (balls - 1) == 0  # see `group_neighbours`
@@ -40,7 +43,7 @@ def pick_search(codebook: Codebook) -> BallSearch | Codebook:
 
 
 class BallSearch:
-    """Exact search on the CPU in `codebook`, whose vectors must not change.
+    """Searches `codebook` exactly on the CPU; the codebook's vectors must not change afterwards.
 
     >>> BallSearch(model.quantize).nearest(z).shape  # doctest: +SKIP
     torch.Size([1, 28, 28])
@@ -67,23 +70,24 @@ class BallSearch:
     def _nearest(self, rows: Tensor, image_rows: int) -> Tensor:
         """Searches for rows [n,d] of an image with `image_rows` vectors.
 
-        All distances are squared. Pairs [P] are the (row, ball) that may hold the row's nearest entry.
+        All distances are squared. The P pairs are the combinations (row, ball) in which the ball may hold the row's
+        nearest entry.
         """
         c, count = self.error, len(rows)
         norms = rows.square().sum(1)
         to_centres = torch.addmm(norms[:, None] + self.centre_norms, rows, self.centres.t(), alpha=-2.0)
         in_nearest_ball = self.entries[to_centres.argmin(1)].sub_(rows[:, None]).square_().sum(2).amin(1)
         reach = (in_nearest_ball + self._margin(norms, in_nearest_ball)).sqrt_()[:, None]
-        # the distances to centres are D, too: D ≤ T + c·(8|r|² + 2T)
+        # The distances to the centres are computed by the formula D, too: D ≤ T + c·(8|r|² + 2T).
         limit = (reach + self.radii).square_().mul_(1 + 8 * c).add_(9 * c * norms[:, None])
         row, ball = (to_centres <= limit).nonzero().unbind(1)
-        if not count <= len(row) <= MOST_BALLS * count:  # fewer than one ball per row: numbers that overflow
+        if not count <= len(row) <= MOST_BALLS * count:  # fewer than one ball per row means that numbers overflow
             return self._by_formula(rows, image_rows)
         distances = self.entries[ball].sub_(rows[row][:, None]).square_().sum(2)
         best, place = distances.topk(2, largest=False)
         first = minimum_by_row(best[:, 0], row, count)
-        # The winner of a row is the pair that holds its nearest entry. The second nearest entry is either the next
-        # one in that ball or the best of another ball.
+        # The winner of a row is the pair whose ball holds the row's nearest entry. The second nearest entry is
+        # either the second nearest in that ball or the nearest in any of the row's other balls.
         pairs = torch.arange(len(row))
         winner = minimum_by_row(torch.where(best[:, 0] == first[row], pairs, len(row) - 1), row, count)
         rest = best[:, 0].clone()
@@ -96,14 +100,14 @@ class BallSearch:
         return indices
 
     def _margin(self, norms: Tensor, distances: Tensor) -> Tensor:
-        """Returns how much nearer than `distances` an entry must be to be nearer by the formula, too."""
+        """Returns by how much an entry must be nearer than `distances` to be also nearer by the formula D."""
         return 2.02 * self.error * ((2 * norms.sqrt() + distances.sqrt()).square_() + distances)
 
     def _by_formula(self, rows: Tensor, image_rows: int) -> Tensor:
-        """Compares rows of an image with all entries.
+        """Returns the nearest entries of rows of an image, by the published formula over all entries.
 
-        The matrix product never has fewer than LEAST_ROWS rows, unless the image has no more: MKL rounds short
-        products differently, and the published quantizer takes all vectors of an image together.
+        The matrix product has at least LEAST_ROWS rows, unless the image has fewer: MKL rounds short products
+        differently, and the published quantizer computes all vectors of an image in one product.
         """
         missing = max(0, min(LEAST_ROWS, image_rows) - len(rows))
         padded = torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
@@ -111,18 +115,18 @@ class BallSearch:
 
 
 def minimum_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Returns the lowest of the values [P] of each row, as [rows]; `row` [P] says to which row a value belongs.
+    """Returns the minimum of the values of each row, [rows]; value i of `values` [P] belongs to the row `row[i]`.
 
-    A row without values gets infinity, or the number of the last pair if the values are integers.
+    For a row without values it returns infinity, or P - 1 if the values are integers.
     """
     highest = torch.inf if values.is_floating_point() else len(values) - 1
     return torch.full((rows,), highest, dtype=values.dtype).scatter_reduce_(0, row, values, "amin")
 
 
 def group_neighbours(vectors: Tensor) -> Tensor:
-    """Divides the indices of vectors fp32 [K,d] into groups of neighbours: int64 [balls,BALL_ENTRIES].
+    """Returns the indices of vectors fp32 [K,d], divided into groups of neighbours, as int64 [balls,BALL_ENTRIES].
 
-    Every group is halved along its widest axis, again and again.
+    Every group is halved along its widest axis until each has BALL_ENTRIES members.
     """
     members = torch.arange(len(vectors))[None]
     while members.shape[1] > BALL_ENTRIES and members.shape[1] % (2 * BALL_ENTRIES) == 0:

@@ -1,9 +1,10 @@
 """The default engine on a CPU: PyTorch alone, with an encoder that rounds as published and a faster decoder.
 
-The last bits of the latent vectors decide tokens, so the encoder runs the published operations in their order
-(codecs/networks/vqgan.py). They do not decide how images look: a decoder that rounds differently is 100 dB from the
-published one, and may use other layouts and fewer multiplications. Only an image that is encoded again, the base of
-the preset `easyrobust`, is decoded in the published order, too.
+The last bits of the latent vectors decide tokens, so the encoder runs the published operations in the published
+order (codecs/networks/vqgan.py). The last bits do not affect how decoded images look: the images of a decoder that
+rounds differently have a PSNR of 100 dB to the published decoder's. The decoder may therefore use other memory
+layouts and fewer multiplications. Only images that are encoded again (the base of the preset `easyrobust`) are
+decoded in the published order, too.
 """
 
 from __future__ import annotations
@@ -26,23 +27,26 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # m
 
 
 class CpuEngine(Engine):
-    """Runs a VQGAN in fp32 on the CPU: each image by itself, two at a time if the engine has all cores.
+    """Runs a VQGAN in fp32 on the CPU, each image by itself; computes two images at a time if it has all cores.
 
     >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu")).dtype  # doctest: +SKIP
     'fp32'
     """
 
     name = "cpu"
-    batch = 4  # so that the two images computed at a time wait for each other once in four images
+    batch = 4  # so that the two threads that compute images wait for each other only once in four images
 
     def __init__(self, model: VQGAN, device: torch.device) -> None:
         if device.type != "cpu":
-            raise ValueError(f"device is {str(device)!r}: the engine 'cpu' runs on a CPU; on CUDA use 'torch'")
+            raise ValueError(
+                f"device is {str(device)!r}, but the engine 'cpu' runs only on a CPU; on CUDA use 'torch'"
+            )
         self.device = device
         self.model = model.to(device).eval().requires_grad_(False)
         self.decoder = FastDecoder(model)
         self.search = pick_search(model.quantize)
-        # PyTorch's threads wait for each other after every layer: a second image uses the cores that then idle.
+        # PyTorch's threads wait for each other after every layer; a second image uses the cores that idle
+        # meanwhile.
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
         self.threads = DaemonThreads(2, "codec") if all_cores else None
         keep_freed_memory()
@@ -64,8 +68,8 @@ class CpuEngine(Engine):
         return self._each(decode_one, indices)
 
     def _each(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """Computes each row [1,...] by itself, since CPU kernels add in another order for another batch size."""
-        apply = torch.inference_mode()(compute)  # inference mode belongs to a thread
+        """Computes each row [1,...] by itself, because a CPU's order of additions depends on the batch size."""
+        apply = torch.inference_mode()(compute)  # inference mode is set per thread
         parts = torch.split(rows, 1)
         apply_all = map if self.threads is None or len(parts) == 1 else self.threads.map
         with torch.inference_mode():
@@ -73,7 +77,10 @@ class CpuEngine(Engine):
 
 
 class FastDecoder(nn.Module):
-    """A copy of a model's decoder: channels_last, F.silu in place, upsampling merged with its convolution."""
+    """A faster copy of a model's decoder.
+
+    It runs in channels_last, computes F.silu in place, and merges each upsampling with its convolution.
+    """
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -104,7 +111,7 @@ class FastDecoder(nn.Module):
 
 
 class FastBlock(ResnetBlock):
-    """The layers of a block, computed in place wherever that is possible."""
+    """A residual block whose layers are computed in place where possible."""
 
     def __init__(self, block: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -119,9 +126,10 @@ class FastBlock(ResnetBlock):
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Returns silu(norm(x)) of [1,C,H,W] in channels_last.
 
-    If each group is one channel, batch_norm over the one image replaces group_norm: it sums twice, the mean first,
-    whereas in this layout group_norm sums x and x² at once, and digits cancel. That cost up to a fifth of a grey
-    level of 255; this way it is 0.01. Larger groups are normalised in the contiguous layout.
+    If each group is a single channel, batch_norm over the one image replaces group_norm. batch_norm makes two
+    passes, the first for the mean; in this layout group_norm sums x and x² in one pass, and digits cancel. The
+    error was up to a fifth of a grey level (of 255) with group_norm and is 0.01 with batch_norm. Larger groups are
+    normalised in the contiguous layout.
     """
     if norm.num_groups == norm.num_channels:
         out = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
@@ -132,11 +140,11 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 class TransposedUpsample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution as one transposed 4x4 convolution of stride 2.
+    """Computes nearest-neighbour doubling and a 3x3 convolution as one transposed 4x4 convolution of stride 2.
 
-    Of three neighbouring pixels of the doubled image two are copies of the same pixel: along each axis the taps w0,
-    w1, w2 become w0 and w1 + w2 for even places, w0 + w1 and w2 for odd ones. 9 multiplications per pixel become 4,
-    and the doubled image never exists.
+    Two of any three neighbouring pixels of the doubled image are copies of the same pixel. Along each axis the taps
+    w0, w1, w2 therefore become w0 and w1 + w2 at even positions, and w0 + w1 and w2 at odd positions. 9
+    multiplications per pixel become 4, and the doubled image is never stored.
     """
 
     def __init__(self, upsample: Upsample) -> None:
@@ -155,11 +163,11 @@ class TransposedUpsample(nn.Module):
 def keep_freed_memory() -> None:
     """Makes glibc keep freed blocks of up to 32 MiB for the life of the process (mallopt(3)).
 
-    By default it returns free memory above about 12.8 MB to the system, and a thread's heap of 64 MiB whenever it
-    is empty. Every activation of 6.4 MB is then mapped and zeroed again: 7,800 page faults for one pass of the
-    encoder of `tiny-f8`, a sixth of its time. An empty heap is kept if the padding (M_TOP_PAD) is larger than it.
-    Each of the arenas, which threads share, then stays as large as it ever was, so fewer of them are allowed than
-    glibc's default of 8 per core.
+    By default glibc returns free memory above about 12.8 MB to the system, and also a thread's heap of 64 MiB
+    whenever that heap is empty. Every activation of 6.4 MB is then mapped and zeroed again, which costs 7,800 page
+    faults for one pass of the encoder of `tiny-f8`, a sixth of its time. glibc keeps an empty heap if the padding
+    (M_TOP_PAD) is larger than the heap. As a consequence every arena (a heap that threads share) stays at its
+    largest size, so the number of arenas is limited to fewer than glibc's default of 8 per core.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # C libraries other than glibc may not have it
     if mallopt is not None:

@@ -1,7 +1,7 @@
-"""The engine on ONNX Runtime: TensorRT, CUDA or the CPU, the first of these that works.
+"""The engine on ONNX Runtime, with the first provider that works: TensorRT, CUDA or the CPU.
 
-The graphs are exported on first use and stored under `$DAT_HOME/onnx/`, see `cached_export`. On CUDA and TensorRT
-nothing in this file has run yet.
+The graphs are exported on first use and stored under `$DAT_HOME/onnx/` (see `cached_export`). This file has not
+been run on CUDA or TensorRT yet.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dat_workers.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-MAX_POSITIONS = 4 * LARGE_ATTENTION  # the graph computes attention as one matrix: 1 GiB at this number of positions
+MAX_POSITIONS = 4 * LARGE_ATTENTION  # the graph computes attention as one matrix, which has 1 GiB at this number
 
 
 class OnnxEngine(Engine):
-    """Runs a codec in fp32 in ONNX Runtime; tensors come and go on the CPU.
+    """Runs a codec in fp32 in ONNX Runtime; arguments and results are tensors on the CPU.
 
     >>> OnnxEngine(load_model("tiny-f8"), "cpu").provider  # doctest: +SKIP
     'CPUExecutionProvider'
 
-    Raises RuntimeError if a package is missing, ValueError for a device without a provider.
+    Raises RuntimeError if a package is missing, and ValueError if no provider works on the device.
     """
 
     name = "onnx"
@@ -50,7 +50,8 @@ class OnnxEngine(Engine):
         if device.startswith("cuda") and on_cpu:
             raise ValueError(f"device is {device!r}, but ONNX Runtime could start neither TensorRT nor CUDA")
         log.info("engine onnx: %s, of %s", self.provider, ", ".join(providers))
-        # On a CPU one image at a time is as fast, and an image's tokens do not depend on the rest of its batch.
+        # On a CPU one image at a time is as fast, and then an image's tokens do not depend on the rest of its
+        # batch.
         self.batch = 1 if on_cpu else 64
         self._codebook = None if on_cpu else open_session(folder / "codebook.onnx", providers)
         self._search = pick_search(model.quantize)
@@ -76,19 +77,20 @@ class OnnxEngine(Engine):
 
 
 def check_size(positions: int, factor: int) -> None:
-    """Raises EngineError for an image whose attention would not fit into memory."""
+    """Raises EngineError for more than MAX_POSITIONS positions, whose attention would not fit in memory."""
     if positions > MAX_POSITIONS:
         raise EngineError(
-            f"an image has {positions * factor**2} pixels, the engine 'onnx' takes up to "
+            f"an image has {positions * factor**2} pixels, but the engine 'onnx' accepts at most "
             f"{MAX_POSITIONS * factor**2}; use --engine torch"
         )
 
 
 def cached_export(model: VQGAN) -> Path:
-    """Returns the folder with the graphs of these weights, HOME/onnx/KEY, and exports them if it is not complete.
+    """Returns the folder of the model's graphs, HOME/onnx/KEY; exports the graphs first if the folder lacks any.
 
-    KEY consists of the opset and the fingerprint of the weights in fp32, as they run. If two processes export at
-    once, the second takes the first one's files. Raises CodecError if the disk refuses to write.
+    KEY consists of the opset and the fingerprint of the weights in fp32, the precision in which they run. If two
+    processes export at the same time, the second uses the files of the first. Raises CodecError if the files cannot
+    be written.
     """
     weights = fingerprint(model.spec, model.state_dict())
     folder = CodecStore().home / "onnx" / f"opset{OPSET}-{weights[:32]}"
@@ -100,7 +102,7 @@ def cached_export(model: VQGAN) -> Path:
 
 
 def is_usable(folder: Path, weights: str) -> bool:
-    """Whether `folder` holds a complete export of the weights with this fingerprint."""
+    """Returns True if `folder` holds a complete export of the weights with this fingerprint."""
     try:
         manifest = Manifest.read(folder)
     except CodecError:

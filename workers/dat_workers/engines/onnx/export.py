@@ -5,8 +5,8 @@ codebook.onnx  latents                                   → indices int64 [N,h,
 decoder.onnx   indices int64 [N,h,w]                     → images fp32 [N,3,h·f,w·f], about 0..1, not clipped
 codec.json     codec, fingerprint, opset and the files with their sha256; written last, when all others are complete
 
-N, H and W are free (H and W multiples of f). Encoder and codebook search are separate graphs, so that the caller
-can refuse latents that are not finite: the nearest entry to those would be token 0.
+N, H and W may vary (H and W are multiples of f). Encoder and codebook search are separate graphs, so that the
+caller can refuse latents that are not finite, for which the search would return token 0.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from dat_workers.codecs.spec import CodecError
 from dat_workers.engines.onnx.sessions import CPU, open_session, require_packages, run
 from dat_workers.system.files import write_atomically
 
-OPSET = 18  # the one that torch.onnx produces without a conversion; TensorRT 10 and OpenVINO read it
+OPSET = 18  # the version that torch.onnx writes without a conversion; TensorRT 10 and OpenVINO read it
 MANIFEST = "codec.json"
 GRAPHS = ("encoder", "codebook", "decoder")
-ENTRIES_AT_ONCE = 1024  # codebook entries per block: the N·h·w x K distances never exist together
-MIN_PSNR_DB = 80.0  # of exported images to the network's: an error of a fortieth of a grey level
+ENTRIES_AT_ONCE = 1024  # codebook entries per block, so that the N·h·w x K distances are never in memory together
+MIN_PSNR_DB = 80.0  # of the exported decoder's images to the network's: an error of a fortieth of a grey level
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Manifest:
 
     @classmethod
     def of(cls, codec: str, fingerprint: str, graphs: Mapping[str, bytes]) -> Manifest:
-        """Describes graphs, which are given by file name."""
+        """Returns the manifest of `graphs`, whose keys are file names."""
         return cls(codec, fingerprint, OPSET, {name: sha256(content) for name, content in graphs.items()})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """Reads the folder's manifest; None if it has none. Raises CodecError for one that cannot be read."""
+        """Returns the folder's manifest, or None if there is none; raises CodecError if it cannot be read."""
         path = folder / MANIFEST
         try:
             return cls(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, TypeError, ValueError) as error:
-            raise CodecError(f"{path} is not a manifest of `dat export`: {error}") from error
+            raise CodecError(f"{path} is not a manifest of `dat export`, or is damaged: {error}") from error
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether every file is there with the sha256 with which it was written."""
+        """Returns True if every file of the manifest exists and has the sha256 that the manifest records."""
         try:
             return all(sha256((folder / name).read_bytes()) == digest for name, digest in self.files.items())
         except OSError:
@@ -84,7 +84,7 @@ class EncoderGraph(nn.Module):
 
 
 class CodebookGraph(nn.Module):
-    """Computes codebook.onnx block by block; of equally near entries it returns the lowest index."""
+    """Computes codebook.onnx, a block of entries at a time; of equally near entries it returns the lowest index."""
 
     def __init__(self, model: VQGAN) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class CodebookGraph(nn.Module):
         least, index = None, None
         for start in range(0, len(self.vectors), ENTRIES_AT_ONCE):
             block = self.vectors[start : start + ENTRIES_AT_ONCE]
-            # the published order of additions, see Codebook.nearest
+            # The order of additions is the published one, see Codebook.nearest.
             distances = squares + block.square().sum(1) - 2 * (rows @ block.t())
             nearest, place = distances.min(1)
             if least is None or index is None:
@@ -122,7 +122,7 @@ class DecoderGraph(nn.Module):
 
 
 def sha256(content: bytes) -> str:
-    """Returns the sha256 in hex."""
+    """Returns the sha256 of `content` in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -132,12 +132,12 @@ def export_graphs(model: VQGAN) -> dict[str, bytes]:
     >>> sorted(export_graphs(load_model("tiny-f8")))  # doctest: +SKIP
     ['codebook.onnx', 'decoder.onnx', 'encoder.onnx']
 
-    They are made by torch.export (dynamo): TorchScript's exporter is faster, but deprecated. Raises RuntimeError if
-    onnx or onnxscript is missing, CodecError if torch.onnx fails.
+    torch.export (dynamo) makes them, because TorchScript's exporter is faster but deprecated. Raises RuntimeError
+    if onnx or onnxscript is missing, and CodecError if torch.onnx fails.
     """
     require_packages("onnx", "onnxscript")
     spec = model.spec
-    # Sizes may be anything but 0 and 1, which torch.export would take for constants.
+    # The example's sizes must not be 0 or 1, which torch.export would treat as constants.
     side = 3
     images = torch.zeros(2, 3, side * spec.factor, (side + 1) * spec.factor)
     latents = torch.zeros(2, spec.latent_dim, side, side + 1)
@@ -169,7 +169,10 @@ def _export(
 
 
 def check_graphs(model: VQGAN, graphs: Mapping[str, bytes]) -> None:
-    """Runs the graphs in ONNX Runtime on the CPU, in two sizes. Raises CodecError if they differ from `model`."""
+    """Runs the graphs in ONNX Runtime on the CPU with images of two sizes.
+
+    Raises CodecError if the results differ from those of `model` by more than the tolerance.
+    """
     require_packages("onnxruntime")
     encoder, codebook, decoder = (open_session(graphs[f"{name}.onnx"], [CPU]) for name in GRAPHS)
     generator = torch.Generator().manual_seed(0)
@@ -185,12 +188,12 @@ def check_graphs(model: VQGAN, graphs: Mapping[str, bytes]) -> None:
         if not error <= 1e-4 * max(largest, 1e-6):
             raise CodecError(
                 f"the exported encoder is wrong by {error:.2e} at {height * f}x{width * f} pixels, where latents "
-                f"reach {largest:.2e}; at most 1e-4 of that is allowed"
+                f"reach {largest:.2e}; an error of at most 1e-4 times that is allowed"
             )
         chosen = run(codebook, latents)
         if chosen.shape != indices.shape:
             raise CodecError(
-                f"the exported codebook returns shape {list(chosen.shape)}, must be {list(indices.shape)}"
+                f"the exported codebook returns shape {list(chosen.shape)}, but must return {list(indices.shape)}"
             )
         entries = model.quantize.embedding.weight
         rows = latents.permute(0, 2, 3, 1).double()
@@ -201,20 +204,20 @@ def check_graphs(model: VQGAN, graphs: Mapping[str, bytes]) -> None:
         psnr = -10 * math.log10(max(mse, 1e-15))
         if not psnr >= MIN_PSNR_DB:
             raise CodecError(
-                f"the exported decoder's images have a PSNR of {psnr:.1f} dB to the network's, must be at least "
+                f"the exported decoder's images have a PSNR of {psnr:.1f} dB to the network's; it must be at least "
                 f"{MIN_PSNR_DB:g}"
             )
 
 
 def write_export(model: VQGAN, codec: str, fingerprint: str, folder: Path, force: bool = False) -> Manifest:
-    """Exports, checks and writes a codec; `folder` is unchanged unless everything went well.
+    """Exports a codec, checks the graphs and writes them to `folder`; returns the manifest.
 
     >>> write_export(load_model("tiny-f8"), "tiny-f8", fingerprint, Path("tiny-f8-onnx")).opset  # doctest: +SKIP
     18
 
-    Raises CodecError for a folder that holds another codec or other files, unless `force` is set; for a graph that
-    does not compute what `model` does; and if the disk refuses to write. Raises RuntimeError if a package is
-    missing.
+    `folder` is changed only after all checks have passed. Raises CodecError if `folder` holds a different codec or
+    files that are not an export (unless `force` is set), if a graph does not compute the same as `model`, and if
+    the files cannot be written. Raises RuntimeError if a package is missing.
     """
     folder = folder.absolute()
     check_folder(folder, codec, fingerprint, force)
@@ -227,7 +230,7 @@ def write_export(model: VQGAN, codec: str, fingerprint: str, folder: Path, force
 
 
 def check_folder(folder: Path, codec: str, fingerprint: str, force: bool) -> None:
-    """Raises CodecError if an export to `folder` would replace, or be mixed with, something else."""
+    """Raises CodecError if `folder` holds a different codec or foreign files, unless `force` is set."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -236,16 +239,16 @@ def check_folder(folder: Path, codec: str, fingerprint: str, force: bool) -> Non
         return
     manifest = Manifest.read(folder)
     if manifest is None:
-        raise CodecError(f"{folder} is not empty and has no {MANIFEST}; choose another folder, or use --force")
+        raise CodecError(f"{folder} is not empty and has no {MANIFEST}; choose an empty folder, or use --force")
     if manifest.fingerprint != fingerprint:
         raise CodecError(
             f"{folder} holds codec {manifest.codec!r} with fingerprint {manifest.fingerprint}, not {codec!r} with "
-            f"{fingerprint}; choose another folder, or use --force"
+            f"{fingerprint}; choose an empty folder, or use --force"
         )
 
 
 def write_folder(folder: Path, manifest: Manifest, graphs: Mapping[str, bytes]) -> None:
-    """Writes all files beside `folder` and then puts them there. Raises CodecError if the disk refuses to write."""
+    """Writes all files beside `folder`, then moves them into it. Raises CodecError if they cannot be written."""
     stage = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         stage.mkdir(parents=True)
@@ -253,9 +256,10 @@ def write_folder(folder: Path, manifest: Manifest, graphs: Mapping[str, bytes]) 
             write_atomically(stage / name, content)
         write_atomically(stage / MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
         with contextlib.suppress(OSError):
-            stage.rename(folder)  # one step, where nothing or an empty folder has that name
+            stage.rename(folder)  # atomic if the folder is absent or empty
             return
-        # Otherwise the files are replaced one by one; without its manifest the folder does not count as an export.
+        # Otherwise the files are replaced one by one. Until the manifest is written, the folder does not count as
+        # an export.
         (folder / MANIFEST).unlink(missing_ok=True)
         for name in (*graphs, MANIFEST):
             os.replace(stage / name, folder / name)

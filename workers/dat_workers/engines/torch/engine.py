@@ -1,4 +1,4 @@
-"""The engine for CUDA, with half precision and every trick; on a CPU it keeps the published order of operations."""
+"""The engine for CUDA, with half precision and all tricks; on a CPU it runs the published order of operations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dat_workers.engines.torch.tricks import Tricks
 
 
 class TorchEngine(Engine):
-    """Runs a VQGAN in PyTorch, with those of `Tricks` that are on.
+    """Runs a VQGAN in PyTorch, with the chosen optimisations (`Tricks`).
 
-    Without tricks and in fp32 it is codecs/networks/vqgan.py as it stands. In every other precision the layers of
-    `network.FP32_LAYERS` stay fp32: δ is about 7 % of a grey level, too little for half precision pixels. `mixed`,
-    the default on CUDA, keeps the whole encoder in fp32 for the same reason.
+    Without tricks and in fp32 it runs codecs/networks/vqgan.py unchanged. In every other precision the layers of
+    `network.FP32_LAYERS` still compute in fp32, because δ is about 7 % of a grey level, too little for pixels in
+    half precision. For the same reason `mixed`, the default on CUDA, keeps the whole encoder in fp32.
     """
 
     name = "torch"
@@ -31,15 +31,15 @@ class TorchEngine(Engine):
         self.dtype = ("mixed" if cuda else "fp32") if dtype == "auto" else dtype
         self.tricks = Tricks.parse(tricks, cuda=cuda)
         if self.dtype == "tf32" and not cuda:
-            raise ValueError(f"dtype is 'tf32', which exists on CUDA alone; device is {str(device)!r}")
+            raise ValueError(f"dtype is 'tf32', which needs CUDA, but device is {str(device)!r}")
         triton = self.tricks.fused_norm or self.tricks.fused_codebook
         if cuda and triton and importlib.util.find_spec("triton") is None:
             raise ValueError(
-                f"tricks is {str(self.tricks)!r}: fused_norm and fused_codebook need Triton, which comes with "
-                "PyTorch's wheels for CUDA; pip install triton, or use --tricks all,-fused_norm,-fused_codebook"
+                f"tricks is {str(self.tricks)!r}, but fused_norm and fused_codebook need Triton, which comes with "
+                "PyTorch's wheels for CUDA. Run pip install triton, or use --tricks all,-fused_norm,-fused_codebook"
             )
-        # On a CPU one image at a time is as fast (its caches hold one), and CPU kernels add in another order for
-        # another batch size, which would make an image's tokens depend on the rest of its batch.
+        # On a CPU one image at a time is as fast, because its caches hold only one. Besides, the order of additions
+        # depends on the batch size there, which would make an image's tokens depend on the rest of its batch.
         self.batch = SIZES[-1] if cuda else 1
         self.model = network.build(model, self.dtype, self.tricks).to(device).eval().requires_grad_(False)
         pool = torch.cuda.graph_pool_handle() if self.tricks.graphs else None
@@ -47,12 +47,12 @@ class TorchEngine(Engine):
         self._run_decode = GraphedFunction(self._decode, pool)
 
     def warm_up(self, side: int) -> None:
-        """Captures the CUDA graphs, if they are on, for images of `side` x `side`; raises the errors of CUDA."""
+        """Captures the CUDA graphs for images of `side` x `side`, if graphs are on. Raises the errors of CUDA."""
         factor = self.model.spec.factor
         if not self.tricks.graphs or side % factor:
             return
         with self._device_context():
-            for size in reversed(SIZES):  # the largest first, since the others fit into its memory
+            for size in reversed(SIZES):  # largest first, so that the smaller graphs reuse its memory
                 if size > rows_at_once(self, side * side):
                     continue
                 self._run_encode.capture(torch.full((size, 3, side, side), 0.5, device=self.device))
@@ -70,7 +70,7 @@ class TorchEngine(Engine):
             return self._run_decode(indices.to(self.device, torch.int64))
 
     def _device_context(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the engine's device current: Triton launches on the current device, wherever its tensors are."""
+        """Makes the engine's device current, because Triton launches on the current device, not on the tensors'."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     @torch.inference_mode()

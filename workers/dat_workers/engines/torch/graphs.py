@@ -1,4 +1,4 @@
-"""Runs a function as CUDA graphs of a few batch sizes, so that a few hundred kernel launches become one launch."""
+"""Runs a function as CUDA graphs for a few batch sizes: one launch replaces a few hundred kernel launches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)  # images per graph
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # the batch sizes for which graphs are captured
 
 
 @dataclass
 class Captured:
-    """A graph with the tensors that it reads from and writes to."""
+    """A captured graph, with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     input: Tensor
@@ -25,9 +25,9 @@ class Captured:
 class GraphedFunction:
     """Replays a graph of `function` if one was captured for the shape of its input, else calls the function.
 
-    Graphs share the memory of `pool`. That is safe because they run one after the other on one stream, and the
-    input of each is copied into place just before it. Its output tensor is kept alive, so that no other graph
-    writes there, and is copied out before the next replay.
+    Graphs share the memory of `pool`. This is safe because they run one after the other on one stream, and the
+    input of a graph is copied into place just before its replay. The output tensor of each graph is kept alive, so
+    that no other graph writes to it, and is copied out before the next replay.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], pool: Any) -> None:
@@ -38,20 +38,20 @@ class GraphedFunction:
 
     @torch.inference_mode()
     def capture(self, example: Tensor) -> None:
-        """Captures a graph for inputs of `example`'s shape and dtype, unless there is one.
+        """Captures a graph for inputs of `example`'s shape and dtype, unless that graph was captured before.
 
-        Capture the largest batch first, since the others fit into its memory.
+        Capture the largest batch first, so that the graphs of smaller batches reuse its memory.
         """
         if example.shape in self._captured:
             return
-        gc.collect()  # a graph of another engine that is freed during a capture would spoil it
+        gc.collect()  # if a graph of a different engine were freed during the capture, it would fail
         input = example.clone()
-        if self._stream is None:  # torch.cuda.graph's default stream belongs to the device that captured first
+        if self._stream is None:  # torch.cuda.graph's default stream is on the first device used
             self._stream = torch.cuda.Stream(input.device)  # type: ignore[no-untyped-call]
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(input.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels and lets cuDNN plan, which must happen outside of the capture
+            for _ in range(2):  # kernels are compiled and cuDNN plans here, outside of the capture
                 self.function(input)
         torch.cuda.current_stream(input.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -67,7 +67,8 @@ class GraphedFunction:
         parts = []
         for start, count, size in split_for_graphs(len(x), sizes):
             captured = self._captured[torch.Size((size, *x.shape[1:]))]
-            # Rows beyond `count` keep the values of an earlier call: no image's result depends on its neighbours.
+            # Rows beyond `count` hold values of an earlier call. They do no harm, because the result of an image
+            # does not depend on the other rows.
             captured.input[:count].copy_(x[start : start + count])
             captured.graph.replay()
             parts.append(captured.output[:count].clone())
@@ -75,13 +76,13 @@ class GraphedFunction:
 
 
 def split_for_graphs(n: int, sizes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Yields (start, count, size of the graph) that together run `n` images; `sizes` must be ascending.
+    """Splits `n` images into graph calls: yields (start, count, size of the graph); `sizes` must be ascending.
 
     >>> list(split_for_graphs(103, [1, 8, 32, 64]))
     [(0, 64, 64), (64, 32, 32), (96, 7, 8)]
 
-    The images that are left are padded up to the next size if at most a quarter of that is padding, or if no size
-    is smaller; otherwise the largest size that they fill goes first.
+    The remaining images are padded up to the next larger size if at most a quarter of that size is padding, or if
+    they are fewer than the smallest size. Otherwise the largest size that they fill comes next.
     """
     start = 0
     while start < n:

@@ -3,9 +3,9 @@
     y = norm_swish(x, weight, bias, eps=1e-6, swish=True, dtype=torch.float16)
     indices = nearest(latents, codebook)
 
-Both take CUDA tensors, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before the import), which is
-how they are tested without a GPU. All offsets are 64 bits wide: 128 images of 256 x 256 with 256 channels have
-2^31 elements, one more than signed 32 bits can address.
+Both take CUDA tensors, or CPU tensors under Triton's interpreter (set TRITON_INTERPRET=1 before the import), with
+which the tests run without a GPU. All offsets are 64 bits wide, because 128 images of 256 x 256 with 256 channels
+have 2^31 elements, one more than signed 32 bits can address.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUPS = 32  # of every GroupNorm of these networks
+GROUPS = 32  # groups of every GroupNorm in these networks
 TILE = 4096  # elements per program: 32 per thread
-MOST_PARTS = 256  # into which an image's pixels are divided; each has its own moments, which are then merged
+MOST_PARTS = 256  # limit of the parts of an image; the moments of each part are computed and then merged
 NEAREST_BLOCKS = {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128}  # tl.dot needs sides of 16 or more
-# Triton 3.10 no longer fuses a·b + c by default, and 3.9 warns of it: with the explicit setting every version gives
-# the same bits.
+# Triton 3.10 no longer fuses a·b + c by default, and 3.9 warns of this change. With an explicit setting every
+# version gives the same bits.
 FUSION = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Computes mean and sum of squared deviations of each channel over `rows` pixels of one image.
+    """Computes the mean and the sum of squared deviations of each channel over `rows` pixels of one image.
 
-    Each tile is centred on its own mean before it is squared, and tiles are merged by Chan's formula (Chan, Golub,
-    LeVeque, 1979): E[x²] - E[x]² would lose every digit if the mean is large.
+    The mean of each tile is subtracted before squaring, and tiles are merged by Chan's formula (Chan, Golub,
+    LeVeque, 1979), because E[x²] - E[x]² would lose all digits if the mean is large.
     """
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -73,8 +73,8 @@ def _merge(
     means = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
     m2 = tl.load(m2_ptr + offsets, mask=mask, other=0.0)
     n = tl.minimum(tl.maximum(pixels - part * rows, 0), rows).to(tl.float32)[:, None]
-    total = pixels * GROUP_SIZE * 1.0  # not .to(), since Triton makes a Python int of one pixel
-    origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # close to all means
+    total = pixels * GROUP_SIZE * 1.0  # not .to(), because Triton specialises pixels = 1 to a Python int
+    origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # a value close to all the means
     shifted = tl.where(mask, means - origin, 0.0)
     shift = tl.sum(tl.sum(n * shifted, 1), 0) / total
     deviation = tl.where(mask, shifted - shift, 0.0)
@@ -89,7 +89,7 @@ def _normalise(
     x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, pixels, channels, groups,
     GROUP_SIZE: tl.constexpr, SWISH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Computes, in a second pass, (x - mean)·rstd·weight + bias, then swish, in fp32 and rounded once."""
+    """Computes (x - mean)·rstd·weight + bias and then swish, in fp32 with one rounding; this is the second pass."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -109,9 +109,10 @@ def _normalise(
 
 
 def norm_swish(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, swish: bool, dtype: torch.dtype) -> Tensor:
-    """Applies GroupNorm over 32 groups, then x·sigmoid(x) if `swish`: [N,C,H,W] to the same shape of `dtype`, NHWC.
+    """Applies GroupNorm over 32 groups, then x·sigmoid(x) if `swish` is set; returns [N,C,H,W] of `dtype` in NHWC.
 
-    x: fp16, bf16 or fp32, C a multiple of 32; it is copied first if it is not NHWC. weight, bias: fp32 [C].
+    x: fp16, bf16 or fp32 [N,C,H,W], with C a multiple of 32; if it is not in NHWC order, it is copied first.
+    weight, bias: fp32 [C].
     """
     n, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -161,7 +162,7 @@ def _nearest(
             z = tl.load(z_ptr + m[:, None] * D + d[None, :], mask=here & (d < D)[None, :], other=0.0)
             of_entry = k[None, :] * D + d[:, None]
             e = tl.load(codebook_ptr + of_entry, mask=known[None, :] & (d < D)[:, None], other=0.0)
-            dot = tl.dot(z, e, dot, input_precision="ieee")  # the default would be TF32: 10 bits of mantissa
+            dot = tl.dot(z, e, dot, input_precision="ieee")  # the default is TF32, with 10 bits of mantissa
         norms = tl.load(norms_ptr + k, mask=known, other=float("inf"))
         distance = (norm[:, None] + norms[None, :]) - 2.0 * dot
         distance = tl.where(distance < float("inf"), distance, float("inf"))  # a NaN must not win
@@ -172,10 +173,10 @@ def _nearest(
 
 
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Finds the nearest codebook vector (Eq. 3): latents fp32 [M,d] and codebook fp32 [K,d] to indices int64 [M].
+    """Returns the indices, int64 [M], of the vectors in codebook fp32 [K,d] nearest to latents fp32 [M,d] (Eq. 3).
 
-    Distances are |z|² + |e|² - 2 z·e in IEEE fp32, the published formula; of equal ones the lowest index wins. They
-    live in registers, BLOCK_M x BLOCK_K at a time.
+    Distances are computed by the published formula, |z|² + |e|² - 2 z·e, in IEEE fp32. Among equal distances the
+    lowest index wins. The distances are held in registers, BLOCK_M x BLOCK_K at a time.
     """
     latents, codebook = latents.contiguous(), codebook.contiguous()
     vectors, d = latents.shape

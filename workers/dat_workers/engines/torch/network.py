@@ -1,7 +1,7 @@
-"""Rebuilds a VQGAN for speed: the same mathematics with the same parameters, by the tricks that are on.
+"""Rebuilds a VQGAN for speed, with the tricks that are on; the mathematics and the parameters stay the same.
 
-`build` copies the network and replaces each layer for which there is a faster one. The names, the order and the
-forward passes of codecs/networks/vqgan.py stay, so that one file describes what Q computes.
+`build` copies the network and replaces each layer for which there is a faster implementation. The names, the order
+and the forward passes of codecs/networks/vqgan.py stay, so that a single file describes what Q computes.
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
-# The layers that compute in fp32 whatever the others do, by the beginning of their names, and the reason. A layer
-# added here runs in fp32 and returns fp32; nothing else has to be changed.
+# The layers that compute in fp32 at every precision: the beginning of each name, and the reason. A layer added here
+# runs in fp32 and returns fp32; nothing else has to be changed.
 FP32_LAYERS = {
-    "encoder.conv_in": "takes the pixels: with α = 0.1 and `l2`, δ is 2.6e-4 of 1, which fp16 pixels do not hold",
+    "encoder.conv_in": "reads the pixels; with α = 0.1 and `l2`, δ is 2.6e-4, too small for fp16 pixels in 0..1",
     "encoder.norm_out": "feeds the last convolution before the codebook",
-    "encoder.conv_out": "latents rounded to 11 bits flip tokens by themselves",
-    "quant_conv": "as encoder.conv_out: its output goes into the distances",
-    "quantize": "two distances are often nearer to each other than half precision tells apart",
+    "encoder.conv_out": "rounding latents to 11 bits changes tokens even without δ",
+    "quant_conv": "its output goes into the distances, as that of encoder.conv_out",
+    "quantize": "two distances often differ by less than half precision can represent",
 }
 
-# The same for `mixed`, which must change fewer tokens by its rounding than δ does. Measured with `tiny-f8` in fp32
-# on a CPU, the roundings of the other precisions emulated: an encoder in fp16 keeps 27 % of the tokens that δ
-# changes, with only its middle in fp16 67 %, in TF32 51 %, in bf16 2 % (docs/tiny-f8.md has the table).
+# The fp32 layers of `mixed`, whose rounding must change fewer tokens than δ does. Measured with `tiny-f8` on a CPU
+# in fp32, with the rounding of lower precisions emulated: of the tokens that δ changes, an encoder in fp16
+# preserves 27 %, one with only its middle in fp16 67 %, one in TF32 51 % and one in bf16 2 % (docs/tiny-f8.md has
+# the table).
 MIXED_FP32_LAYERS = FP32_LAYERS | {"encoder": "11 bits of mantissa anywhere in it are as coarse as δ"}
 
 
 def needs_fp32(name: str, precision: str) -> bool:
-    """Whether the list of this precision contains the layer of that name, or a module around it."""
+    """Returns True if the fp32 layers of this precision include the layer `name` or a module that contains it."""
     listed = MIXED_FP32_LAYERS if precision == "mixed" else FP32_LAYERS
     return any(f"{name}.".startswith(f"{layer}.") for layer in listed)
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Sets, inside the block, whether CUDA may round the factors of fp32 products to 10 bits of mantissa."""
+    """Allows or forbids TF32 inside the block, which rounds the factors of fp32 products to 10 bits of mantissa."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -71,16 +72,17 @@ def tf32(allowed: bool) -> Iterator[None]:
 def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
     """Returns `model` as a network of `precision` (fp32, tf32, mixed, fp16, bf16) with `tricks`.
 
-    That is `model` itself if neither asks for a change, else a copy. Its interface is that of a VQGAN: images fp32
-    in -1..1 to latents fp32, latents fp32 to images of its own dtype. For tf32 call it inside `tf32(True)`: the
-    layers of FP32_LAYERS switch it off for themselves.
+    The result is `model` itself if neither requires a change, and a copy otherwise. It has the interface of a
+    VQGAN: it maps images fp32 in -1..1 to latents fp32, and latents fp32 to images of its own dtype. For the
+    precision tf32 the caller must run the result inside `tf32(True)`; the layers of FP32_LAYERS switch TF32 off for
+    themselves.
     """
     if precision == "fp32" and replace(tricks, graphs=False, overlap=False) == Tricks():
         return model
     network = copy.deepcopy(model)
     _convert(network, "", precision, tricks)
     if not needs_fp32("encoder", precision):
-        # conv_in computes in fp32, but the layers after it do not: from here on the residual stream has their dtype
+        # conv_in computes in fp32, but returns the dtype of the layers after it.
         first: nn.Module = network.encoder.conv_in
         assert isinstance(first, Convolution)
         first.out = DTYPES[precision]
@@ -88,7 +90,7 @@ def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
 
 
 def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> None:
-    """Replaces every layer below `module` for which there is a faster one."""
+    """Replaces every layer inside `module` for which there is a faster implementation."""
     for name, child in module.named_children():
         full = f"{prefix}{name}"
         exact = needs_fp32(full, precision)
@@ -103,7 +105,7 @@ def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> 
 
 
 def _faster(layer: nn.Module, dtype: torch.dtype, tricks: Tricks) -> nn.Module | None:
-    """Returns the replacement of a layer, or None if its children should be looked at instead."""
+    """Returns the replacement of a layer, or None if the layer stays and only its children may be replaced."""
     nhwc = tricks.channels_last
     match layer:
         case Norm():
@@ -120,7 +122,7 @@ def _faster(layer: nn.Module, dtype: torch.dtype, tricks: Tricks) -> nn.Module |
 
 
 class Convolution(nn.Module):
-    """A convolution that takes any dtype, computes in that of its weights and returns `out`."""
+    """A convolution that takes any dtype, computes in the dtype of its weights and returns the dtype `out`."""
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class Convolution(nn.Module):
 
 
 class FastNorm(nn.Module):
-    """GroupNorm, with swish if the layer has it, in fp32, rounded once to `dtype`."""
+    """GroupNorm, followed by swish if `norm` has it; computed in fp32 and rounded once to `dtype`."""
 
     def __init__(self, norm: Norm, dtype: torch.dtype, *, fused: bool) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class FastNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and x.is_cuda:
-            from dat_workers.engines.torch import kernels  # here, since it needs Triton, which a CPU does not
+            from dat_workers.engines.torch import kernels  # imported here because it needs Triton
 
             return kernels.norm_swish(x, self.weight, self.bias, eps=self.eps, swish=self.swish, dtype=self.dtype)
         h = F.group_norm(x.float().contiguous(), 32, self.weight, self.bias, self.eps)
@@ -168,12 +170,12 @@ class FastNorm(nn.Module):
 
 
 def folded_kernels(weight: Tensor) -> Tensor:
-    """Returns the four 2x2 kernels [4·C_out,C_in,2,2] that equal nearest x2 and a 3x3 convolution [C_out,C_in,3,3].
+    """Returns four 2x2 kernels [4·C_out,C_in,2,2] that equal nearest x2 and a 3x3 convolution [C_out,C_in,3,3].
 
-    An output pixel in an even row sees rows i-1, i, i of the small image through the taps w0, w1, w2, one in an odd
-    row sees rows i, i, i+1: two taps meet the same row and are added. The same holds for columns. The order of the
-    phases is (even, even), (even, odd), (odd, even), (odd, odd). Zeros around the enlarged image are zeros around
-    the small one. Sums are taken in fp64, so that a weight is rounded once.
+    The taps w0, w1, w2 of an output pixel in an even row read rows i-1, i, i of the small image; in an odd row they
+    read rows i, i, i+1. Two taps read the same row, so they are added. The same holds for columns. The order of the
+    phases is (even, even), (even, odd), (odd, even), (odd, odd). The zero padding of the enlarged image corresponds
+    to zero padding of the small image. Sums are computed in fp64, so that each weight is rounded once.
     """
     w = weight.double()
     rows = (
@@ -188,12 +190,13 @@ def folded_kernels(weight: Tensor) -> Tensor:
 
 
 class FoldedUpsample(nn.Module):
-    """Upsample as one convolution of the small image: 4 taps per output pixel instead of 9."""
+    """Computes `Upsample` as one convolution of the small image, with 4 taps per output pixel instead of 9."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, nhwc: bool) -> None:
         super().__init__()
         assert conv.bias is not None
-        # With this padding the output has one row and one column more than a phase: each phase takes its window.
+        # With this padding the output has one more row and column than a phase needs; each phase uses a window of
+        # it.
         self.conv = Convolution(folded_kernels(conv.weight), conv.bias.repeat(4), dtype, padding=1, nhwc=nhwc)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,9 +213,10 @@ class FoldedUpsample(nn.Module):
 
 
 class FastAttention(nn.Module):
-    """AttnBlock with q, k and v from one product; with `sdpa` its attention weights are never in memory.
+    """Computes `AttnBlock` with q, k and v from one product; with `sdpa` the attention weights are never in memory.
 
-    q is scaled before the product, because sums of 512 unscaled products exceed 65504, the largest number of fp16.
+    q is scaled before it is multiplied with k, because sums of 512 unscaled products exceed 65504, the largest
+    number of fp16.
     """
 
     def __init__(self, block: AttnBlock, dtype: torch.dtype, tricks: Tricks) -> None:
@@ -225,7 +229,7 @@ class FastAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        # [N,h·w,3C], which is a view if the tensor is NHWC
+        # [N,h·w,3C]; this is a view if the tensor is in NHWC order
         q, k, v = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c).chunk(3, 2)
         if self.sdpa or height * width > LARGE_ATTENTION:
             h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""The optimisations that make the codec fast on a GPU; each can be switched off, to measure its worth."""
+"""The optimisations that make the codec fast on a GPU; each can be switched off to measure its effect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Tricks:
-    """The optimisations that are on. None changes what Q is, only how often and in which order numbers are rounded.
+    """Says which optimisations are on. They change only how often and in which order Q's numbers are rounded.
 
     >>> Tricks.parse("all,-graphs", cuda=True).graphs
     False
@@ -25,11 +25,11 @@ class Tricks:
 
     @classmethod
     def parse(cls, text: str, *, cuda: bool) -> Tricks:
-        """Reads a setting: names separated by commas, each added, or taken away if it begins with `-`.
+        """Parses a setting: names separated by commas; a name is switched on, or off if it begins with `-`.
 
-        The first word may be `all`, `none` or `auto`, which is all on CUDA and none elsewhere: a CPU keeps the
-        published order of operations and so the published tokens. `graphs` and `overlap` need CUDA and are left out
-        elsewhere. Raises ValueError for any other word.
+        The first word may be `all`, `none` or `auto`. `auto` means all on CUDA and none on a CPU, which keeps the
+        published order of operations there, and with it the published tokens. `graphs` and `overlap` need CUDA and
+        are always off on a CPU. Raises ValueError for an unknown word.
         """
         names = [field.name for field in fields(cls)]
         everything, nothing = cls(**dict.fromkeys(names, True)), cls()
@@ -37,14 +37,14 @@ class Tricks:
         first, *rest = words = [word.strip() for word in text.split(",")]
         tricks = bases.get(first)
         if tricks is None:
-            # "-graphs" alone takes away from `auto`; "graphs" alone adds to `none`
+            # Without a first word, a setting that begins with "-" starts from `auto`, any other from `none`.
             tricks, rest = bases["auto" if first.startswith("-") else "none"], words
         for word in rest:
             name = word.removeprefix("-")
             if name not in names:
                 raise ValueError(
-                    f"tricks is {text!r}: {word!r} does not exist; begin with all, none or auto, then add any "
-                    f"of {', '.join(names)}, with - before those to leave out"
+                    f"tricks is {text!r}, but {word!r} does not exist; begin with all, none or auto, then add any "
+                    f"of {', '.join(names)}, with - before a name to switch it off"
                 )
             tricks = replace(tricks, **{name: not word.startswith("-")})
         return tricks if cuda else replace(tricks, graphs=False, overlap=False)
