@@ -1,21 +1,21 @@
-"""The exceptions of the codec side; none of them knows how the request arrived.
+"""The exceptions of the codec side. They do not depend on how a request arrived (HTTP, Ray or Python).
 
 ValueError
-└── InvalidInput        the caller's mistake: field, value, limit
+└── InvalidInput        the caller's mistake; has field, value and limit
     └── TooLarge        a limit on size or number is exceeded
 RuntimeError
-├── EngineError         the codec's own failure: images that are not finite, a device that fails
-│   ├── OutOfMemory     the device has no memory for the request, not even for half the batch
-│   └── Unhealthy       nothing can be computed here any more
-├── Full                no more requests are taken now: retry_after_s
-└── DeadlinePassed      the caller no longer waits for the answer
+├── EngineError         a failure of the codec: results that are not finite, or a device that fails
+│   ├── OutOfMemory     the device's memory is too small for the request, even for half of the batch
+│   └── Unhealthy       this process cannot compute anything any more
+├── Full                no more requests are accepted at the moment; has retry_after_s
+└── DeadlinePassed      the deadline of the request has passed
 """
 
 from __future__ import annotations
 
 
 class InvalidInput(ValueError):
-    """A field of the request is not usable; nothing was computed.
+    """A field of the request is not usable, and nothing was computed.
 
     >>> str(InvalidInput("images", "float64", "uint8, float16 or float32"))
     'images: float64 is not usable; expected uint8, float16 or float32'
@@ -26,28 +26,28 @@ class InvalidInput(ValueError):
         super().__init__(message or f"{field}: {self.value} is not usable; expected {limit}")
 
     def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str, str]]:
-        """Makes it picklable: by default an exception is rebuilt from the arguments of `Exception` alone."""
+        """Makes it picklable; by default pickle passes only the message to the constructor."""
         return type(self), (self.field, self.value, self.limit, str(self))
 
 
 class TooLarge(InvalidInput):
-    """The request has more or larger parts than the service takes."""
+    """The request has more parts, or larger parts, than the service accepts."""
 
 
 class EngineError(RuntimeError):
-    """The engine could not compute a correct answer, so there is none."""
+    """The engine could not compute a correct result, so the request has no result."""
 
 
 class OutOfMemory(EngineError):
-    """The device has no memory for this request, not even for half of it at a time."""
+    """The device's memory is too small for this request, even for half of the batch at a time."""
 
 
 class Unhealthy(EngineError):
-    """The engine is lost or hangs. This process must be replaced; another one may well give the answer."""
+    """The engine has failed or hangs. This process must be replaced; a new process may compute the request."""
 
 
 class Full(RuntimeError):
-    """No more requests can be held or queued now; try again in `retry_after_s` seconds.
+    """No more requests can be held or queued now; the caller should try again in `retry_after_s` seconds.
 
     >>> str(Full("64 requests are held", "at most 64", 1))
     '64 requests are held, at most 64; try again in 1 s'
@@ -63,5 +63,5 @@ class DeadlinePassed(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error as text; kept as an exception it would keep its frames' tensors alive."""
+    """Returns an error as one line of text; storing the exception itself would keep its frames' tensors alive."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")

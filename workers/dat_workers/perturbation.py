@@ -1,7 +1,7 @@
-"""Algorithm 1's step on the image, x_adv = clip(base + δ, 0, 1), and the random replacement of tokens (Table 8).
+"""Computes Algorithm 1's step, x_adv = clip(base + δ, 0, 1), and replaces tokens at random (Table 8).
 
-Everything is fp32 (the L2 norm fp64) and per sample: the result for a sample does not depend on the other samples
-of its batch.
+Everything is computed in fp32 (the L2 norm in fp64) and per sample, so that the result of a sample does not depend
+on the other samples of its batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TINY_NORM = 1e-10  # added to the L2 norm, as the authors' code does, so that a 
 class Step:
     """Describes how δ is computed from a gradient.
 
-    base: where the step starts, at `x` or at Q(x) (`reconstruction`). alpha: step size, in units of pixel value
-    (0..1) per unit of gradient. epsilon: the bound to which δ is clamped (Table 12); None for no bound.
+    base: the image to which δ is added, `x` or Q(x) (`reconstruction`). normalize: see `direction`. alpha: the step
+    size, in units of pixel value (0..1) per unit of gradient. epsilon: δ is clamped to ±epsilon (Table 12); None
+    means that δ is not clamped.
     """
 
     base: Base = "x"
@@ -40,13 +41,14 @@ PRESETS = {name: Step(**values) for name, values in vocabulary.PRESETS.items()}
 
 
 def direction(gradients: Tensor, normalize: Normalize) -> Tensor:
-    """Returns the gradient, fp32 [N,3,H,W], as it enters the step.
+    """Returns the direction of the step, fp32 [N,3,H,W]: the normalised gradient.
 
-    `none` leaves it (the per-sample gradient of a summed loss), `l2` divides each sample by its L2 norm + 1e-10,
-    `sign` takes signs.
+    `none` returns the gradient unchanged (the per-sample gradient of a summed loss), `l2` divides each sample's
+    gradient by its L2 norm + 1e-10, and `sign` returns the signs.
     """
     if normalize == "l2":
-        # In fp64 the squares of fp32's largest numbers do not overflow, and the sum does not depend on its order.
+        # In fp64 the squares of the largest fp32 numbers do not overflow, and the order of the additions does not
+        # change the norm in fp32.
         exact = gradients.double()
         norms = exact.flatten(1).norm(dim=1)[:, None, None, None]
         unit: Tensor = exact / (norms + TINY_NORM)
@@ -64,10 +66,10 @@ def perturb(x: Tensor, reconstruction: Tensor, gradients: Tensor, step: Step) ->
 
 
 def replace_tokens(indices: Tensor, images: Tensor, fraction: float, seed: int, codebook_size: int) -> Tensor:
-    """Swaps `fraction` of each sample's tokens for random other ones (the row "Random" of Table 8).
+    """Replaces `fraction` of each sample's tokens by different tokens, drawn at random ("Random" in Table 8).
 
-    indices: int64 [N,h,w] of images fp32 [N,3,H,W]. The draw depends on `seed` and on the sample's own pixels, so
-    a sample is changed in the same places on any replica and in any batch (with the same version of numpy).
+    indices: int64 [N,h,w] of images fp32 [N,3,H,W]. The draw depends only on `seed` and on the sample's own pixels,
+    so that every replica replaces the same tokens of a sample, in any batch (with the same version of numpy).
     Exactly round(fraction·h·w) tokens change.
     """
     replaced = indices.clone()
@@ -82,9 +84,9 @@ def replace_tokens(indices: Tensor, images: Tensor, fraction: float, seed: int, 
 
 
 def swaps(rng: np.random.Generator, tokens: int, fraction: float, codebook_size: int) -> tuple[Array, Array]:
-    """Draws which of `tokens` tokens to swap, and how far to move each round the codebook.
+    """Draws the positions of the tokens to replace, and the number to add to each of these tokens modulo K.
 
-    The distances are 1 to K-1, so that no token is swapped for itself.
+    These numbers are 1 to K-1, so that no token is replaced by itself.
     """
     positions = rng.permutation(tokens)[: round(fraction * tokens)]
     return positions, rng.integers(1, codebook_size, positions.size)

@@ -1,4 +1,4 @@
-"""A codec request after its checks: the arrays, and what to compute from each of their rows."""
+"""Checks codec requests, and describes a checked request: its arrays, and what to compute from each row."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dat_workers.perturbation import PRESETS, Step
 class Parameters:
     """The parsed parameters of a request.
 
-    `output_dtype` is UINT8, FP16 or FP32, the datatype of images in the answer; None stands for that of the images
-    sent, or for UINT8 if tokens were sent.
+    `output_dtype` is the datatype of the returned images: UINT8, FP16 or FP32. None means the datatype of the
+    images in the request, or UINT8 if the request has tokens instead.
     """
 
     step: Step = PRESETS["paper"]
@@ -46,11 +46,11 @@ def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
     >>> parse_parameters({"preset": "easyrobust", "alpha": 0.2}).step
     Step(base='reconstruction', normalize='l2', alpha=0.2, epsilon=None)
 
-    Raises InvalidInput for a parameter that does not exist, and for a value that breaks its limit.
+    Raises InvalidInput for a parameter that does not exist, and for a value outside the parameter's limit.
     """
     for name, value in parameters.items():
         if name not in PARAMETERS:
-            raise InvalidInput("parameters", shown(name), f"of {', '.join(PARAMETERS)}")
+            raise InvalidInput("parameters", shown(name), f"one of {', '.join(PARAMETERS)}")
         check_parameter(name, value)
     values = with_defaults(parameters)
     epsilon = values["epsilon"]
@@ -61,17 +61,17 @@ def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
 
 
 def check_parameter(name: str, value: Any) -> None:
-    """Raises InvalidInput if `value` breaks the limit of the parameter `name`."""
+    """Raises InvalidInput if `value` is outside the limit of the parameter `name`."""
     if limit := violated_limit(name, value):
         raise InvalidInput(name, shown(value), limit)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Describes what to compute from a row. Rows of equal tasks may share a batch.
+    """Describes what to compute from a row. Rows with equal tasks may share a batch.
 
-    size: height and width of the images that come out. inputs: name and dtype of each array. output_dtype: of the
-    images that come out.
+    size: height and width of the resulting images. inputs: name and dtype of each array. output_dtype: the dtype of
+    the resulting images.
     """
 
     size: tuple[int, int]
@@ -84,17 +84,17 @@ class Task:
 
     @property
     def decodes(self) -> bool:
-        """Whether the request sends tokens, which are only decoded."""
+        """True if the request holds tokens, which are only decoded."""
         return self.inputs[0][0] == "indices"
 
     @property
     def adversarial(self) -> bool:
-        """Whether the request asks for an adversarial output."""
+        """True if an adversarial output is requested."""
         return any(name.startswith("adversarial") for name in self.outputs)
 
     @property
     def cost(self) -> float:
-        """The cost of one row: passes through the encoder plus twice those through the decoder, times pixels."""
+        """The cost of one row: (passes through the encoder + 2 x passes through the decoder) x pixels."""
         encodes, decodes = (0, 1) if self.decodes else (1, int("reconstruction" in self.outputs))
         if self.adversarial:
             from_q = self.step.base == "reconstruction"
@@ -107,7 +107,7 @@ class Task:
 class CodecRequest:
     """A request that passed all checks: `arrays` by name, each [N,...], and the task of their rows.
 
-    `result` holds the outputs where they are known without the codec.
+    If the outputs are known without running the codec, `result` holds them; otherwise it is None.
     """
 
     task: Task
@@ -129,7 +129,7 @@ def check_outputs(outputs: Collection[str], known: Collection[str]) -> None:
     """Raises InvalidInput for an output that is not among `known`."""
     for name in outputs:
         if name not in known:
-            raise InvalidInput("outputs", repr(name), f"of {', '.join(known)}")
+            raise InvalidInput("outputs", repr(name), f"one of {', '.join(known)}")
 
 
 def check_images(images: Array, least_side: int) -> None:
@@ -151,7 +151,7 @@ def check_images(images: Array, least_side: int) -> None:
 
 
 def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[int, ...]) -> None:
-    """Raises InvalidInput unless these are gradients of images of that shape, with a scale for each or none."""
+    """Raises InvalidInput unless `gradients` has the images' shape and `scales` is None or has one per image."""
     if gradients is None:
         if scales is not None:
             raise InvalidInput("gradient_scales", "given without gradients", "gradients to scale")
@@ -159,13 +159,13 @@ def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[
     if gradients.dtype not in GRADIENT_DTYPES.values():
         raise InvalidInput("gradients", f"dtype {gradients.dtype}", "FP16, FP32, or INT8 with gradient_scales")
     if gradients.shape != shape:
-        raise InvalidInput("gradients", f"shape {list(gradients.shape)}", f"{list(shape)}, that of the images")
+        raise InvalidInput("gradients", f"shape {list(gradients.shape)}", f"{list(shape)}, the shape of the images")
     largest = largest_magnitudes(gradients)
     if not np.isfinite(largest).all():
         raise InvalidInput("gradients", "NaN or infinity", "finite values")
     if scales is None:
         if gradients.dtype == np.int8:
-            raise InvalidInput("gradient_scales", "missing", "float32 [N], where gradients are INT8")
+            raise InvalidInput("gradient_scales", "missing", "float32 [N], because gradients are INT8")
         return
     if scales.dtype != np.float32 or scales.shape != shape[:1]:
         raise InvalidInput("gradient_scales", f"{scales.dtype} {list(scales.shape)}", f"float32 [{shape[0]}]")
@@ -174,7 +174,7 @@ def check_gradients(gradients: Array | None, scales: Array | None, shape: tuple[
             "gradient_scales", "a value that is negative or not finite", "finite values of 0 or more"
         )
     if (largest * scales).max() > np.finfo(np.float32).max:
-        raise InvalidInput("gradient_scales", f"up to {scales.max():g}", "scales that keep fp32 finite")
+        raise InvalidInput("gradient_scales", f"up to {scales.max():g}", "scaled gradients that are finite in fp32")
 
 
 def check_indices(indices: Array, codec: str, codebook_size: int) -> None:
@@ -182,7 +182,7 @@ def check_indices(indices: Array, codec: str, codebook_size: int) -> None:
     if indices.dtype not in INDEX_DTYPES.values():
         raise InvalidInput("indices", f"dtype {indices.dtype}", "UINT16 or INT32")
     if indices.ndim != 3 or min(indices.shape) < 1:
-        raise InvalidInput("indices", f"shape {list(indices.shape)}", "[N,h,w], none of them 0")
+        raise InvalidInput("indices", f"shape {list(indices.shape)}", "[N,h,w], with N, h and w of 1 or more")
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= codebook_size:
         wrong = low if low < 0 else high

@@ -14,14 +14,14 @@ from dat_client.wire.vocabulary import PICTURE_SUFFIXES
 from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import as_image, decode_picture, pixels
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # shipped with scikit-image
 
 
 def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, encoded bytes) of every picture in a tar shard, under a folder, or of one file.
+    """Yields (name, encoded bytes) of every picture in `source`: a tar shard, a folder or a single picture.
 
-    Shards are read in their own order, by webdataset's rule for names; folders are sorted by name. Raises
-    InvalidInput for a shard that is damaged or not a tar file, and FileNotFoundError.
+    The pictures of a shard come in the order of the tar, and are named by webdataset's rule; those of a folder are
+    sorted by name. Raises InvalidInput for a shard that is damaged or not a tar file, and FileNotFoundError.
     """
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
@@ -41,9 +41,9 @@ def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
-    """Returns the middle of every picture, at most `limit` of them, as uint8 [N,3,size,size].
+    """Returns centre crops of the pictures in `sources`, at most `limit`, as uint8 [N,3,size,size].
 
-    Smaller pictures are enlarged first. Raises InvalidInput if the sources hold none.
+    Smaller pictures are enlarged first. Raises InvalidInput if the sources hold no pictures.
     """
     crops = []
     for source in sources:
@@ -57,7 +57,7 @@ def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -
 
 
 def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
-    """Returns centre crops of pictures, or without any of photographs inside scikit-image: uint8 [N,3,size,size].
+    """Returns centre crops of `sources`, or else of photographs in scikit-image, as uint8 [N,3,size,size].
 
     Raises as `centre_crops` does, and RuntimeError if scikit-image is needed and not installed.
     """
@@ -66,20 +66,20 @@ def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.N
     try:
         from skimage import data
     except ImportError:
-        raise RuntimeError("name pictures to compare on, or: pip install 'dat-service[demo]'") from None
+        raise RuntimeError("no pictures to compare on: name some, or run pip install 'dat-service[demo]'") from None
     pictures = (np.ascontiguousarray(getattr(data, name)().transpose(2, 0, 1)) for name in PHOTOGRAPHS[:limit])
     return np.stack([centre_crop(picture, size) for picture in pictures])
 
 
 def centre_crop(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Returns the middle of a picture, uint8 [3,size,size]; a smaller picture is enlarged first."""
+    """Returns the centre crop of a picture, uint8 [3,size,size]; a smaller picture is enlarged first."""
     picture = enlarge(picture, size)
     top, left = (picture.shape[1] - size) // 2, (picture.shape[2] - size) // 2
     return picture[:, top : top + size, left : left + size]
 
 
 def enlarge(picture: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Returns a picture whose shorter side is at least `size`: itself, or scaled up to just that."""
+    """Returns a picture, scaled up so that its shorter side equals `size` if that side is shorter than `size`."""
     _, height, width = picture.shape
     if min(height, width) >= size:
         return picture

@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 from dat_workers.errors import InvalidInput, TooLarge
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 1 << 27  # the limit where the caller sets none; Pillow has its own a little above
+MAX_PIXELS = 1 << 27  # the limit unless the caller sets a different one; Pillow's own limit is a little higher
 
 
 def open_picture(data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image.Image:
-    """Decodes one picture to RGB; `upright` turns it as its EXIF orientation says.
+    """Decodes one picture to RGB; if `upright` is set, rotates it by its EXIF orientation.
 
-    Raises TooLarge from the header alone if it announces more than `max_pixels`, and InvalidInput if the bytes are
-    not a complete picture.
+    `field` names the picture in errors. Raises TooLarge, before decoding, if the header says that the picture has
+    more than `max_pixels` pixels, and InvalidInput if the bytes are not a complete picture.
     """
     try:
         with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def open_picture(data: bytes, *, field: str, max_pixels: int = MAX_PIXELS, uprig
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, above MAX_PIXELS
         raise TooLarge(field, f"{len(data)} bytes ({error})", f"at most {max_pixels} pixels") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # Pillow's decoders raise many types of exception for damaged files
         reason = f"{len(data)} bytes ({type(error).__name__}: {error})"
         raise InvalidInput(field, reason, "a whole JPEG, PNG or WebP picture") from error
 
@@ -58,12 +58,16 @@ def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def as_image(picture: npt.NDArray[Any]) -> Image.Image:
-    """Returns uint8 [3,H,W] as an RGB picture. Pillow merges channels 17 times as fast as numpy turns the axes."""
+    """Returns uint8 [3,H,W] as an RGB picture. Pillow merges channels 17 times as fast as numpy transposes them."""
     return Image.merge("RGB", [Image.fromarray(channel) for channel in picture])
 
 
 def decode_pictures(encoded: Iterable[bytes], *, max_image_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Decodes N pictures of one size to uint8 [N,3,H,W]. Raises InvalidInput if sizes differ."""
+    """Decodes N pictures of equal size to uint8 [N,3,H,W].
+
+    Raises TooLarge for more than `max_image_pixels` in a picture or `max_pixels` in all together, and InvalidInput
+    if the sizes differ.
+    """
     pictures: list[npt.NDArray[np.uint8]] = []
     pixels_left = max_pixels
     for i, data in enumerate(encoded):
@@ -88,11 +92,12 @@ def encode_png(picture: npt.NDArray[Any]) -> bytes:
 def encode_jpeg(picture: npt.NDArray[Any], quality: int) -> bytes:
     """Encodes uint8 [3,H,W] as JPEG with full colour resolution (4:4:4).
 
-    Writes to a file in memory: into a BytesIO Pillow encodes with the GIL held, and other threads would wait.
+    Pillow writes to a file in memory, because it would hold the GIL while it encodes to a BytesIO, and other
+    threads would wait.
     """
     try:
         memory: Any = os.fdopen(os.memfd_create("jpeg"), "w+b")
-    except (AttributeError, OSError):  # a system that lacks it, or does not allow it
+    except (AttributeError, OSError):  # this system has no memfd_create, or forbids it
         memory = io.BytesIO()
     with memory as out:
         as_image(picture).save(out, "JPEG", quality=quality, subsampling=0)

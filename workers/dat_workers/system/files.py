@@ -1,4 +1,4 @@
-"""Writes files that are complete or not there."""
+"""Writes files atomically: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-STALE_S = 3600.0  # a temporary file this old was left behind by a process that was killed
+STALE_S = 3600.0  # a temporary file of this age was left behind by a process that was killed
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that takes the name `path` only when the block has ended without an error.
+    """Opens a temporary file for writing, and renames it to `path` when the block ends without an error.
 
     >>> with replacing(Path("runs/a.txt")) as file:  # doctest: +SKIP
     ...     file.write(b"whole")
 
-    It is written under a temporary name in the same folder, synced and renamed. On an error nothing is left, and an
-    older file of that name stays as it was. Raises OSError.
+    The temporary file is in the same folder, and is synced before it is renamed. After an error the temporary file
+    is deleted, and an older file named `path` stays as it was. Raises OSError.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another writer of this name may just have renamed its own
+        with suppress(FileNotFoundError):  # a second writer of this name may have just renamed that file
             if time.time() - leftover.stat().st_mtime > STALE_S:
                 leftover.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -40,6 +40,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Makes `content` the whole of `path`, as `replacing` does."""
+    """Writes `content` to `path` atomically, as `replacing` does."""
     with replacing(path) as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Handles signals for the time of a block, or delays them while a library starts that does not survive them."""
+"""Handles signals during a block, or delays them while a library starts that would crash if it were interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def handle_signals(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Calls `handler` on these signals until the block has ended, and then restores the earlier handlers."""
+    """Calls `handler` for these signals until the block ends, and then restores the previous handlers."""
     earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -24,15 +24,16 @@ def handle_signals(handler: Callable[[int, FrameType | None], None], *numbers: i
 
 @contextmanager
 def delayed_signals() -> Iterator[None]:
-    """Delivers Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only when the block has ended.
+    """Delays Ctrl-C, SIGTERM and SIGHUP (a closed terminal) until the block has ended.
 
-    Ray, interrupted while it starts, crashes when it is shut down; and it sets a handler of its own for SIGTERM.
+    It protects the start of Ray: if Ray is interrupted while it starts, it crashes later when it is shut down. Ray
+    also installs its own SIGTERM handler, which is replaced by the previous one when the block ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    # Only Python handlers raise exceptions in the block. Default actions and ignored signals stay as they are.
+    # Only Python handlers can raise an exception in the block; default actions and ignored signals stay unchanged.
     handlers = {n: handler for n in SIGNALS if callable(handler := signal.getsignal(n))}
     try:
         with handle_signals(lambda number, _: received.append(number), *handlers):

@@ -1,4 +1,4 @@
-"""A small thread pool that never keeps the process from ending."""
+"""A small thread pool that never prevents the process from exiting."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Tasks: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[Any], Any], A
 
 
 class DaemonThreads:
-    """A number of daemon threads that map functions over items; they end with this object.
+    """Maps functions over items in daemon threads, which end when this object is deleted.
 
     >>> DaemonThreads(2, "example").map(abs, [-1, 2, -3])
     [1, 2, 3]
 
-    A ThreadPoolExecutor will not do: Python joins its threads before it exits, so with one of them hung it never
-    exits.
+    It is used instead of a ThreadPoolExecutor, whose threads Python joins before it exits, so that a process with a
+    hung thread would never exit.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -32,9 +32,9 @@ class DaemonThreads:
             weakref.finalize(self, self._tasks.put, None).atexit = False
 
     def map(self, compute: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Returns `compute` of each item, in their order.
+        """Returns the results of `compute` for all items, in the order of the items.
 
-        Raises the exception of the first item that fails; items that have not begun by then are cancelled.
+        Raises the exception of the first item that failed; items that were not started by then are cancelled.
         """
         futures: list[Future[R]] = []
         for item in items:
@@ -55,4 +55,4 @@ def _run_tasks(tasks: Tasks) -> None:
                 future.set_result(compute(item))
             except BaseException as error:
                 future.set_exception(error)
-        del task, future, compute, item  # while the thread waits it holds nothing of the last task
+        del task, future, compute, item  # free the memory of the last task while the thread waits
