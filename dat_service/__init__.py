@@ -1,3 +1,3 @@
-"""The endpoint: HTTP app, Ray Serve deployment and command line of the discrete augmentation data service."""
+"""The discrete augmentation data service: its HTTP app, its Ray Serve deployment and its command line."""
 
 __version__ = "0.1.0"

@@ -1,13 +1,14 @@
-"""Fair shares of a limited capacity: no holder may take more than what is free beside it."""
+"""Divides a limited capacity into fair shares, so that no holder can take all of it from the others."""
 
 from __future__ import annotations
 
 
 class FairShares:
-    """Divides a capacity by dynamic thresholds (Choudhury and Hahne, 1998): each holder's limit is what is free.
+    """Divides a capacity by dynamic thresholds (Choudhury and Hahne, 1998).
 
-    So a single flood gets half of the capacity, two floods get a third each, and some capacity is always left for a
-    newcomer. A holder that holds nothing yet may take everything that is free.
+    A holder that holds nothing yet may take everything that is free. Any other holder may take more only if its new
+    total is at most the capacity that is free before. So one holder that floods the service gets half of the
+    capacity, two such holders get a third each, and some capacity is always left for a newcomer.
 
     >>> slots = FairShares(4)
     >>> [slots.take("flood", 1) for _ in range(4)]
@@ -22,7 +23,7 @@ class FairShares:
         self._holders: dict[str, int] = {}
 
     def take(self, holder: str, amount: int) -> bool:
-        """Takes `amount` more for the holder and returns True, or takes nothing and returns False."""
+        """Takes `amount` for the holder and returns True, or takes nothing and returns False if that is too much."""
         own, free = self._holders.get(holder, 0), self.capacity - self.held
         if amount > free or (own and own + amount > free):
             return False
@@ -30,7 +31,10 @@ class FairShares:
         return True
 
     def change(self, holder: str, old: int, new: int) -> bool:
-        """Replaces `old`, taken before, by `new` if `take` would allow `new` afterwards; else changes nothing."""
+        """Replaces an amount `old` that the holder took by `new`, under the rules of `take`.
+
+        Returns True if it was replaced, or False, with `old` still taken, if `new` is not allowed.
+        """
         self._add(holder, -old)
         if self.take(holder, new):
             return True
@@ -38,7 +42,7 @@ class FairShares:
         return False
 
     def give(self, holder: str, amount: int) -> None:
-        """Gives back `amount` that was taken."""
+        """Returns `amount` of what the holder took to the free capacity."""
         self._add(holder, -amount)
 
     def _add(self, holder: str, amount: int) -> None:

@@ -1,4 +1,4 @@
-"""From a decoded request to its answer: limits and checks, then the codec's queue."""
+"""Computes the answer to a decoded request: checks its values and limits, then queues it for the codec."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from dat_workers.errors import DeadlinePassed, InvalidInput, TooLarge
 from dat_workers.images.encoded import decode_pictures
 from dat_workers.request import CodecRequest, Parameters, Task, check_outputs, parse_parameters
 
-JSON_BYTES_PER_NUMBER = 20  # assumed for each number of a tensor in JSON, with its comma
+JSON_BYTES_PER_NUMBER = 20  # an assumption about one number of a tensor in JSON, including its comma
 
 
 @dataclass(frozen=True)
 class Caller:
     """The caller of a request.
 
-    `flow`: the name under which the fair queue schedules the request. `deadline`: by time.monotonic(), None for
-    none. `holder`: the name under which the request takes its share of slots and bytes.
+    `flow` is the name under which the fair queue schedules the request. `deadline` is a time on the clock of
+    time.monotonic(), or None if the request has no deadline. `holder` is the name to which the slot and the bytes
+    of the request are charged.
     """
 
     flow: str = ""
@@ -39,7 +40,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Answer:
-    """Outputs and parameters of a response, and the seconds that its request spent in queue and codec."""
+    """The outputs and parameters of a response, and the seconds its request spent in the queue and in the codec."""
 
     outputs: dict[str, Array]
     parameters: dict[str, Any]
@@ -49,44 +50,52 @@ class Answer:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A decoded message whose names and parameters are valid."""
+    """A decoded request whose inputs, outputs and parameters have valid names, and whose parameters are usable."""
 
     message: wire.Request
     parameters: Parameters
 
     @property
     def output_names(self) -> list[str]:
-        """The outputs that the request names, often none."""
+        """The names of the outputs that the request asks for; empty if it names none."""
         return [output.name for output in self.message.outputs]
 
 
 def check_request(message: wire.Request) -> CheckedRequest:
-    """Raises InvalidInput for inputs, outputs and parameters that no codec has, and for unusable parameters."""
+    """Returns the request with its parsed parameters.
+
+    Raises InvalidInput for names of inputs, outputs or parameters that no codec has, and for unusable parameters.
+    """
     parameters = parse_parameters(message.parameters)
     names = list(message.inputs)
     if names != ["indices"] and not ("images" in names and set(names) <= set(INPUTS)):
-        raise InvalidInput("inputs", sorted(names[:9]), f"either indices alone, or {', '.join(INPUTS)}")
+        raise InvalidInput(
+            "inputs", sorted(names[:9]), f"either indices alone, or images with any of {', '.join(INPUTS)}"
+        )
     request = CheckedRequest(message, parameters)
     check_outputs(request.output_names, OUTPUTS)
     return request
 
 
 async def infer(worker: CodecWorker, request: CheckedRequest, caller: Caller, reservation: Reservation) -> Answer:
-    """Computes an admitted request.
+    """Computes the answer to an admitted request.
 
-    Raises InvalidInput and TooLarge for an unusable request; Full, DeadlinePassed and EngineError as
-    `Batcher.submit`. Cancelling the call takes the request out of the queue.
+    Raises InvalidInput and TooLarge for an unusable request, and Full, DeadlinePassed and EngineError where
+    `Batcher.submit` does. Cancelling the call takes the request out of the queue.
     """
     inputs = request.message.inputs
     if len(inputs) == 1 and "images" in inputs and inputs["images"].dtype == np.uint8:
-        codec_request = prepare(worker, request, reservation)  # too quick to be worth a thread
+        codec_request = prepare(worker, request, reservation)  # this takes less time than a change of threads
     else:
         codec_request = await worker.run_in_thread(lambda: prepare(worker, request, reservation))
     return await compute(worker, codec_request, caller)
 
 
 async def compute(worker: CodecWorker, request: CodecRequest, caller: Caller) -> Answer:
-    """Returns the answer to a request, waiting until the caller's deadline, and counts it."""
+    """Returns the answer to a prepared request and counts it in the metrics.
+
+    Raises DeadlinePassed if the codec has no answer by the caller's deadline.
+    """
     assert worker.discretizer is not None
     result = await _queued(worker, request, caller) if request.result is None else Result(request.result)
     outputs = dict(result.outputs)
@@ -110,7 +119,10 @@ async def _queued(worker: CodecWorker, request: CodecRequest, caller: Caller) ->
 
 
 def prepare(worker: CodecWorker, request: CheckedRequest, reservation: Reservation) -> CodecRequest:
-    """Checks every limit and value of a request and reserves the bytes of its outputs."""
+    """Returns the request in the form that the batcher takes, and reserves the bytes of its outputs.
+
+    Raises InvalidInput or TooLarge if a value or a size is not allowed, and Full if the bytes are not free now.
+    """
     discretizer = worker.discretizer
     assert discretizer is not None
     if "images" in request.message.inputs:
@@ -145,9 +157,9 @@ def _prepare_images(
 
 def _prepare_indices(discretizer: Discretizer, request: CheckedRequest, settings: Settings) -> CodecRequest:
     if others := sorted(set(request.message.parameters) - {"output_dtype"}):
-        raise InvalidInput("parameters", others, "output_dtype alone if tokens are decoded")
+        raise InvalidInput("parameters", others, "no parameter but output_dtype when tokens are decoded")
     if request.output_names not in ([], ["reconstruction"]):
-        raise InvalidInput("outputs", request.output_names, "reconstruction alone if tokens are decoded")
+        raise InvalidInput("outputs", request.output_names, "no output but reconstruction when tokens are decoded")
     indices, factor = request.message.inputs["indices"], discretizer.spec.factor
     check_limits(indices, settings, scale=factor)
     check_json_outputs(request.message, ["reconstruction"], indices.size * factor**2, factor, settings)
@@ -155,12 +167,12 @@ def _prepare_indices(discretizer: Discretizer, request: CheckedRequest, settings
 
 
 def nbytes_of(array: Array) -> int:
-    """Returns the bytes of a tensor; for BYTES those of its elements."""
+    """Returns the size of a tensor in bytes; for the datatype BYTES, the sum of the sizes of its elements."""
     return int(sum(map(len, array.reshape(-1).tolist())) if array.dtype == object else array.nbytes)
 
 
 def output_bytes(task: Task, factor: int) -> int:
-    """Returns the bytes of one row of the outputs."""
+    """Returns the number of bytes that the outputs of one image take, all outputs together."""
     height, width = task.size
     picture = 3 * height * width * task.output_dtype.itemsize
     tokens = 2 * -(-height // factor) * -(-width // factor)
@@ -170,7 +182,10 @@ def output_bytes(task: Task, factor: int) -> int:
 def check_json_outputs(
     request: wire.Request, names: Sequence[str], pixels: int, factor: int, settings: Settings
 ) -> None:
-    """Raises TooLarge if the outputs of `pixels` pixels that are wanted as JSON might exceed its limit."""
+    """Raises TooLarge if the outputs that the request wants as JSON might exceed the limit on JSON.
+
+    `pixels` is the number of pixels of all images of the request together.
+    """
     as_json = [name for name in names if not request.wants_binary(name)]
     numbers = sum(pixels // factor**2 if name.endswith("indices") else 3 * pixels for name in as_json)
     nbytes = JSON_BYTES_PER_NUMBER * numbers
@@ -178,14 +193,16 @@ def check_json_outputs(
         raise TooLarge(
             "outputs",
             f"{', '.join(as_json)} as JSON, up to {nbytes} bytes",
-            f"at most {settings.max_json_bytes} bytes of JSON; ask for binary data (binary_data_output)",
+            f"at most {settings.max_json_bytes} bytes of JSON; request binary data instead (binary_data_output)",
         )
 
 
 def check_limits(tensor: Array, settings: Settings, scale: int = 1) -> None:
-    """Raises TooLarge for too many images or pixels; whether the shape is [N,...,H,W] is checked later.
+    """Raises TooLarge if the tensor stands for too many images or pixels.
 
-    `scale` is the side of one element in pixels: 1 for images, f for tokens.
+    Raises InvalidInput if a tensor of encoded pictures does not have the shape [N] with N of 1 or more. The shapes
+    of all other tensors are checked later. `scale` is the side in pixels of the square that one element of the
+    tensor stands for: 1 for images, f for tokens.
     """
     field = "images" if scale == 1 else "indices"
     encoded = tensor.dtype == object
@@ -200,7 +217,7 @@ def check_limits(tensor: Array, settings: Settings, scale: int = 1) -> None:
     height, width = tensor.shape[-2] * scale, tensor.shape[-1] * scale
     pixels, most = height * width, settings.max_image_pixels
     if pixels > most:
-        raise TooLarge(field, f"{width}x{height} = {pixels} pixels", f"at most {most} pixels an image")
+        raise TooLarge(field, f"{width}x{height} = {pixels} pixels", f"at most {most} pixels for each image")
     total, most = pixels * len(tensor), settings.max_pixels
     if total > most:
-        raise TooLarge(field, f"{total} pixels", f"at most {most} pixels in a request")
+        raise TooLarge(field, f"{total} pixels", f"at most {most} pixels for all images of a request")

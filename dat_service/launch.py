@@ -1,4 +1,4 @@
-"""Start a service for a test or a script, and end it together with everything that it started.
+"""Starts a service for a test or a script, and ends it together with every process that the service started.
 
 from dat_service.launch import running_service
 
@@ -22,13 +22,13 @@ import psutil
 from dat_service.ports import free_port
 from dat_service.processes import descendants, end
 
-DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`, even if it is not on PATH
+DAT = (sys.executable, "-m", "dat_service.cli")  # the command `dat`; this form works even if it is not on PATH
 READY = "ready"  # `dat serve` writes a line that begins with this word once it answers
 LOG_LINES = 200
 
 
 class StartFailed(RuntimeError):
-    """The process ended, or was not ready in time; the message holds what it wrote."""
+    """The process ended, or was not ready in time. The message contains the last lines that the process wrote."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RunningProcess:
 
     @property
     def log(self) -> str:
-        """The last 200 lines as one text."""
+        """The last 200 of the `lines`, joined to one string."""
         return "".join(self.lines[-LOG_LINES:])
 
 
@@ -55,7 +55,9 @@ def running_service(
     env: Mapping[str, str] | None = None,
     stderr: int | None = subprocess.STDOUT,
 ) -> Iterator[RunningProcess]:
-    """Runs `dat serve` with these arguments on a free port while the block runs; see `running_process`.
+    """Runs `dat serve` with these arguments on a free port while the block of the `with` statement runs.
+
+    The parameters and errors are those of `running_process`.
 
     >>> with running_service("--codec", "identity", "--local") as service:    # doctest: +SKIP
     ...     print(service.url)
@@ -77,20 +79,23 @@ def running_process(
     start_timeout_s: float = 300,
     stop_timeout_s: float = 90,
 ) -> Iterator[RunningProcess]:
-    """Runs a server that writes a line beginning with "ready" once it answers, and ends it with SIGINT.
+    """Runs a server while the block of the `with` statement runs, and then ends the server with SIGINT.
 
-    The block begins when that line has come. At its end, whatever still runs `stop_timeout_s` after the SIGINT is
-    killed, the processes that the server started included.
+    The server must write a line that begins with "ready" once it answers; the block begins after that line. When
+    the block has ended, the server and the processes that it started have `stop_timeout_s` seconds to end after the
+    SIGINT; those that still run are then killed.
 
     Args:
-        url: the address of the server, passed on as `RunningProcess.url`.
-        env: its environment variables, by default those of this process.
-        stderr: by default kept in the log beside stdout; None shows it where this process shows its own.
+        url: The address of the server; it becomes `RunningProcess.url`.
+        env: The environment variables of the server; by default, those of this process.
+        stderr: By default, stderr goes into the same log as stdout. With None, it goes to the stderr of this
+            process.
 
     Raises:
-        StartFailed: the process ended or wrote no such line within `start_timeout_s`.
+        StartFailed: The server ended, or it wrote no "ready" line within `start_timeout_s` seconds.
     """
-    # A session of its own: Ctrl-C in a terminal reaches the caller alone, which then ends the server in order.
+    # With a session of its own, the server gets no SIGINT from Ctrl-C in a terminal: this process gets it and then
+    # ends the server in order.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=env
     )
@@ -121,7 +126,7 @@ def _read(running: RunningProcess, ready_or_ended: threading.Event) -> None:
 
 
 def _end(process: subprocess.Popen[str], timeout_s: float) -> None:
-    """Interrupts the process, and kills it and its descendants if they still run after the timeout."""
+    """Sends SIGINT to the process, and kills it and those of its descendants that still run `timeout_s` later."""
     deadline = time.monotonic() + timeout_s
     started: set[psutil.Process] = set()
     with contextlib.suppress(psutil.NoSuchProcess):

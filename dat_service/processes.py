@@ -1,4 +1,4 @@
-"""Finds and ends processes that this one started, also those whose parents have ended already."""
+"""Finds and ends the processes that this process started, including those whose parents have already ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import psutil
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether the process still exists (its id may belong to another one by now) and is not a zombie."""
+    """Returns True if the process still exists and is not a zombie.
+
+    Returns False if another process has taken over its id by now.
+    """
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -19,7 +22,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Returns the roots and all their descendants, as far as they still run."""
+    """Returns those of the roots and of all their descendants that still run."""
     found: set[psutil.Process] = set()
     for root in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -28,9 +31,9 @@ def descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
 
 
 def mentioning(text: str) -> set[psutil.Process]:
-    """Returns the processes whose command line contains `text`, except this process.
+    """Returns all processes but this one whose command line contains `text`.
 
-    This finds orphans too: their parent is the machine's first process, so `descendants` misses them.
+    The result includes orphans, which `descendants` misses because their parent is the machine's first process.
     """
     found = set()
     for pid in set(psutil.pids()) - {os.getpid()}:
@@ -42,9 +45,9 @@ def mentioning(text: str) -> set[psutil.Process]:
 
 
 def end(processes: set[psutil.Process], patience_s: float) -> set[psutil.Process]:
-    """Waits `patience_s` for the processes to end, then sends SIGTERM, and SIGKILL after 2 s more.
+    """Waits up to `patience_s` seconds for the processes to end, then ends those that still run.
 
-    Returns the processes that had to be sent a signal.
+    They get SIGTERM first, and SIGKILL if they still run 2 s later. Returns the processes that got a signal.
     """
     late = _wait(processes, patience_s)
     for process in late:
@@ -58,10 +61,10 @@ def end(processes: set[psutil.Process], patience_s: float) -> set[psutil.Process
 
 
 def _wait(processes: set[psutil.Process], patience_s: float) -> set[psutil.Process]:
-    """Returns the processes that still run after `patience_s`.
+    """Waits up to `patience_s` seconds for the processes to end; returns those that still run.
 
-    `psutil.wait_procs` does not fit: it takes the exit status of Ray's own children from Ray, and where the kernel
-    lacks pidfd_open it waits for zombies that nobody reaps.
+    `psutil.wait_procs` is not used, for two reasons. It takes the exit status of Ray's own children, so Ray
+    never gets it. Where the kernel lacks pidfd_open, it also waits for zombies that no process reaps.
     """
     deadline = time.monotonic() + patience_s
     while (left := set(filter(runs, processes))) and time.monotonic() < deadline:

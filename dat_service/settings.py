@@ -1,4 +1,4 @@
-"""All settings of a service: one frozen object, filled from flags and DAT_* variables."""
+"""Defines all settings of a service as one frozen object, which takes its values from flags and DAT_* variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from dat_workers.engines.config import EngineConfig, EngineDtype, EngineName
 
 MIB = 1024 * 1024
-OTHER_VARIABLES = ("DAT_HOME",)  # the folder of installed codecs, dat_workers/codecs/store.py
+OTHER_VARIABLES = ("DAT_HOME",)  # DAT_HOME is the folder of installed codecs; dat_workers/codecs/store.py reads it
 
 
 class Settings(BaseSettings):
@@ -24,75 +24,122 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="DAT_", frozen=True, extra="forbid")
 
-    codec: str = Field("tiny-f8", description="Codec to serve.")
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    codec: str = Field("tiny-f8", description="Name of the codec to serve.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all addresses of the machine."
+    )
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     engine: EngineName = Field(
-        "auto", description="Engine: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference."
+        "auto",
+        description="Engine that computes: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference.",
     )
-    device: str = Field("auto", description="Device: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="Device: auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N.")
     dtype: EngineDtype = Field(
-        "auto", description="fp32, tf32, mixed (decoder fp16), fp16, bf16 or auto (mixed on CUDA, fp32 elsewhere)."
+        "auto",
+        description="Number format of the engine: auto (mixed on CUDA, fp32 elsewhere), fp32, tf32, "
+        "mixed (the decoder in fp16), fp16 or bf16.",
     )
     tricks: str = Field(
-        "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or e.g. all,-graphs."
+        "auto",
+        description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or a list such as all,-graphs, "
+        "which means all but graphs.",
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 for all cores.")
-    # absolute, because replicas read it in other working directories
+    threads: int = Field(
+        0, ge=0, le=1024, description="Number of CPU threads of the engine; 0 means one for each core."
+    )
+    # The path is made absolute, because replicas have different working directories.
     api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
-        None, description="File with one API key per line. [default: no key required]"
+        None, description="File with one API key per line. [default: no API key is required]"
     )
-    max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest request body in bytes.")
-    max_json_bytes: int = Field(2 * MIB, ge=1024, description="Most bytes of JSON in a request or response.")
-    max_images: int = Field(1024, ge=1, description="Most images in a request.")
-    max_image_pixels: int = Field(2048 * 2048, ge=64, description="Most pixels of one image.")
-    max_pixels: int = Field(64 * MIB, ge=64, description="Most pixels of all images in a request.")
-    max_requests: int = Field(256, ge=1, description="Most requests at once in a replica; more get 503.")
-    max_held_bytes: int = Field(4096 * MIB, ge=1024, description="Most bytes of requests and responses at once.")
-    max_queue_s: float = Field(10.0, gt=0, description="Requests expected to wait more seconds than this get 503.")
+    max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest size of a request body, in bytes.")
+    max_json_bytes: int = Field(
+        2 * MIB, ge=1024, description="Largest size of the JSON in a request or a response, in bytes."
+    )
+    max_images: int = Field(1024, ge=1, description="Largest number of images in a request.")
+    max_image_pixels: int = Field(2048 * 2048, ge=64, description="Largest number of pixels in one image.")
+    max_pixels: int = Field(
+        64 * MIB, ge=64, description="Largest number of pixels in all images of a request together."
+    )
+    max_requests: int = Field(
+        256, ge=1, description="Largest number of requests in a replica at once; requests above it get 503."
+    )
+    max_held_bytes: int = Field(
+        4096 * MIB,
+        ge=1024,
+        description="Largest size of all requests and responses in a replica at once, in bytes.",
+    )
+    max_queue_s: float = Field(
+        10.0, gt=0, description="A request that would probably wait longer than this many seconds gets 503."
+    )
     max_wait_ms: float | None = Field(
-        None, ge=0, le=1000, description="Milliseconds a batch waits to fill up. [default: 2 on CUDA, else 0]"
+        None,
+        ge=0,
+        le=1000,
+        description="Longest wait of a batch for more images, in milliseconds. [default: 2 on CUDA, else 0]",
     )
-    watchdog_s: float = Field(120.0, gt=0, description="A replica whose batch takes more seconds is replaced.")
-    body_timeout_s: float = Field(15.0, gt=0, description="Longest pause while sending or reading, in seconds.")
-    replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec, each with a copy of it.")
+    watchdog_s: float = Field(
+        120.0, gt=0, description="Replace a replica if one batch takes longer than this many seconds."
+    )
+    body_timeout_s: float = Field(
+        15.0,
+        gt=0,
+        description="Longest pause of a client while it sends a request or reads a response, in seconds.",
+    )
+    replicas: int = Field(
+        1, ge=1, le=1024, description="Number of replicas of each codec; each replica loads its own copy."
+    )
     autoscale: str | None = Field(
-        None, pattern=r"^[0-9]+:[0-9]+$", description="MIN:MAX replicas, by the number of waiting images."
+        None,
+        pattern=r"^[0-9]+:[0-9]+$",
+        description="Run between MIN and MAX replicas, depending on how many images are waiting.",
     )
     gpus: float | None = Field(
-        None, ge=0, le=64, description="GPUs per replica; with 0.5, two share one. [default: 1 if present]"
+        None,
+        ge=0,
+        le=64,
+        description="GPUs for each replica; with 0.5, two replicas share a GPU. [default: 1 if there is a GPU, else 0]",
     )
-    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Format of log lines: text, or json for one JSON object per line."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Log messages of this level and of all more serious levels."
+    )
 
     @model_validator(mode="after")
     def _check_bytes(self) -> Self:
         if self.max_held_bytes < 2 * self.max_body_bytes:
             raise ValueError(
-                f"max_held_bytes is {self.max_held_bytes}, must be at least twice max_body_bytes "
-                f"({self.max_body_bytes}), for one request and its response"
+                f"max_held_bytes is {self.max_held_bytes}, but it must be at least twice max_body_bytes "
+                f"({self.max_body_bytes}), so that one request and its response fit"
             )
         return self
 
     @property
     def engine_config(self) -> EngineConfig:
-        """The settings of the engine. Raises ValueError for values that contradict each other."""
+        """The engine's part of the settings. Raises ValueError if two of its values contradict each other."""
         return EngineConfig(self.engine, self.device, self.dtype, self.tricks, self.threads)
 
 
 class SettingsError(ValueError):
-    """A flag or a DAT_* variable is unusable."""
+    """A flag or a DAT_* variable has an unusable value, or a DAT_* variable is unknown."""
 
 
 def make_settings(**flags: Any) -> Settings:
-    """Returns the settings: flags that are not None, then DAT_* variables, then defaults. Raises SettingsError."""
+    """Returns the settings of a service.
+
+    Each value comes from its flag if that is not None, else from its DAT_* variable if that is set, else from the
+    default. Raises SettingsError for an unusable value and for an unknown DAT_* variable.
+    """
     unknown = sorted(
         name
         for name in os.environ
         if name.startswith("DAT_") and name[4:].lower() not in Settings.model_fields and name not in OTHER_VARIABLES
     )
     if unknown:
-        raise SettingsError(f"{', '.join(unknown)}: no such setting; dat_service/settings.py lists all")
+        raise SettingsError(
+            f"{', '.join(unknown)}: no setting has this name; dat_service/settings.py lists all settings"
+        )
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The codec in this process: its batcher, what requests hold of the capacity, and threads beside the codec's."""
+"""Runs the codec in this process: its batcher, the limits on admitted requests, and threads for side work."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dat_workers.errors import Full, TooLarge, Unhealthy
 
 T = TypeVar("T")
 
-SIDE_THREADS = 4  # decode pictures, parse long JSON and check floats while the codec computes
+SIDE_THREADS = 4  # these decode pictures, parse long JSON and check floats while the codec computes
 
 
 class CodecWorker:
-    """Holds the discretizer and admits the requests for it.
+    """Holds the discretizer of this process and admits requests to it.
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
     >>> with worker.admit("key/ci", 100) as reservation: ...
 
-    `replica` names this process among the processes that serve the same codec.
+    `replica` is a name that sets this process apart from all others that serve the same codec.
     """
 
     def __init__(self, settings: Settings, replica: str = "local") -> None:
@@ -38,7 +38,8 @@ class CodecWorker:
         self.discretizer: Discretizer | None = None
         self.slots = FairShares(settings.max_requests)
         self.bytes = FairShares(settings.max_held_bytes)
-        # reentrant: garbage collection of a response closes its reservation, in any thread at any moment
+        # The lock is reentrant because garbage collection of a response closes its reservation, which may happen in
+        # any thread at any moment.
         self.lock = threading.RLock()
         wait_ms = settings.max_wait_ms
         self.batcher = Batcher(
@@ -51,52 +52,58 @@ class CodecWorker:
         self._threads = ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side")
 
     def load(self) -> None:
-        """Loads and warms up the codec. Errors are raised, so that a replica without a codec never serves."""
+        """Loads and warms up the codec. Raises every error, because a replica without its codec must not serve."""
         self.discretizer = self.batcher.start(self.make)
         self.metrics.describe(self.discretizer)
 
     def make(self) -> Discretizer:
-        """Creates the discretizer; called in the thread that will run it."""
+        """Returns a new, warm discretizer. The batcher calls this in the thread that will run the discretizer."""
         return Discretizer.warm_from_store(self.settings.codec, self.settings.engine_config)
 
     @property
     def why_unhealthy(self) -> str:
-        """Why the codec cannot compute any more; empty while it can."""
+        """The reason why the codec cannot compute any more; an empty string while it can."""
         return self.batcher.why_unhealthy
 
     @property
     def healthy(self) -> bool:
-        """Whether the codec can still compute."""
+        """True while the codec can compute, False after it has failed or hung."""
         return not self.why_unhealthy
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be computed now."""
+        """True if a request can be computed: the codec is loaded and healthy, and the service is not stopping."""
         return self.discretizer is not None and self.healthy and not self._stopped
 
     @property
     def queued_images(self) -> int:
-        """The number of images that wait for the codec."""
+        """The number of images that are waiting for the codec."""
         return self.batcher.queued
 
     @property
     def held(self) -> int:
-        """The number of admitted requests: being read, waiting, being computed or being sent."""
+        """The number of requests from their admission until their response has been sent."""
         return self.slots.held
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are reserved for requests and responses."""
+        """The number of bytes that are reserved for requests and their responses."""
         return self.bytes.held
 
     def admit(self, holder: str, nbytes: int) -> Reservation:
-        """Reserves a slot and `nbytes` for a request. Raises Full, or Unhealthy if nothing can be computed now."""
+        """Returns a reservation of one slot and `nbytes` bytes for a request.
+
+        Raises Full if the holder's share has no such room now, TooLarge if `nbytes` exceeds the whole capacity, and
+        Unhealthy if the codec cannot compute now.
+        """
         if not self.ready:
             why = "the service is shutting down" if self._stopped else "the codec is not loaded"
             raise Unhealthy(self.why_unhealthy or why)
         with self.lock:
             if not self.slots.take(holder, 1):
-                raise Full(f"{self.held} requests are held", f"at most {self.slots.capacity}, in fair shares", 1)
+                raise Full(
+                    f"{self.held} requests are held", f"at most {self.slots.capacity}, divided into fair shares", 1
+                )
         reservation = Reservation(self, holder)
         try:
             reservation.grow(nbytes)
@@ -106,7 +113,7 @@ class CodecWorker:
         return reservation
 
     async def run_in_thread(self, task: Callable[[], T]) -> T:
-        """Returns `task()`, run in a thread beside the codec's."""
+        """Runs `task` in a side thread, not in the codec's thread; returns its result or raises its error."""
 
         def run() -> T:
             try:
@@ -118,14 +125,17 @@ class CodecWorker:
         return await asyncio.get_running_loop().run_in_executor(self._threads, run)
 
     def stop(self) -> None:
-        """Ends the threads after their current task; whatever still waits is refused."""
+        """Ends the threads after their current tasks. Requests that still wait then get an error."""
         self._stopped = True
         self.batcher.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def clear_frames(error: BaseException) -> None:
-    """Frees the local variables of an exception's frames: it waits for the event loop, and they may be large."""
+    """Frees the local variables in the frames of an exception.
+
+    They may be large, and the exception would keep them in memory until the event loop handles it.
+    """
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
@@ -133,7 +143,10 @@ def clear_frames(error: BaseException) -> None:
 
 
 class Reservation:
-    """The slot and the bytes that one request holds until `close`, which may be called more than once."""
+    """The slot and the bytes that one request holds until `close` is called.
+
+    `close` may be called several times; only the first call has an effect.
+    """
 
     def __init__(self, worker: CodecWorker, holder: str) -> None:
         self.worker, self.holder = worker, holder
@@ -141,24 +154,28 @@ class Reservation:
         self.open = True
 
     def grow(self, nbytes: int) -> None:
-        """Reserves `nbytes` more. Raises Full, or TooLarge if the request would need more than the whole capacity.
+        """Reserves `nbytes` bytes in addition to those that are reserved already.
 
-        Raises RuntimeError after `close`: a thread may still work on a request whose client has disconnected.
+        Raises Full if the holder's share has no such room now, TooLarge if the request would then hold more than
+        the whole capacity, and RuntimeError after `close`: a side thread may still be working on a request whose
+        client has disconnected.
         """
         with self.worker.lock:
             if not self.open:
-                raise RuntimeError("the request's reservation is closed: it has ended already")
+                raise RuntimeError("the request's reservation is closed, because the request has already ended")
             shares, total = self.worker.bytes, self.nbytes + nbytes
             if total > shares.capacity:
-                raise TooLarge("request", f"{total} bytes", f"at most {shares.capacity} bytes held")
-            # `change` and not `take`: the bytes that the request holds itself must not stand in its way
+                raise TooLarge(
+                    "request", f"{total} bytes", f"at most {shares.capacity} bytes for a request and its response"
+                )
+            # `take` would count the bytes that this request already holds against it; `change` does not.
             if not shares.change(self.holder, self.nbytes, total):
-                held = f"{shares.held} bytes are held and {nbytes} more wanted"
-                raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
+                held = f"{shares.held} bytes are held and this request needs {nbytes} more"
+                raise Full(held, f"at most {shares.capacity}, divided into fair shares", 1)
             self.nbytes = total
 
     def close(self) -> None:
-        """Gives back the slot and the bytes."""
+        """Frees the slot and the bytes, unless that has been done already."""
         with self.worker.lock:
             if self.open:
                 self.open = False

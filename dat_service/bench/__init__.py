@@ -1,1 +1,1 @@
-"""`dat bench`: measurements that users run on their own machines. The project's own are in benchmarks/."""
+"""`dat bench`: measurements for users to run on their machines. The project's own benchmarks are in benchmarks/."""

@@ -1,9 +1,9 @@
-"""Where does the time of a trainer's call go: client, network, queue, codec, the rest of the server?
+"""Measures how the time of a trainer's call is divided among client, network, queue, codec and the rest of the server.
 
     dat bench client --url http://codec:8000 --codec tiny-f8 --batch 128 --size 224 --calls 20
 
-It sends batches of random uint8 images, one after the other or `--in-flight` at once, and splits the time of the
-calls by the Server-Timing header of the answers, as `Client.profile` does.
+It sends batches of random uint8 images, with up to `--in-flight` calls at the same time. `Client.profile` divides the
+time of the calls with the help of the Server-Timing header in each response.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def measure(
     timeout_s: float = 300.0,
     api_key: str | None = None,
 ) -> str:
-    """Returns a table of `Client.profile` over `calls` calls of `batch` images, size x size.
+    """Returns the table of `Client.profile` for `calls` calls, each with `batch` images of `size` x `size` pixels.
 
     Args:
-        in_flight: calls that are under way at the same time.
-        parts: requests into which a call is split, the client's `max_in_flight`.
-        gradients: the dtype of the gradients that are sent along, or "none".
+        in_flight: Number of calls that are under way at the same time.
+        parts: Number of requests into which each call is split; it becomes the client's `max_in_flight`.
+        gradients: Dtype of the gradients that are sent with the images, or "none" to send no gradients.
 
     Raises:
-        DatError: the service cannot be reached, or refuses the calls.
+        DatError: The service cannot be reached, or it refuses a call.
     """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, 3, size, size), np.uint8)

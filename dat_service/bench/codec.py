@@ -1,11 +1,11 @@
-"""How many images per second does each engine of this machine discretize, and are the tokens the right ones?
+"""Measures how many images per second each engine on this machine discretizes, and how many tokens are right.
 
     dat bench codec --codec tiny-f8 --batch 16
 
-Every engine and dtype discretizes the same batch, uint8 images in host memory to uint8 images in host memory as a
-replica of the service does, in turn with all others. They are compared with the engine `reference`, which runs
-taming-transformers' own modules. `python -m benchmarks.codec` also measures the peers and how near the chip's peak
-they all come.
+Every engine, with every dtype, discretizes the same batch, and all of them take turns. As in a replica of the
+service, the images are uint8 in host memory before and after. The results are compared with those of the engine
+`reference`, which runs taming-transformers' own modules. `python -m benchmarks.codec` also measures the peers of this
+project, and which share of the chip's peak speed each contestant reaches.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from dat_workers.errors import InvalidInput, one_line
 from dat_workers.images.crops import sample_crops
 
 REFERENCE = "reference fp32"
-PHOTOGRAPHS = 16  # distinct ones; larger batches repeat them
+PHOTOGRAPHS = 16  # the number of distinct photographs in a batch; larger batches repeat them
 
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one engine and dtype, or why it could not be measured."""
+    """The result of one engine with one dtype, or the error that prevented its measurement."""
 
-    engine: str  # with its dtype, as "torch fp32"
-    images_per_s: tuple[float, ...] = ()  # of each round
-    times_reference: float | None = None  # how many times as fast as the reference, median of the rounds
-    token_agreement: float | None = None  # share of tokens that equal the reference's
+    engine: str  # the name of the engine and its dtype, such as "torch fp32"
+    images_per_s: tuple[float, ...] = ()  # one speed for each round
+    times_reference: float | None = None  # its speed divided by the reference's, median of all rounds
+    token_agreement: float | None = None  # the share of tokens that equal the reference's, 0 to 1
     error: str | None = None
 
 
 def choose_engines(device: torch.device, engines: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the (engine, dtype) pairs of that name, or all; half precision on a CPU is slow and must be named.
+    """Returns the (engine, dtype) pairs to measure on a device.
 
-    Raises InvalidInput if the names fit no pair of this device.
+    These are the pairs whose engine and dtype are in the lists; an empty list allows every name. If both lists are
+    empty, a CPU is measured with fp32 only, because half precision is slow there. Raises InvalidInput if no pair
+    that works on this device matches.
     """
     cuda = device.type == "cuda"
     pairs = [("reference", "fp32"), *engine_dtype_pairs(cuda)]
@@ -67,10 +69,11 @@ def measure(
     rounds: int = 5,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measures every pair on a batch of `batch` centre crops, size x size, of the pictures.
+    """Returns one row for each pair, measured on a batch of `batch` centre crops of `size` x `size` pixels.
 
-    Without pictures it takes the photographs inside scikit-image. Raises CodecError for an unknown codec,
-    InvalidInput for unreadable pictures, and RuntimeError if scikit-image is needed and missing.
+    The crops are cut out of `pictures`, by default out of the photographs that scikit-image contains. `report`
+    gets a line of text before each step. Raises CodecError for an unknown codec, InvalidInput for unreadable
+    pictures, and RuntimeError if scikit-image is needed but not installed.
     """
     crops = sample_crops(pictures, size, min(batch, PHOTOGRAPHS))
     images = np.resize(crops, (batch, *crops.shape[1:]))
@@ -87,7 +90,7 @@ def measure(
             discretizer.warm_up(size)
             tokens[name] = discretizer.discretize(images, outputs=["indices"])["indices"]
             discretizers[name] = discretizer
-        except Exception as error:  # a package that is missing, too little memory, ...: the others go on
+        except Exception as error:  # such as a missing package or too little memory; the other pairs still run
             errors[name] = one_line(error)
     report(f"timing {len(discretizers)} engines")
     timings = time_in_turns(
@@ -100,7 +103,7 @@ def measure(
 
 
 def row(name: str, timing: Timing, reference: Timing | None, tokens: dict[str, np.ndarray], batch: int) -> Row:
-    """Returns the result of one engine, compared with the reference if that ran."""
+    """Returns the result of one engine, compared with the reference if the reference was measured too."""
     if timing.error:
         return Row(name, error=timing.error)
     times = ratio(timing, reference) if reference else None
@@ -113,5 +116,5 @@ def row(name: str, timing: Timing, reference: Timing | None, tokens: dict[str, n
 
 
 def default_batch(device: str) -> int:
-    """Returns the batch that is large enough to show an engine's speed on this device."""
+    """Returns the number of images per batch with which an engine reaches about its full speed on this device."""
     return 64 if pick_device(device).type == "cuda" else 16

@@ -1,4 +1,4 @@
-"""Times contestants in turns within one run, so that disturbances of the machine hit all of them alike."""
+"""Times several functions in turns within one run, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dat_workers.errors import one_line
 
 Clock = Callable[[Callable[[], object], int], float]
 
-LEAST_S = 0.05  # the least length of a sample, if need be of several calls: shorter ones are mostly noise
+LEAST_S = 0.05  # the least length of a sample; quick functions are called several times, as short samples are noisy
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds per call of one contestant, one number for each round; or the error that put it out."""
+    """The seconds per call of one contestant, one number for each round, or the error that ended its measurement."""
 
     seconds: tuple[float, ...]
-    calls: int = 0  # of the contestant, averaged in each number
+    calls: int = 0  # the number of calls that each number is the mean of
     error: str | None = None
 
     @property
@@ -31,7 +31,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The speed of a contestant relative to another one, from the rounds that both have run."""
+    """The speed of a contestant divided by the speed of a baseline: the median, lowest and highest of all rounds."""
 
     median: float
     low: float
@@ -39,7 +39,7 @@ class Ratio:
 
 
 def cpu_clock(call: Callable[[], object], calls: int) -> float:
-    """Returns the wall-clock seconds of so many calls."""
+    """Returns the wall-clock seconds that `calls` calls of `call` take."""
     started = time.perf_counter()
     for _ in range(calls):
         call()
@@ -47,9 +47,10 @@ def cpu_clock(call: Callable[[], object], calls: int) -> float:
 
 
 def cuda_clock(call: Callable[[], object], calls: int) -> float:
-    """Returns the seconds between two CUDA events around so many calls, with the GPU idle before and after.
+    """Returns the seconds that `calls` calls of `call` take on the GPU, measured with two CUDA events.
 
-    A contestant that works on streams of its own must make the current one wait for them.
+    The GPU is idle before the first event and after the second. If `call` uses CUDA streams of its own, it must make
+    the current stream wait for them.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
@@ -62,7 +63,7 @@ def cuda_clock(call: Callable[[], object], calls: int) -> float:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """Returns the clock for a device: CUDA events on a GPU, else the wall clock."""
+    """Returns the clock that fits a device: `cuda_clock` for a GPU, else `cpu_clock`."""
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
@@ -74,15 +75,16 @@ def time_in_turns(
     clock: Clock = cpu_clock,
     least_s: float = LEAST_S,
 ) -> dict[str, Timing]:
-    """Times the contestants round by round, in alternating order, so that a drift affects all alike.
+    """Returns the timing of each contestant; the order alternates by round, so that a drift affects all alike.
 
     >>> timings = time_in_turns({"sum": lambda: sum(range(999)), "none": lambda: None}, rounds=3, least_s=0)
     >>> sorted(timings), len(timings["sum"].seconds)
     (['none', 'sum'], 3)
 
-    Each contestant is called `warmup` times, at least once, before any is measured; the last of these calls decides
-    how many calls make one sample of `least_s`. A contestant that raises (out of memory, a shape it cannot run) is
-    out from then on and its timing carries the error; the others go on.
+    Before the first round, each contestant is called `warmup` times, and at least once. The duration of the last of
+    these calls determines how many calls make one sample of about `least_s` seconds. If a contestant raises an
+    error (too little memory, an unsupported shape), it is not called again and its timing contains the error; the
+    measurement of the other contestants continues.
     """
     calls: dict[str, int] = {}
     errors: dict[str, str] = {}
@@ -109,7 +111,7 @@ def time_in_turns(
 
 
 def ratio(timing: Timing, baseline: Timing) -> Ratio | None:
-    """Returns how many times as fast as the baseline a contestant is, by rounds; None if either did not run."""
+    """Returns the speed of a contestant divided by the baseline's, or None if one of them was not measured."""
     if timing.error or baseline.error or not timing.seconds:
         return None
     each = [theirs / ours for ours, theirs in zip(timing.seconds, baseline.seconds, strict=True)]

@@ -1,4 +1,4 @@
-"""`python -m dat_service.cli`: the command `dat`."""
+"""Makes `python -m dat_service.cli` the same as the command `dat`."""
 
 from dat_service.cli.main import app
 

@@ -17,29 +17,37 @@ from dat_service.cli.output import check_output_file, log, print_table, write_js
 if TYPE_CHECKING:
     from dat_service.bench.codec import Row
 
-app = typer.Typer(help="Measure the codec or the calls of a client.", no_args_is_help=True)
+app = typer.Typer(help="Measure the speed of the codec, or of a client's calls to a service.", no_args_is_help=True)
 
 
 @app.command("codec")
 @command_errors("dat bench codec")
 def codec(
     name: Annotated[str, Option("--codec", help="Name of an embedded or installed codec.")] = "tiny-f8",
-    engine: Annotated[list[str] | None, Option(help="Measure this engine only; may be repeated.")] = None,
-    dtype: Annotated[list[str] | None, Option(help="Measure this dtype only; may be repeated.")] = None,
+    engine: Annotated[
+        list[str] | None, Option(help="Measure only this engine; repeat the option for more engines.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, Option(help="Measure only this dtype; repeat the option for more dtypes.")
+    ] = None,
     device: options.Device = "auto",
     batch: Annotated[
-        int | None, Option(min=1, help="Images in a batch. [default: 64 on CUDA, 16 on a CPU]")
+        int | None, Option(min=1, help="Number of images in a batch. [default: 64 on CUDA, 16 on a CPU]")
     ] = None,
-    size: Annotated[int, Option(min=8, help="Side of the images in pixels.")] = 224,
+    size: Annotated[int, Option(min=8, help="Height and width of the images in pixels.")] = 224,
     images: Annotated[
         list[Path] | None,
-        Option(help="Pictures, folders or .tar shards. [default: photographs of scikit-image]"),
+        Option(
+            help="Picture, folder or .tar shard to cut the images from; may be repeated. [default: scikit-image's photographs]"
+        ),
     ] = None,
-    rounds: Annotated[int, Option(min=1, help="Number of measurements of every engine.")] = 5,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads. [default: all cores]")] = None,
+    rounds: Annotated[int, Option(min=1, help="Number of times that each engine is measured.")] = 5,
+    threads: Annotated[
+        int | None, Option(min=1, help="Number of CPU threads. [default: one for each core]")
+    ] = None,
     out: Annotated[Path | None, Option(help="Also write the result to this JSON file.")] = None,
 ) -> None:
-    """Measure the images/s of each engine beside the reference, and the share of equal tokens."""
+    """Measure the images per second of each engine, and the share of its tokens that equal the reference's."""
     import torch
 
     from dat_service.bench.codec import choose_engines, default_batch, measure
@@ -79,20 +87,22 @@ def _print(rows: list[Row]) -> None:
 @command_errors("dat bench client")
 def client(
     url: Annotated[str, Option(help="Address of the service.")] = "http://127.0.0.1:8000",
-    codec: Annotated[str, Option(help="Name of a codec of the service.")] = "tiny-f8",
-    batch: Annotated[int, Option(min=1, help="Images in a call.")] = 128,
-    size: Annotated[int, Option(min=1, help="Side of the images in pixels.")] = 224,
+    codec: Annotated[str, Option(help="Name of a codec that the service serves.")] = "tiny-f8",
+    batch: Annotated[int, Option(min=1, help="Number of images in a call.")] = 128,
+    size: Annotated[int, Option(min=1, help="Height and width of the images in pixels.")] = 224,
     calls: Annotated[int, Option(min=1, help="Number of measured calls.")] = 20,
-    in_flight: Annotated[int, Option(min=1, help="Calls in flight at the same time.")] = 1,
-    parts: Annotated[int, Option(min=1, help="Requests that a call is split into (max_in_flight).")] = 1,
+    in_flight: Annotated[int, Option(min=1, help="Number of calls that are in flight at the same time.")] = 1,
+    parts: Annotated[int, Option(min=1, help="Number of requests that a call is split into (max_in_flight).")] = 1,
     gradients: Annotated[
         Literal["none", "FP16", "FP32", "INT8"],
-        Option(help="Dtype of the gradients that are sent along."),
+        Option(help="Dtype of the gradients that are sent with the images."),
     ] = "none",
-    timeout_s: Annotated[float, Option(help="Seconds to wait for the service, and for each call.")] = 300.0,
+    timeout_s: Annotated[
+        float, Option(help="Longest wait for the service to be ready, and for each call, in seconds.")
+    ] = 300.0,
     api_key: Annotated[str | None, Option(help="API key, if the service requires one.")] = None,
 ) -> None:
-    """Measure where the time of a call goes: client, network, queue, codec, and the rest of the server."""
+    """Measure how a call's time is divided among client, network, queue, codec and the rest of the server."""
     from dat_service.bench.client import measure
 
     table = measure(

@@ -1,4 +1,4 @@
-"""`dat codecs`: lists, shows, downloads and imports codecs. `dat export`: writes one as ONNX."""
+"""`dat codecs` lists, shows, downloads and imports codecs; `dat export` writes a codec as ONNX files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ app = typer.Typer(help="List, show, download, import and verify codecs.", no_arg
 @app.command("list")
 @command_errors("dat codecs list")
 def list_codecs() -> None:
-    """List the codecs that are published or installed here.
+    """List the published codecs and those installed on this machine.
 
-    f is the side in pixels that one token stands for, K the number of codebook entries, and d the size of each.
+    One token stands for f x f pixels. The codebook has K entries, which are vectors of d numbers.
     """
     from rich.table import Table
 
@@ -56,8 +56,8 @@ def list_codecs() -> None:
 @app.command()
 @command_errors("dat codecs show")
 def show(
-    name: Annotated[str, Argument(help="Name of the codec; `dat codecs list` shows all.")],
-    as_json: Annotated[bool, Option("--json", help="Print JSON instead of lines.")] = False,
+    name: Annotated[str, Argument(help="Name of the codec; `dat codecs list` shows all names.")],
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show the geometry, source, licence and status of a codec. An installed codec is read and verified."""
     from dat_workers.codecs import file
@@ -91,7 +91,7 @@ def show(
 @app.command()
 @command_errors("dat codecs pull", interrupted="interrupted; the same command resumes the download")
 def pull(
-    name: Annotated[str, Argument(help="Name of a published codec; `dat codecs list` shows all.")],
+    name: Annotated[str, Argument(help="Name of a published codec; `dat codecs list` shows all names.")],
     url: Annotated[
         str | None, Option(help="Address to download from. [default: the address where it was published]")
     ] = None,
@@ -112,13 +112,15 @@ def import_checkpoint(
     checkpoint: Annotated[
         Path, Argument(metavar="CKPT", help="Checkpoint file: .ckpt, .zip, .pt or .safetensors.")
     ],
-    name: Annotated[str, Option("--as", metavar="NAME", help="Name to install the codec under.")],
-    force: Annotated[bool, Option("--force", help="Replace an installed codec of that name.")] = False,
+    name: Annotated[str, Option("--as", metavar="NAME", help="Name under which the codec is installed.")],
+    force: Annotated[
+        bool, Option("--force", help="Replace a codec that is already installed under this name.")
+    ] = False,
 ) -> None:
     """Install a codec from a checkpoint file.
 
-    Under the name of a published codec, the weights must have its geometry. Under a new name, the geometry is
-    read from the weights.
+    If NAME is the name of a published codec, the weights must have the geometry of that codec. Otherwise, the
+    geometry is read from the weights.
     """
     from dat_workers.codecs.checkpoint import infer_spec, read_checkpoint
     from dat_workers.codecs.file import Origin, check_weights
@@ -143,13 +145,13 @@ def export(
     folder: Annotated[Path, Argument(help="Folder to write the files to.")],
     codec: options.Codec = "tiny-f8",
     force: Annotated[
-        bool, Option("--force", help="Write even if the folder holds another codec or other files.")
+        bool, Option("--force", help="Write even if the folder already holds a different codec or unrelated files.")
     ] = False,
 ) -> None:
     """Write a codec as ONNX files.
 
-    These are encoder.onnx, codebook.onnx, decoder.onnx and codec.json. They are checked by running them with ONNX
-    Runtime.
+    The folder gets encoder.onnx, codebook.onnx, decoder.onnx and codec.json. The files are then checked by running
+    them with ONNX Runtime.
     """
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.onnx.export import write_export
@@ -163,7 +165,7 @@ def export(
 
 
 def _reporter(name: str, show: Callable[[float | None, str], None]) -> Callable[[int, int | None], None]:
-    """Returns a function that shows a download's progress from its bytes so far and its size, if known."""
+    """Returns a function that shows a download's progress, given the bytes so far and the total if it is known."""
     rate = MovingRate()
 
     def report(done: int, size: int | None) -> None:

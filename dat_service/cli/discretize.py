@@ -1,4 +1,4 @@
-"""`dat discretize`: computes Q(x) of picture files, without a server."""
+"""`dat discretize` computes Q(x) of picture files, without a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from dat_service.cli.errors import FAILED, command_errors
 
 @command_errors("dat discretize")
 def discretize(
-    pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files.")],
+    pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files to reconstruct.")],
     out: Annotated[
-        Path, Option("--out", "-o", help="Folder for NAME.png of each picture, and NAME.npy with --indices.")
+        Path,
+        Option(
+            "--out", "-o", help="Folder for the results: NAME.png for each picture, and NAME.npy with --indices."
+        ),
     ],
     codec: options.Codec = "tiny-f8",
     indices: Annotated[
-        bool, Option("--indices", help="Also write the tokens, as a uint16 array [h,w] in NAME.npy.")
+        bool,
+        Option("--indices", help="Also write the tokens of each picture to NAME.npy, as a uint16 array [h,w]."),
     ] = False,
     engine: options.Engine = "auto",
     device: options.Device = "auto",
@@ -29,7 +33,7 @@ def discretize(
 ) -> None:
     """Reconstruct pictures with a codec, in this process.
 
-    Files that are not pictures are named and skipped; the exit status is then 1.
+    Files that cannot be reconstructed are skipped and reported on stderr, and the exit status is then 1.
     """
     import io
 
@@ -46,11 +50,13 @@ def discretize(
     stems = [path.stem for path in pictures]
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
     if repeated:
-        raise ValueError(f"several pictures would be written as {repeated[:5]}")
+        raise ValueError(
+            f"several pictures have the same name and would be written to the same file: {repeated[:5]}"
+        )
     targets = {(out / f"{stem}.png").resolve() for stem in stems}
     overwritten = [str(path) for path in pictures if path.resolve() in targets]
     if overwritten:
-        raise ValueError(f"--out {out} would overwrite {overwritten[:5]}")
+        raise ValueError(f"--out {out} would overwrite the input files {overwritten[:5]}")
     discretizer = Discretizer.from_store(codec, EngineConfig(engine, device, dtype, tricks))
     names = ("reconstruction", "indices") if indices else ("reconstruction",)
     check_outputs(names, discretizer.outputs)

@@ -1,4 +1,4 @@
-"""Turns expected errors into one line on stderr and an exit status, for every command alike."""
+"""Turns an expected error of any command into one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ INTERRUPTED = 130  # the status a shell reports for a process ended by SIGINT: 1
 
 @contextmanager
 def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends a command with one line on stderr when it fails for a reason outside of the code.
+    """Ends a command with one line on stderr if it fails for a reason outside of the code.
 
     >>> @command_errors("dat export")
     ... def export() -> None:
     ...     raise OSError("No space left on device")  # stderr: "dat export: No space left on device", status 1
 
-    The notes of an error follow on lines of their own. Ctrl-C prints `interrupted` and ends with status 130.
-    Programming errors keep their traceback.
+    Each note of the error (`add_note`) follows on its own line. Ctrl-C prints the text `interrupted` and ends the
+    command with status 130. All errors that come from mistakes in the code still show a traceback.
     """
     try:
         yield
@@ -41,10 +41,11 @@ def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterato
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether an error comes from input, settings or the machine.
+    """Returns True if an error is caused by the input, the settings or the machine.
 
     ValueError covers CodecError, InvalidInput and SettingsError; RuntimeError covers EngineError, ServeFailed,
-    missing optional packages and whatever PyTorch reports of a device. FloatingPointError is a diverged training.
+    missing optional packages and all that PyTorch reports about a device. FloatingPointError means that a training
+    has diverged.
     """
     from dat_client import DatError
 

@@ -1,4 +1,4 @@
-"""The command `dat`: assembles its commands. Heavy imports stay inside the commands, so that `--help` is quick."""
+"""Assembles the command `dat`. Its subcommands import heavy packages only when they run, so `--help` is quick."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
-    rich_markup_mode=None,  # rich would take the brackets of "[default: 8000]" for markup, and drop them
+    rich_markup_mode=None,  # rich would mistake "[default: 8000]" for markup and drop it
 )
 app.command("serve")(serve.serve)
 app.command("discretize")(discretize.discretize)

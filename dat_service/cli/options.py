@@ -1,4 +1,4 @@
-"""The options that several commands share, each declared once."""
+"""Declares each option that several commands share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dat_service.settings import Settings
 
 
 def setting(name: str, **options: Any) -> Any:
-    """An option whose help is the description of a field of `Settings`, followed by the field's default."""
+    """Returns an option whose help text is the description of a field of `Settings`, followed by its default."""
     field = Settings.model_fields[name]
     default = "" if field.default is None else f" [default: {field.default}]"
     return typer.Option(help=f"{field.description}{default}", show_default=False, **options)
 
 
-Codec = Annotated[str, typer.Option(help="Name of the codec; `dat codecs list` shows all.")]
+Codec = Annotated[str, typer.Option(help="Name of the codec; `dat codecs list` shows all names.")]
 Engine = Annotated[str, setting("engine")]
 Device = Annotated[str, setting("device")]
 Dtype = Annotated[str, setting("dtype")]

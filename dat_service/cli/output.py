@@ -1,4 +1,4 @@
-"""Writes tables, progress and durations, to a terminal or to a log."""
+"""Formats and prints tables, progress and durations, for a terminal or for a log."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RATE_OVER_S = 30.0
-WIDTH_OF_A_PIPE = 200  # rich would cut names at 80 columns where a program reads the output
+WIDTH_OF_A_PIPE = 200  # in columns; with its default of 80, rich would cut names off in the input of other programs
 
 
 def log(line: str) -> None:
-    """Prints a line to stderr, so that stdout holds only the result."""
+    """Prints a line to stderr, so that stdout contains only the result."""
     typer.echo(line, err=True)
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Raises InvalidInput, before the work is done, if its result could not be written to this file."""
+    """Raises InvalidInput if `path` is a folder or lies in a folder that does not exist.
+
+    A command calls this before its work, so that the work is not lost when the result cannot be written.
+    """
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise InvalidInput(option, path, "a file in a folder that exists")
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
-    """Writes facts to a file as a whole."""
+    """Writes facts to a JSON file atomically: no reader ever sees a part of the file."""
     write_atomically(path, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def print_table(table: Table) -> None:
-    """Prints a table to stdout, in whole lines where the output is not a terminal."""
+    """Prints a table to stdout; if stdout is not a terminal, lines may be up to 200 columns wide."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
@@ -49,10 +52,11 @@ def print_table(table: Table) -> None:
 
 @contextmanager
 def live_progress(plain_every_s: float) -> Iterator[Callable[[float | None, str], None]]:
-    """Shows the progress of a long job on stderr, by calls of `show(share, text)`.
+    """Yields a function `show(share, text)` that shows the progress of a long job on stderr.
 
-    `share` is how much is done, 0 to 1, or None if that is unknown. A terminal shows a bar and the text, rewritten
-    in place. Elsewhere the first text, the last one, and one every `plain_every_s` seconds are lines of their own.
+    `share` is the share of the job that is done, from 0 to 1, or None if it is unknown. A terminal shows a bar and
+    the text, and rewrites both in place. If stderr is not a terminal, the first text, the last text, and at most one
+    text every `plain_every_s` seconds in between are printed, each as a line.
     """
     if sys.stderr.isatty():
         from rich.console import Console
@@ -81,7 +85,7 @@ def live_progress(plain_every_s: float) -> Iterator[Callable[[float | None, str]
 
 
 class MovingRate:
-    """Measures how fast counters grow, over the last half minute.
+    """Measures how fast counters have grown in the last 30 seconds.
 
     >>> rate = MovingRate()
     >>> rate.per_second(0.0, 0), rate.per_second(10.0, 50)
@@ -92,9 +96,10 @@ class MovingRate:
         self._samples: deque[tuple[float, tuple[float, ...]]] = deque()
 
     def per_second(self, now_s: float, *counters: float) -> list[float]:
-        """Takes the counters' present values; returns their growth per second, 0 at the first call.
+        """Returns the growth per second of each counter, given its present value; 0 at the first call.
 
-        Measuring starts again when the clock or the first counter goes back: the job has begun another phase.
+        If the clock or the first counter has gone back, the job has begun a new phase, and the measurement starts
+        again from these values.
         """
         if self._samples and (now_s < self._samples[-1][0] or counters[0] < self._samples[-1][1][0]):
             self._samples.clear()
@@ -107,7 +112,7 @@ class MovingRate:
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds as `h:mm:ss`, or as `12.3 s` below a minute."""
+    """Returns the seconds as text: as `h:mm:ss`, or as `12.3 s` for less than a minute."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, s = divmod(round(seconds), 60)
@@ -116,5 +121,5 @@ def duration(seconds: float) -> str:
 
 
 def time_left(remaining: float, per_second: float) -> str:
-    """Formats how long what remains will take at a rate, `? left` if nothing moves."""
+    """Returns the time that the remaining amount takes at this rate, as text; `? left` if the rate is 0."""
     return f"{duration(remaining / per_second)} left" if per_second > 0 else "? left"
