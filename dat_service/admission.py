@@ -23,7 +23,7 @@ class FairShares:
         self._holders: dict[str, int] = {}
 
     def take(self, holder: str, amount: int) -> bool:
-        """Takes `amount` for the holder and returns True, or takes nothing and returns False if that is too much."""
+        """Takes `amount` for the holder and returns True; if it is too much, takes nothing and returns False."""
         own, free = self._holders.get(holder, 0), self.capacity - self.held
         if amount > free or (own and own + amount > free):
             return False

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=64,
-        description="GPUs for each replica; with 0.5, two replicas share a GPU. [default: 1 if there is a GPU, else 0]",
+        description="GPUs for each replica; with 0.5, two replicas share one. [default: 1 if present, else 0]",
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="Format of log lines: text, or json for one JSON object per line."

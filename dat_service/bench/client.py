@@ -1,9 +1,9 @@
-"""Measures how the time of a trainer's call is divided among client, network, queue, codec and the rest of the server.
+"""Measures how a trainer's call divides its time among client, network, queue, codec and the rest of the server.
 
     dat bench client --url http://codec:8000 --codec tiny-f8 --batch 128 --size 224 --calls 20
 
-It sends batches of random uint8 images, with up to `--in-flight` calls at the same time. `Client.profile` divides the
-time of the calls with the help of the Server-Timing header in each response.
+It sends batches of random uint8 images, with up to `--in-flight` calls at the same time. `Client.profile` divides
+the time of the calls with the help of the Server-Timing header in each response.
 """
 
 from __future__ import annotations

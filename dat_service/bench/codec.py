@@ -4,8 +4,8 @@
 
 Every engine, with every dtype, discretizes the same batch, and all of them take turns. As in a replica of the
 service, the images are uint8 in host memory before and after. The results are compared with those of the engine
-`reference`, which runs taming-transformers' own modules. `python -m benchmarks.codec` also measures the peers of this
-project, and which share of the chip's peak speed each contestant reaches.
+`reference`, which runs taming-transformers' own modules. `python -m benchmarks.codec` also measures the peers of
+this project, and which share of the chip's peak speed each contestant reaches.
 """
 
 from __future__ import annotations

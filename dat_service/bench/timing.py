@@ -13,12 +13,14 @@ from dat_workers.errors import one_line
 
 Clock = Callable[[Callable[[], object], int], float]
 
-LEAST_S = 0.05  # the least length of a sample; quick functions are called several times, as short samples are noisy
+LEAST_S = (
+    0.05  # the least length of a sample, if need be of several calls, because shorter samples are mostly noise
+)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds per call of one contestant, one number for each round, or the error that ended its measurement."""
+    """The seconds per call of one contestant, one number for each round, or its error."""
 
     seconds: tuple[float, ...]
     calls: int = 0  # the number of calls that each number is the mean of
@@ -31,7 +33,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The speed of a contestant divided by the speed of a baseline: the median, lowest and highest of all rounds."""
+    """The speed of a contestant divided by the speed of a baseline: median, lowest and highest of all rounds."""
 
     median: float
     low: float
@@ -49,8 +51,8 @@ def cpu_clock(call: Callable[[], object], calls: int) -> float:
 def cuda_clock(call: Callable[[], object], calls: int) -> float:
     """Returns the seconds that `calls` calls of `call` take on the GPU, measured with two CUDA events.
 
-    The GPU is idle before the first event and after the second. If `call` uses CUDA streams of its own, it must make
-    the current stream wait for them.
+    The GPU is idle before the first event and after the second. If `call` uses its own CUDA streams, it must
+    make the current stream wait for them.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()

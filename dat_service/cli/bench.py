@@ -37,9 +37,7 @@ def codec(
     size: Annotated[int, Option(min=8, help="Height and width of the images in pixels.")] = 224,
     images: Annotated[
         list[Path] | None,
-        Option(
-            help="Picture, folder or .tar shard to cut the images from; may be repeated. [default: scikit-image's photographs]"
-        ),
+        Option(help="Pictures, folders or .tar shards to measure on. [default: photographs of scikit-image]"),
     ] = None,
     rounds: Annotated[int, Option(min=1, help="Number of times that each engine is measured.")] = 5,
     threads: Annotated[

@@ -43,7 +43,7 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Prints a table to stdout; if stdout is not a terminal, lines may be up to 200 columns wide."""
+    """Prints a table to stdout; if stdout is not a terminal, a line may have up to 200 columns."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
@@ -55,8 +55,8 @@ def live_progress(plain_every_s: float) -> Iterator[Callable[[float | None, str]
     """Yields a function `show(share, text)` that shows the progress of a long job on stderr.
 
     `share` is the share of the job that is done, from 0 to 1, or None if it is unknown. A terminal shows a bar and
-    the text, and rewrites both in place. If stderr is not a terminal, the first text, the last text, and at most one
-    text every `plain_every_s` seconds in between are printed, each as a line.
+    the text, and rewrites both in place. If stderr is not a terminal, the first text, the last text, and at most
+    one text every `plain_every_s` seconds in between are printed, each as a line.
     """
     if sys.stderr.isatty():
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""`dat precompute`: sends whole datasets through Q once, without a server."""
+"""`dat precompute` sends a whole dataset through Q once, without a server."""
 
 from __future__ import annotations
 
@@ -25,43 +25,74 @@ def precompute(
         list[str],
         Argument(
             metavar="SRC",
-            help="Shards: .tar files, a pattern such as 'train-{000000..000146}.tar', a folder of them, or an "
-            "s3://, gs:// or hf:// address. Or a folder of pictures, whose subfolders become the classes.",
+            help="Shards to read: .tar files, a pattern such as 'train-{000000..000146}.tar', a folder of .tar "
+            "files, or an s3://, gs:// or hf:// address. Instead of shards, a folder of pictures may be given; "
+            "its subfolders become the classes.",
         ),
     ],
-    dst: Annotated[str, Argument(metavar="DST", help="Folder or address to write the new shards to.")],
+    dst: Annotated[str, Argument(metavar="DST", help="Folder or address to which the new shards are written.")],
     codec: options.Codec = "tiny-f8",
     outputs: Annotated[
-        str, Option(help="Fields to store, with commas: reconstruction (Q(x)), indices (uint16 tokens), image (x).")
+        str,
+        Option(
+            help="Fields to store, separated by commas: reconstruction (Q(x)), indices (uint16 tokens), image (x)."
+        ),
     ] = "reconstruction",
-    picture: Annotated[str, Option("--format", help="Format of the pictures: jpg, png or webp.")] = "jpg",
-    quality: Annotated[int, Option(help="Quality of jpg and webp pictures, 1 to 100.")] = 95,
-    resize: Annotated[int | None, Option(help="Scale the shorter side to this many pixels first.")] = None,
-    crop: Annotated[int | None, Option(help="Cut out the centre square with this side in pixels.")] = None,
-    augment: Annotated[int, Option(help="Cut out this many random crops instead, scaled to --crop.")] = 0,
-    replace_fraction: Annotated[float, Option(help="Replace this share of the tokens by random ones.")] = 0.0,
-    variants: Annotated[int, Option(help="Versions of each view; each has other tokens replaced.")] = 1,
-    seed: Annotated[int, Option(help="Seed of the random crops and tokens.")] = 0,
-    keep: Annotated[
-        str | None, Option(help="Fields to copy, such as cls,json. [default: all but the picture]")
+    picture: Annotated[str, Option("--format", help="Format of the stored pictures: jpg, png or webp.")] = "jpg",
+    quality: Annotated[int, Option(help="Quality of stored jpg and webp pictures, 1 to 100.")] = 95,
+    resize: Annotated[
+        int | None, Option(help="Before cropping, scale each picture's shorter side to this many pixels.")
     ] = None,
-    workers: Annotated[int, Option(help="Workers, each with a copy of the codec; use one for each GPU.")] = 1,
+    crop: Annotated[int | None, Option(help="Cut out the centre square whose side has this many pixels.")] = None,
+    augment: Annotated[
+        int, Option(help="Instead of the centre square, cut out this many random crops, each scaled to --crop.")
+    ] = 0,
+    replace_fraction: Annotated[
+        float, Option(help="Share of the tokens to replace by random tokens, 0 to 1.")
+    ] = 0.0,
+    variants: Annotated[
+        int, Option(help="Number of versions of each crop; in each version, different tokens are replaced.")
+    ] = 1,
+    seed: Annotated[int, Option(help="Seed of the random crops and the random tokens.")] = 0,
+    keep: Annotated[
+        str | None, Option(help="Fields of SRC to copy, such as cls,json. [default: all except the picture]")
+    ] = None,
+    workers: Annotated[
+        int, Option(help="Number of workers, each with its own copy of the codec; use one worker for each GPU.")
+    ] = 1,
     ray: Annotated[
-        bool, Option("--ray", help="Run the workers on Ray: on the cluster at RAY_ADDRESS, else on a new one.")
+        bool,
+        Option(
+            "--ray",
+            help="Run the workers on the Ray cluster at RAY_ADDRESS, or on a new Ray if RAY_ADDRESS is not set.",
+        ),
     ] = False,
     gpus: Annotated[
-        float | None, Option(help="GPUs of each worker on Ray; with 0.5, two share one. [default: 1 if present]")
+        float | None,
+        Option(
+            help="GPUs for each worker on Ray; with 0.5, two workers share one. [default: 1 if present, else 0]"
+        ),
     ] = None,
     on_error: Annotated[
-        str, Option(help="fail: end at the first unusable sample; skip: leave it out and list it.")
+        str, Option(help="At an unusable sample: fail (end the job) or skip (leave the sample out and list it).")
     ] = "fail",
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace what DST holds of another codec or of other settings.")
+        bool,
+        Option(
+            "--overwrite",
+            help="Replace shards in DST that were written with a different codec or different settings.",
+        ),
     ] = False,
     check_hashes: Annotated[
-        bool, Option("--check-hashes", help="Compare SHA-256 of sources and shards; replace altered shards.")
+        bool,
+        Option(
+            "--check-hashes",
+            help="Verify the SHA-256 of the shards in SRC and DST, and replace shards that have been altered.",
+        ),
     ] = False,
-    pictures_a_shard: Annotated[int, Option(help="Pictures in a shard, from a folder of pictures.")] = 1000,
+    pictures_a_shard: Annotated[
+        int, Option(help="Number of pictures in each shard, if SRC is a folder of pictures.")
+    ] = 1000,
     engine: options.Engine = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -70,14 +101,15 @@ def precompute(
 ) -> None:
     """Discretize a dataset once, shard by shard.
 
-    Every shard of SRC becomes a shard of the same name in DST. The job may be killed at any moment: the same
-    command then writes the missing shards, and the result has the same bytes. DST/manifest describes each shard;
-    DST/contact-sheet.html shows 64 samples beside their Q(x).
+    Every shard of SRC becomes a shard of the same name in DST. If the job is killed, run the same command again: it
+    writes the missing shards, and the result has the same bytes as without the interruption. DST/manifest describes
+    each shard. DST/contact-sheet.html shows 64 samples beside their Q(x).
     """
-    # Set before torch is loaded: its threads would spin while they wait, and take the cores from other processes.
+    # This must be set before torch is loaded: otherwise torch's threads spin while they wait, and so take the cores
+    # from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if on_error not in ("fail", "skip"):
-        raise ValueError(f"--on-error is {on_error!r}, must be fail or skip")
+        raise ValueError(f"--on-error is {on_error!r}, but it must be fail or skip")
 
     from dat_workers.engines.config import EngineConfig
     from dat_workers.precompute import SampleFailed
@@ -85,7 +117,7 @@ def precompute(
 
     typer.echo(f"loading {codec} ...", err=True)
     try:
-        # SIGTERM ends the job like Ctrl-C, so that no half-written shard is left.
+        # SIGTERM must end the job as Ctrl-C does, so that no half-written shard is left.
         with handle_signals(signal.default_int_handler, signal.SIGTERM), live_progress(plain_every_s=60) as show:
             summary = run(
                 source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
@@ -102,8 +134,8 @@ def precompute(
 
 
 def _reporter(show: Callable[[float | None, str], None]) -> Callable[[JobProgress], None]:
-    """Returns a function that shows a job's state: share done, rate, time left, shards and losses."""
-    rate = MovingRate()  # starts again with the clock of the state, once the shards in DST have been looked at
+    """Returns a function that shows a job's progress, speed, time left, skipped samples and lost workers."""
+    rate = MovingRate()  # it starts again when the job has checked the shards in DST and its clock goes back to 0
 
     def report(state: JobProgress) -> None:
         share_per_s, images_per_s = rate.per_second(state.seconds, state.share, state.images)
@@ -121,7 +153,7 @@ def _reporter(show: Callable[[float | None, str], None]) -> Callable[[JobProgres
 
 
 def _print_summary(summary: Summary, dst: str) -> None:
-    """Prints what DST holds now, what this run added, and the first skipped samples."""
+    """Prints what DST contains now, what this run has added, and the first few skipped samples."""
     written = summary.shards - summary.shards_kept
     rate = f", {summary.images / summary.seconds:.1f} images/s" if summary.images and summary.seconds else ""
     typer.echo(

@@ -1,4 +1,4 @@
-"""`dat serve`: serves codecs over HTTP, on Ray Serve or in one process."""
+"""`dat serve` serves codecs over HTTP, either on Ray Serve or in one process."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 def serve(
     context: typer.Context,
     codec: Annotated[
-        list[str] | None, Option(help="Codec to serve; may be repeated: each at /NAME. [default: tiny-f8]")
+        list[str] | None,
+        Option(help="Codec to serve; repeat the option to serve several, each at /NAME. [default: tiny-f8]"),
     ] = None,
     port: Annotated[int | None, setting("port")] = None,
     host: Annotated[str | None, setting("host")] = None,
-    local: Annotated[bool, Option("--local", help="Serve one codec from this process, without Ray.")] = False,
+    local: Annotated[bool, Option("--local", help="Serve one codec in this process, without Ray.")] = False,
     engine: Annotated[str | None, setting("engine")] = None,
     device: Annotated[str | None, setting("device")] = None,
     dtype: Annotated[str | None, setting("dtype")] = None,
@@ -45,18 +46,22 @@ def serve(
     log_format: Annotated[str | None, setting("log_format")] = None,
     serve_config: Annotated[
         str | None,
-        Option(metavar="FILE", help="Write a configuration for Ray's `serve deploy` (-: to stdout), and exit."),
+        Option(
+            metavar="FILE", help="Write a configuration for Ray's `serve deploy` to FILE (- is stdout), and exit."
+        ),
     ] = None,
 ) -> None:
-    """Serve codecs over HTTP until Ctrl-C. SIGHUP reloads them from the store.
+    """Serve codecs over HTTP until Ctrl-C.
 
-    Every option and every other limit of dat_service/settings.py can also be set by a variable: DAT_PORT,
-    DAT_MAX_IMAGES, ... Options take precedence.
+    On Ray, SIGHUP loads the codecs again from the folder of installed codecs. Every setting in
+    dat_service/settings.py can also be set by an environment variable, such as DAT_PORT or DAT_MAX_IMAGES. If a
+    setting has both an option and a variable, the option takes precedence.
     """
-    # Set before torch is loaded: its threads would spin while they wait, and take the cores from other processes.
+    # This must be set before torch is loaded: otherwise torch's threads spin while they wait, and so take the cores
+    # from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Set before Ray is loaded: its functions would start a Ray with default options wherever none runs, even after
-    # the service has ended.
+    # This must be set before Ray is loaded: otherwise, if no Ray is running, Ray's functions start one with default
+    # options, even after the service has ended.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     flags: dict[str, Any] = {k: v for k, v in context.params.items() if k in Settings.model_fields}
     all_settings = [make_settings(**flags | {"codec": name}) for name in codec or (None,)]
@@ -71,7 +76,7 @@ def serve(
 
 
 def _write_serve_config(all_settings: list[Settings], path: str) -> None:
-    """Writes Ray Serve's YAML to a file, or to stdout for "-"."""
+    """Writes the configuration for Ray Serve as YAML to the file `path`, or to stdout if `path` is "-"."""
     import yaml
 
     from dat_service.ray.deployments import serve_config
@@ -84,7 +89,7 @@ def _write_serve_config(all_settings: list[Settings], path: str) -> None:
 
 
 def _check_startable(all_settings: list[Settings], *, local: bool) -> None:
-    """Raises ValueError or OSError for faults that would only show late in the start, such as a port in use."""
+    """Raises ValueError or OSError for faults that would otherwise show late, such as a port in use."""
     from dat_service.http.auth import read_keys
     from dat_service.observability import tracing
     from dat_workers.codecs.store import CodecStore
@@ -95,32 +100,34 @@ def _check_startable(all_settings: list[Settings], *, local: bool) -> None:
 
         check(all_settings)
     elif len(all_settings) > 1 or settings.replicas > 1 or settings.autoscale is not None or settings.gpus:
-        raise SettingsError("--local is one process with one codec: it takes no replicas, autoscale or gpus")
-    _ = settings.engine_config  # raises ValueError for unusable engine settings
+        raise SettingsError(
+            "--local serves one codec in one process: it takes no second codec, replicas, autoscale or gpus"
+        )
+    _ = settings.engine_config  # this raises ValueError if the engine settings are unusable
     for each in all_settings:
         CodecStore().load(each.codec)
     read_keys(settings.api_key_file)
     tracing.wanted()
     if os.environ.get("RAY_ADDRESS") and not local:
-        return  # Serve listens on the cluster's nodes, and may do so already
+        return  # Ray Serve listens on the cluster's nodes, and it may be doing so already
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((settings.host, settings.port))
         except (OSError, TypeError) as error:  # TypeError: the host name cannot be encoded
-            raise OSError(f"cannot listen on {settings.host!r}, port {settings.port}: {error}") from None
+            raise OSError(f"cannot listen on address {settings.host!r}, port {settings.port}: {error}") from None
 
 
 def _print_ready(urls: dict[str, str], seconds: float) -> None:
-    """Prints the line that scripts and people wait for."""
+    """Prints the "ready" line, which tells scripts and people that the service answers, and its addresses."""
     places = ", ".join(f"{codec} at {url}" for codec, url in urls.items())
     first = next(iter(urls.values()))
     typer.echo(f"ready after {seconds:.1f} s: {places}, try it at {first}/, Ctrl-C ends it")
 
 
 def _serve_local(settings: Settings) -> None:
-    """Serves one codec from this process until SIGINT or SIGTERM."""
+    """Serves one codec in this process until SIGINT or SIGTERM."""
     from dat_service.http.local import LocalServer
 
     started = time.monotonic()
@@ -134,7 +141,7 @@ def _serve_local(settings: Settings) -> None:
 
 
 def _serve_on_ray(all_settings: list[Settings]) -> None:
-    """Serves the codecs from Ray Serve replicas until SIGINT or SIGTERM; SIGHUP updates them."""
+    """Serves the codecs on Ray Serve until SIGINT or SIGTERM; each SIGHUP loads the codecs again."""
     from dat_service.ray.service import RayService
 
     started = time.monotonic()
@@ -143,7 +150,7 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
     try:
         with updates_ignored():
             service.start()
-        # Only now, because Ray sets its own handler for SIGTERM while it starts.
+        # The handlers are set after the start, because Ray sets its own handler for SIGTERM while it starts.
         with requested_by_signals() as requests:
             _print_ready(service.urls, time.monotonic() - started)
             requested = threading.Event()
@@ -158,9 +165,10 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
 
 
 def run_updates(service: RayService, requested: threading.Event) -> None:
-    """Loads the codecs again at every request, forever. The old replicas stay if the new ones do not start.
+    """Loads the codecs again each time `requested` is set; never returns.
 
-    Requests during an update lead to one more update.
+    If `requested` is set during an update, once or several times, one more update follows. If an update fails, the
+    error is printed and the old replicas stay.
     """
     from dat_service.ray.service import ServeFailed
 

@@ -1,4 +1,4 @@
-"""`dat codecs verify`: compares every engine and dtype of this machine with the published modules."""
+"""`dat codecs verify` compares every engine and dtype on this machine with the published modules."""
 
 from __future__ import annotations
 
@@ -27,25 +27,35 @@ def verify(
         list[Path] | None,
         Argument(help="Pictures, folders or .tar shards to compare on. [default: photographs of scikit-image]"),
     ] = None,
-    engine: Annotated[list[str] | None, Option(help="Compare this engine only; may be repeated.")] = None,
+    engine: Annotated[
+        list[str] | None, Option(help="Compare only this engine; repeat the option for more engines.")
+    ] = None,
     device: options.Device = "auto",
     dtype: Annotated[
-        list[str] | None, Option(help="Compare this dtype only (auto: the default one); may be repeated.")
+        list[str] | None,
+        Option(help="Compare only this dtype (auto is the engine's default); repeat the option for more dtypes."),
     ] = None,
     crop: Annotated[
-        int, Option(help="Side of the centre crops in pixels, a multiple of f.", min=8, max=4096)
+        int,
+        Option(
+            help="Height and width of the centre crops in pixels, a multiple of the codec's factor f.",
+            min=8,
+            max=4096,
+        ),
     ] = 224,
     limit: Annotated[int, Option(help="Largest number of pictures to compare on.", min=1)] = 8,
     gradients: Annotated[
-        Path | None, Option(help="File .npy of float [N,3,crop,crop]: the gradient at Q(x) of each picture.")
+        Path | None,
+        Option(help="A .npy file of floats [N,3,crop,crop] with the gradient of the loss at Q(x) of each picture."),
     ] = None,
-    json_file: Annotated[Path | None, Option("--json", help="Also write the table to this file.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Compare engines and dtypes with the published modules.
 
-    Their tokens and pictures are compared with those of taming-transformers' modules in fp32. Without --engine and
-    --dtype, everything that runs on this machine is compared. The exit status is 1 if the default engine and dtype
-    fall short or, with these options, if any engine or dtype named by them does.
+    The published modules are those of taming-transformers, in fp32; tokens and pictures are compared. Without
+    --engine and --dtype, every engine and dtype that runs on this machine is compared, and the exit status is 1 if
+    the default engine and dtype do not pass. With --engine or --dtype, the exit status is 1 if any of the engines
+    or dtypes that these options name does not pass.
     """
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.config import ENGINE_DTYPES, ENGINES, EngineConfig
@@ -98,7 +108,7 @@ def verify(
 
 
 def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Reads fp32 gradients [N,3,H,W] from a .npy file. Raises InvalidInput if they have another shape."""
+    """Returns the gradients in a .npy file as fp32. Raises InvalidInput unless they have this shape, [N,3,H,W]."""
     import numpy as np
     import torch
 
@@ -108,8 +118,8 @@ def _read_gradients(path: Path, shape: tuple[int, ...]) -> Tensor:
     with path.open("rb") as file:
         try:
             array = np.lib.format.read_array(file, allow_pickle=False)
-        except Exception as error:  # numpy's parser of headers raises errors of many kinds on damaged files
-            raise InvalidInput("--gradients", path, f"a .npy file of numbers ({error})") from error
+        except Exception as error:  # numpy raises errors of many kinds for damaged files
+            raise InvalidInput("--gradients", path, f"a readable .npy file of numbers ({error})") from error
     check_gradients(array, None, shape)
     return torch.from_numpy(array).float()
 

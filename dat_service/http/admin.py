@@ -1,4 +1,4 @@
-"""For operators: the metrics of all replicas, and the state of one."""
+"""Defines the routes for operators: the metrics of all replicas, and the state of one replica."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ router = APIRouter(tags=["For operators"], dependencies=[Depends(require_admin)]
 
 @router.get("/metrics", summary="Metrics of all replicas, for Prometheus", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Text format 0.0.4, or OpenMetrics if Accept asks for it. Counters begin at 0 with each replica."""
+    """Returns the metrics in Prometheus' text format 0.0.4, or as OpenMetrics if the Accept header asks for that.
+
+    The counters of a replica begin at 0 when it starts.
+    """
     source: MetricsSource | None = request.app.state.all_metrics
     families = request.app.state.worker.metrics.families() if source is None else await source.families()
     body, media_type = render(families, request.headers.get("accept", ""))
     return Response(body, headers={"content-type": media_type})
 
 
-@router.get("/v1/status", summary="State and settings of the replica that answers")
+@router.get("/v1/status", summary="State and settings of the replica that answers this request")
 async def status(request: Request) -> dict[str, Any]:
     state = request.app.state
     worker: CodecWorker = state.worker

@@ -1,4 +1,4 @@
-"""The HTTP application, the same on Ray Serve, with `--local` and in tests."""
+"""Builds the HTTP application, which is the same on Ray Serve, with `--local` and in tests."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from dat_service.worker import CodecWorker
 
 
 def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None) -> FastAPI:
-    """Returns the application over a worker, which it stops when it ends.
+    """Returns the application that serves a worker's codec. The application stops the worker when it shuts down.
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
     >>> app = create_app(worker)
 
-    `all_metrics` is the metrics of all replicas on Ray Serve, where requests come through HAProxy; None elsewhere.
-    Raises ValueError for an unusable API key file, and if a collector of spans is configured without OpenTelemetry.
+    On Ray Serve, `all_metrics` is the source of the metrics of all replicas, and requests are taken to come through
+    HAProxy. Without Ray it is None. Raises ValueError for an unusable API key file, and if a collector of spans is
+    configured but OpenTelemetry is not installed.
     """
     settings = worker.settings
     logs.configure(settings.log_format, settings.log_level)
@@ -47,9 +48,9 @@ def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None)
         version=__version__,
         description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
         lifespan=lifespan,
-        redoc_url=None,  # /docs shows the same
+        redoc_url=None,  # /docs shows the same content
         swagger_ui_oauth2_redirect_url=None,
-        redirect_slashes=False,  # a redirect would lead to whatever Host the client sent
+        redirect_slashes=False,  # a redirect would lead to the Host that the client sent, which may be any
     )
     app.state.worker = worker
     app.state.keys = KeyRing(settings.api_key_file)
@@ -60,7 +61,8 @@ def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None)
         app.include_router(router)
     for kind in STATUSES:
         app.add_exception_handler(kind, on_error)
-    # around the whole stack: Starlette makes the response for status 500 outside of what add_middleware adds
+    # These wrap the whole stack, because Starlette creates responses with status 500 outside of all middleware that
+    # add_middleware adds.
     app.middleware_stack = ObservabilityMiddleware(
         TransportMiddleware(app.build_middleware_stack()),
         worker.metrics,

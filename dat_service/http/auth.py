@@ -1,4 +1,4 @@
-"""API keys: the scope `infer` allows using the codec, `admin` reading metrics and status."""
+"""Checks API keys. The scope `infer` allows using the codec; `admin` allows reading metrics and status."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastapi import Request
 log = logging.getLogger("dat_service")
 
 SCOPES = ("infer", "admin")
-CHECK_EVERY_S = 1.0  # how often the key file is checked for changes, at most
+CHECK_EVERY_S = 1.0  # the shortest time between two checks of the key file for changes
 NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
 
 class InvalidKey(PermissionError):
-    """The request has no API key, or an unknown one (HTTP 401; `invalid_token` in RFC 6750)."""
+    """The request has no API key, or its key is unknown (HTTP 401; `invalid_token` in RFC 6750)."""
 
 
 class InsufficientScope(PermissionError):
@@ -30,25 +30,29 @@ class InsufficientScope(PermissionError):
 
 @dataclass(frozen=True)
 class Key:
-    """One line of the key file. Only the SHA-256 of the key is stored."""
+    """An API key with its scopes and name. Of the key itself, only the SHA-256 digest is stored."""
 
     digest: bytes
     scopes: frozenset[str]
-    id: str  # shown in logs: its name in the file, else the first 8 hex digits of the digest
+    id: str  # used in logs: the key's name in the file, else the first 8 hex digits of its digest
 
 
 def read_keys(path: Path | None) -> tuple[Key, ...]:
-    """Reads a file with one key per line, `KEY [SCOPES] [NAME]`; skips blank lines and lines that begin with #.
+    """Returns the keys in a file, or no keys if `path` is None.
 
-    SCOPES is `infer` (the default), `admin` or `infer,admin`. Raises ValueError for any other line, and for a file
-    without a key, which would lock out everybody. No message contains a key.
+    Each line has the form `KEY [SCOPES] [NAME]`, where SCOPES is `infer` (the default), `admin` or `infer,admin`.
+    Blank lines and lines that begin with # are skipped. Raises ValueError for a line that does not have this form,
+    for a key that occurs twice, and for a file without any key, because it would lock out every client. Raises
+    OSError if the file cannot be read. No message of an error contains a key.
     """
     if path is None:
         return ()
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"api_key_file: {path} is not UTF-8 text, at byte {error.start}") from None
+        raise ValueError(
+            f"api_key_file: {path} is not UTF-8 text; the first invalid byte is at byte {error.start}"
+        ) from None
     keys: dict[bytes, Key] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -60,41 +64,43 @@ def read_keys(path: Path | None) -> tuple[Key, ...]:
                 raise ValueError(f"api_key_file: {path}, line {number}: {error}") from None
             keys[key.digest] = key
     if not keys:
-        raise ValueError(f"api_key_file: {path} contains no key")
+        raise ValueError(f"api_key_file: {path} contains no key; expected at least one")
     return tuple(keys.values())
 
 
 def parse_key(line: str) -> Key:
-    """Parses one line of the file; raises ValueError."""
+    """Returns the key that one line of the file defines. Raises ValueError if the line is malformed."""
     key, *rest = line.split()
     scopes = rest[0].split(",") if rest else ["infer"]
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
         raise ValueError(f"{unknown[0][:32]!r} is not a scope; expected KEY [infer|admin|infer,admin] [NAME]")
     digest = hashlib.sha256(key.encode()).digest()
     if len(rest) > 2 or (len(rest) == 2 and not NAME.fullmatch(rest[1])):
-        raise ValueError("a name is one word of at most 32 letters, digits, dots, dashes and underscores")
+        raise ValueError(
+            "the name after the scopes must be one word of at most 32 letters, digits, dots, dashes and underscores"
+        )
     return Key(digest, frozenset(scopes), rest[1] if len(rest) == 2 else digest.hex()[:8])
 
 
 class KeyRing:
-    """The keys of a file that may change while the service runs, so that rotating a key needs no restart.
+    """Holds the keys of a file and reads the file again when it changes, so new keys need no restart.
 
-    Requests check the file for changes, at most once a second. If a changed file is unusable, the old keys stay
-    valid and the error is logged once. Without a file every route is open, also those for operators. Raises what
-    read_keys raises.
+    When a request arrives, the file is checked for changes, at most once a second. If a changed file is unusable,
+    the old keys stay valid and the error is logged once. If `path` is None, no route needs a key, not even the
+    routes for operators. The constructor raises the errors of `read_keys`.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.clock = path, clock
-        self.stamp = self._stamp()  # taken before reading: a file that changes in between is read again
+        self.stamp = self._stamp()  # taken first, so that a change while the file is read is noticed later
         self.keys = read_keys(path)
         self.checked_s = clock()
 
     def find(self, text: str) -> Key | None:
-        """Returns the key that equals `text`, which comes from an HTTP header."""
+        """Returns the key whose text is `text`, as Starlette decodes it from a header (Latin-1), or None."""
         self._reload()
         digest = hashlib.sha256(text.encode("latin-1")).digest()
-        # All keys are compared, and by digests of one length, so that the time taken reveals nothing about them.
+        # Every key is compared, and all digests have one length, so that the time taken reveals nothing about them.
         matches = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         return matches[0] if matches else None
 
@@ -109,12 +115,12 @@ class KeyRing:
         self.stamp = stamp
         try:
             self.keys = read_keys(self.path)
-            log.info("the API key file has changed: %d keys", len(self.keys))
+            log.info("the API key file has changed and now contains %d keys", len(self.keys))
         except (OSError, ValueError) as error:
-            log.error("the changed API key file is not used, the old keys stay valid: %s", error)
+            log.error("the changed API key file is unusable, so the old keys stay valid: %s", error)
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """Returns what differs between two versions of the file, None without a file."""
+        """Returns a value that changes when the file changes, or None if there is no file."""
         try:
             stat = self.path.stat() if self.path else None
         except OSError:
@@ -123,29 +129,33 @@ class KeyRing:
 
 
 async def require_key(request: Request) -> None:
-    """Raises InvalidKey or InsufficientScope unless the request has `Authorization: Bearer KEY` for `infer`."""
+    """Raises InvalidKey or InsufficientScope unless the request has a key with the scope `infer`."""
     require(request, "infer")
 
 
 async def require_admin(request: Request) -> None:
-    """Like `require_key`, for the scope `admin`."""
+    """Raises InvalidKey or InsufficientScope unless the request has a key with the scope `admin`."""
     require(request, "admin")
 
 
 def require(request: Request, scope: str) -> None:
-    """Checks the request's key and stores its id in `request.state.key_id`, "" if the service has no keys."""
+    """Checks the key in `Authorization: Bearer KEY`, and stores the id of the key in `request.state.key_id`.
+
+    If the service has no key file, every request is allowed and the id is "". Raises InvalidKey if the key is
+    missing or unknown, and InsufficientScope if the key does not have the scope.
+    """
     ring: KeyRing = request.app.state.keys
     request.state.key_id = ""
     if ring.path is None:
         return
     kind, _, key_text = request.headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer" or not key_text.strip():
-        raise InvalidKey("Authorization: no key was sent; expected 'Authorization: Bearer KEY'")
+        raise InvalidKey("Authorization: the request has no API key; expected 'Authorization: Bearer KEY'")
     key = ring.find(key_text.strip())
     if key is None:
-        raise InvalidKey("Authorization: the key is not known to this service")
+        raise InvalidKey("Authorization: this service does not know the API key of the request")
     request.state.key_id = key.id
     if scope not in key.scopes:
         raise InsufficientScope(
-            f"Authorization: the key has the scope {' and '.join(sorted(key.scopes))}, this route needs {scope}"
+            f"Authorization: the API key has the scope {' and '.join(sorted(key.scopes))}, this route needs {scope}"
         )

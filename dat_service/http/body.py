@@ -1,4 +1,4 @@
-"""Reads a request body into one buffer, and sends response tensors as views, without copies."""
+"""Reads a request body into one buffer, and sends the tensors of a response as views, without copying them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ log = logging.getLogger("dat_service")
 
 T = TypeVar("T")
 
-SLOWEST_BYTES_PER_S = 1_000_000  # a body or a response may take size/this seconds beyond its timeout
+SLOWEST_BYTES_PER_S = (
+    1_000_000  # a transfer may take its size divided by this, in seconds, in addition to its timeout
+)
 
 
 class MalformedBody(ValueError):
-    """The body does not match its headers (HTTP 400), or does not arrive in time (408)."""
+    """The headers of a body are unusable or do not match it (HTTP 400), or it arrives too slowly (HTTP 408)."""
 
     def __init__(self, message: str, field: str, value: object, limit: object, status: int = 400) -> None:
         self.field, self.value, self.limit, self.status = field, value, limit, status
@@ -32,14 +34,14 @@ class MalformedBody(ValueError):
 
 
 def announced_length(request: Request, max_bytes: int) -> int | None:
-    """Returns the body's length according to its headers, None for a chunked body.
+    """Returns the length of the body in bytes as its headers give it, or None for a chunked body.
 
-    Raises TooLarge for a length over `max_bytes`, before anything is read, and MalformedBody for a length that is
-    not a number, for a compressed body, and for a request to upgrade the protocol.
+    Nothing of the body has been read at this time. Raises TooLarge for a length over `max_bytes`, and MalformedBody
+    for a length that is not a number, for a compressed body, and for a request to upgrade the protocol.
     """
-    if "upgrade" in request.headers:  # the HTTP parser would take the body for the other protocol's first bytes
+    if "upgrade" in request.headers:  # the HTTP parser would take the body for bytes of the new protocol
         raise MalformedBody(
-            "no other protocol is supported", "Upgrade", request.headers["upgrade"], "must be absent"
+            "a change of the protocol is not supported", "Upgrade", request.headers["upgrade"], "must be absent"
         )
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
@@ -48,7 +50,9 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
     if length is None:
         return None
     if not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise MalformedBody("not a length", "Content-Length", length[:40], "must be a number of bytes")
+        raise MalformedBody(
+            "the length of the body is unusable", "Content-Length", length[:40], "must be a number of bytes"
+        )
     if int(length) > max_bytes:
         raise TooLarge("body", f"{length} bytes", f"at most {max_bytes} bytes")
     return int(length)
@@ -57,18 +61,21 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
 async def read_body(
     request: Request, length: int | None, settings: Settings, grow: Callable[[int], None]
 ) -> memoryview:
-    """Reads the body into one buffer of `length` bytes, into which each chunk is copied once.
+    """Returns the body in one buffer of `length` bytes; each chunk is copied into it once.
 
-    Without a length the buffer grows, and `grow` reserves each chunk's bytes before they are stored. Raises
-    TooLarge; raises MalformedBody if nothing arrives for `body_timeout_s`, or if the body takes longer than that
-    plus one second per megabyte received. The received bytes count and not the announced ones, so a client that
-    sends single bytes keeps its reservation for hardly longer than `body_timeout_s`.
+    If `length` is None, the buffer grows, and `grow` reserves the bytes of each chunk before the chunk is stored.
+
+    Raises TooLarge if the body is longer than `max_body_bytes`. Raises MalformedBody if its length is not `length`,
+    if no byte arrives for `body_timeout_s` seconds, or if the body takes longer than `body_timeout_s` seconds plus
+    one second per megabyte received. Only received bytes extend the time, not announced ones. A client that sends
+    single bytes therefore holds its reservation for hardly longer than `body_timeout_s`.
     """
     most, silent_s = settings.max_body_bytes, settings.body_timeout_s
     clock = asyncio.get_running_loop().time
     deadline = clock() + silent_s
     grown = bytearray()
-    # not a bytearray: filling it with zeros would take memory for bytes that may never arrive
+    # This is not a bytearray, because a bytearray is filled with zeros, which takes up memory for bytes that may
+    # never arrive.
     body = np.empty(length or 0, np.uint8).data
     received = 0
     try:
@@ -81,23 +88,27 @@ async def read_body(
                     grow(len(chunk))
                     grown += chunk
                 elif end > length:
-                    raise MalformedBody("too long", "body", f"{end} bytes", f"Content-Length says {length}")
+                    raise MalformedBody(
+                        "the body is too long", "body", f"{end} bytes", f"Content-Length says {length}"
+                    )
                 else:
                     body[received:end] = chunk
                 received = end
                 deadline += len(chunk) / SLOWEST_BYTES_PER_S
                 timeout.reschedule(min(clock() + silent_s, deadline))
     except TimeoutError:
-        late = f"silent for {silent_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that"
-        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
+        late = f"paused for {silent_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that time"
+        raise MalformedBody(
+            "the body arrived too slowly", "body", late, "send it faster or send less", 408
+        ) from None
     if length is not None and received != length:
-        raise MalformedBody("truncated", "body", f"{received} bytes", f"Content-Length says {length}")
+        raise MalformedBody("the body is truncated", "body", f"{received} bytes", f"Content-Length says {length}")
     request.state.body_bytes = received  # for the metrics
     return memoryview(grown) if length is None else body
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of `work`; if the client disconnects first, cancels it and raises ClientDisconnect."""
+    """Returns the result of `work`. If the client disconnects first, cancels `work` and raises ClientDisconnect."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))
     try:
@@ -108,7 +119,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
-        # a cancelled task must have ended before its reservation is closed
+        # a cancelled task must have ended before the request's reservation is closed
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
@@ -118,11 +129,11 @@ async def _disconnected(request: Request) -> None:
 
 
 class TransportMiddleware:
-    """ASGI middleware that puts the connection into the scope of each request that uvicorn itself handles.
+    """ASGI middleware that adds the connection to the ASGI scope of each request that uvicorn itself handles.
 
-    Tensors may be sent as views on such a connection. Ray Serve's own proxy, to which HAProxy falls back while it
-    sees no replica, pickles everything that is sent, and views cannot be pickled. The connection in the scope is
-    never pickled: it stays in this process.
+    Tensors may be sent as views on such a connection. A request may instead come through Ray Serve's own proxy,
+    which HAProxy uses while it finds no replica. That proxy pickles all messages of a response, and views cannot be
+    pickled. The connection itself stays in this process and is never pickled.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -136,11 +147,11 @@ class TransportMiddleware:
 
 
 class BuffersResponse(Response):
-    """A response of several buffers, which are sent one after the other without being joined.
+    """A response that consists of several buffers, which are sent one after the other without being joined.
 
-    `done` is called when everything was sent, when the client has disconnected, when it has not read everything
-    within `timeout_s` plus one second per megabyte (its connection is then cut), and when the response is dropped
-    without being sent. It may be called twice.
+    The client must read the whole response within `timeout_s` seconds plus one second per megabyte; otherwise its
+    connection is cut. `done` is called when all buffers have been sent, when the client has disconnected, when its
+    connection has been cut, and when the response is dropped without being sent. `done` may be called twice.
     """
 
     def __init__(
@@ -170,10 +181,12 @@ class BuffersResponse(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 for buffer in buffers:
                     await send({"type": "http.response.body", "body": buffer, "more_body": True})
-                # sending the last, empty message waits until the connection has taken all buffers
+                # sending this last, empty message waits until the connection has taken all buffers
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.warning("a response was not read within %.3g s; the connection is cut", self.within_s)
+            log.warning(
+                "the client did not read its response within %.3g s, so its connection is cut", self.within_s
+            )
             if transport is not None:
                 with contextlib.suppress(Exception):
                     transport.abort()

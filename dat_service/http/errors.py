@@ -1,4 +1,4 @@
-"""From an error to its HTTP response: one table of statuses, one of reasons, one handler."""
+"""Turns an error into its HTTP response, with a table of statuses, a table of reasons and one handler."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from dat_workers.errors import DeadlinePassed, EngineError, Full, InvalidInput, 
 
 log = logging.getLogger("dat_service")
 
-# 4xx: the request's fault; 503: too much load, or a replica without a codec; 500: the service's fault.
-# An HTTPException has a status of its own, and the first two classes may have one (`status_of`).
+# 4xx means that the request is at fault, 503 that the load is too high or that the replica has no codec, and 500
+# that the service is at fault. An HTTPException carries its own status, and so may errors of the first two classes
+# (see `status_of`).
 STATUSES: dict[type[Exception], int] = {
     wire.WireError: 400, MalformedBody: 400, InvalidKey: 401, InsufficientScope: 403, NotServed: 404,
     TooLarge: 413, InvalidInput: 422, ClientDisconnect: INCOMPLETE, EngineError: 500, Full: 503, Unhealthy: 503,
     OutOfMemory: 503, DeadlinePassed: 504, HTTPException: 500, Exception: 500,
 }  # fmt: skip
 
-# the label `reason` of dat_refusals_total; responses with other statuses are not refusals
+# The values of the label `reason` of dat_refusals_total. Responses with all other statuses are not refusals.
 REASONS = {
     400: "malformed", 401: "key", 403: "scope", 404: "unknown", 405: "method", 408: "slow", 413: "too_large",
     422: "invalid", 429: "full", 503: "full", 504: "deadline",
@@ -34,7 +35,7 @@ REASONS = {
 
 
 def status_of(error: Exception) -> int:
-    """Returns the HTTP status of an error: the one that it carries, else that of its nearest class in STATUSES."""
+    """Returns the HTTP status of an error: its own status if it has one, else that of its class in STATUSES."""
     if isinstance(error, HTTPException):
         return error.status_code
     own = error.status if isinstance(error, wire.WireError | MalformedBody) else None
@@ -42,14 +43,14 @@ def status_of(error: Exception) -> int:
 
 
 def reason_of(error: Exception) -> str | None:
-    """Returns why a request was refused, as the metrics and the audit log name it; None if it was not refused."""
+    """Returns the reason of a refusal, as metrics and audit log name it, or None if the error is not a refusal."""
     if isinstance(error, Unhealthy | OutOfMemory):
         return "unhealthy"
     return REASONS.get(status_of(error))
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Returns OIP's error body, with the field, its value and its limit if the error has them."""
+    """Returns a response with OIP's error body, including the error's field, value and limit if it has them."""
     status = status_of(error)
     message = str(error)
     headers = {RETRY_AFTER: str(getattr(error, "retry_after_s", 1))} if status == 503 else {}
@@ -57,18 +58,18 @@ async def on_error(request: Request, error: Exception) -> Response:
         case InvalidKey():
             headers["WWW-Authenticate"] = "Bearer"
         case MalformedBody():
-            headers["Connection"] = "close"  # where the next request begins is unknown
+            headers["Connection"] = "close"  # it is unknown where the next request on this connection begins
         case HTTPException():
             message = f"{request.method} {request.url.path[:200]}: {error.detail}"
             headers = dict(error.headers or {})
         case Unhealthy():
-            pass  # was logged when it was found
+            pass  # this was already logged when the codec failed
         case EngineError():
             log.error("%s", error)
         case _ if status == 500:
             log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
             message = f"internal error: {type(error).__name__}"
-    # the message for the audit log, not the error: its traceback would keep the body in memory
+    # The audit log gets the message and not the error, because the traceback of an error keeps the body in memory.
     request.state.refusal, request.state.reason = message, reason_of(error)
     field, value, limit = (getattr(error, name, None) for name in ("field", "value", "limit"))
     body = wire.encode_error(message, field, value, limit)

@@ -1,4 +1,4 @@
-"""The one path of a request for the codec: admission, body, computation, response."""
+"""Takes a request for the codec through all its steps: admission, reading the body, computation and response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dat_workers.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Reply:
-    """The body of a response, in buffers, and the answer that it was made of."""
+    """The body of a response, as a list of buffers, and the answer that the body encodes."""
 
     buffers: Sequence[bytes | memoryview]
     answer: Answer
@@ -31,9 +31,10 @@ Compute = Callable[[memoryview, Caller, Reservation], Coroutine[Any, Any, Reply]
 
 
 async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> Response:
-    """Admits a request, reads its body, computes the reply while the client stays connected, and returns it.
+    """Admits a request, reads its body, calls `compute` on the body, and returns the response.
 
-    The seconds of each stage go into a Server-Timing header, and into `request.state.stage_seconds` for the spans.
+    If the client disconnects, the computation is cancelled and ClientDisconnect is raised. The seconds that each
+    stage took go into the Server-Timing header, and into `request.state.stage_seconds` for the spans.
     """
     started = time.monotonic()
     settings = worker.settings
@@ -47,7 +48,7 @@ async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> R
         stages = {"body": body_s, "queue": reply.answer.queue_s, "codec": reply.answer.codec_s}
         request.state.stage_seconds = stages
         timing = format_server_timing(stages | {"total": time.monotonic() - started})
-        # The reservation is kept until the response is sent: a client that reads slowly holds its memory as long.
+        # The reservation is closed when the response has been sent: until then, the response takes up memory.
         done = stack.pop_all().close
     return BuffersResponse(
         reply.buffers, reply.headers | {SERVER_TIMING: timing}, done, settings.body_timeout_s, reply.media_type
@@ -55,10 +56,11 @@ async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> R
 
 
 def caller_of(request: Request, started: float) -> Caller:
-    """Returns the caller, with the deadline that X-Dat-Timeout-Ms sets, counted from `started`.
+    """Returns the caller of a request. The deadline is X-Dat-Timeout-Ms milliseconds after `started`.
 
-    Raises InvalidInput if the header is not a time. X-Dat-Client is a name that anybody may make up, so it only
-    decides about the order in the queue; slots and bytes are held by API key, else by address.
+    Raises InvalidInput if that header is not a number of milliseconds. Any client may send any name as
+    X-Dat-Client, so that header affects only the order in the queue. Slots and bytes are charged to the API key, or
+    to the address of the client if it has no key.
     """
     timeout_ms = request.headers.get(TIMEOUT_MS)
     deadline = None
@@ -68,7 +70,7 @@ def caller_of(request: Request, started: float) -> Caller:
         deadline = started + int(timeout_ms) / 1000
     address = request.client.host if request.client else ""
     if request.app.state.behind_proxy:
-        # HAProxy writes this header in place of the client's; without HAProxy it may say anything.
+        # HAProxy replaces the client's header by its own; without HAProxy, a client could put any text into it.
         address = request.headers.get("x-forwarded-for", address)
     key_id = getattr(request.state, "key_id", "")
     holder = f"key/{key_id}" if key_id else f"peer/{address[:64]}"

@@ -1,6 +1,6 @@
-"""Limits on request headers for `dat serve --local`: uvicorn itself limits neither their size nor their time.
+"""Limits the size of request headers, and the time they take to arrive, for `dat serve --local`.
 
-On Ray, HAProxy has limits of its own: about 15 KiB, and also 15 s.
+uvicorn itself has neither limit. On Ray, HAProxy applies its own limits: about 15 KiB, and also 15 s.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\
 
 
 class LimitedHeaders(HttpToolsProtocol):
-    """uvicorn's protocol with two limits; it closes the connection of a client that exceeds one.
+    """uvicorn's HTTP protocol with two additional limits; a client that exceeds one of them is disconnected.
 
-    The headers may take at most `TIMEOUT_S` to arrive. They, and everything else that the parser consumes without
-    an event (trailers, chunk extensions), may have at most `MAX_BYTES`.
+    All headers of a request must arrive within `TIMEOUT_S` seconds. Their size is at most `MAX_BYTES`, and the same
+    limit holds for all else that the parser consumes without an event, such as trailers and chunk extensions.
     """
 
-    _silent_bytes = 0  # bytes since the parser's last event
-    _timer: asyncio.TimerHandle | None = None  # runs while headers are expected
+    _silent_bytes = 0  # the number of bytes received since the parser's last event
+    _timer: asyncio.TimerHandle | None = None  # this timer runs while headers are expected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -39,7 +39,7 @@ class LimitedHeaders(HttpToolsProtocol):
             self._start_timer()
         self._silent_bytes += len(data)
         super().data_received(data)
-        # Some of this data may have come before the last event: the limit is exact to one read, at most 256 KiB.
+        # Some of this data may precede the last event, so the limit is exact only to one read of at most 256 KiB.
         if self._silent_bytes > MAX_BYTES and not self.transport.is_closing():
             if answered:
                 self.transport.write(REFUSAL)

@@ -1,4 +1,4 @@
-"""Serves one codec in this process with uvicorn: `dat serve --local`."""
+"""Serves one codec in this process with uvicorn, for `dat serve --local`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from dat_workers.system.signals import handle_signals
 
 
 class LocalServer(uvicorn.Server):
-    """Runs the application until SIGINT or SIGTERM.
+    """Loads a codec and serves it until SIGINT or SIGTERM.
 
     >>> LocalServer(Settings(codec="tiny-f8"), on_ready=lambda: print("ready")).run()  # doctest: +SKIP
 
-    `on_ready` is called once the port is open. Raises what loading the codec raises.
+    `on_ready` is called once the port is open. The constructor raises the errors of `CodecWorker.load` and of
+    `create_app`.
     """
 
     def __init__(self, settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -35,7 +36,7 @@ class LocalServer(uvicorn.Server):
                 port=settings.port,
                 loop="uvloop",
                 http=LimitedHeaders,
-                proxy_headers=False,  # no proxy stands before it: X-Forwarded-For would be the client's own claim
+                proxy_headers=False,  # there is no proxy, so a client could put any address into X-Forwarded-For
                 ws="none",
                 log_level="warning",
                 timeout_graceful_shutdown=10,
@@ -44,7 +45,7 @@ class LocalServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stops at SIGINT and SIGTERM with status 0. uvicorn's own method would raise the signal again."""
+        """Makes SIGINT and SIGTERM stop the server with status 0; uvicorn's method would raise the signal again."""
         with handle_signals(self.handle_exit, signal.SIGINT, signal.SIGTERM):
             yield
 

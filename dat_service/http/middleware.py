@@ -1,4 +1,4 @@
-"""Observes every request from outside the app: sets its id, counts it, logs it, and passes it on to the spans."""
+"""Observes every request from outside the app: gives it an id, counts it, logs it and records its span."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ RECORDED_HEADERS = frozenset((ID_HEADER, ATTEMPT_HEADER, FORWARDED_FOR, b"tracep
 class ObservabilityMiddleware:
     """ASGI middleware around the whole app, including its error responses.
 
-    `receive` and the buffers of a response are passed on unchanged: nothing is read, joined or stored.
-    `echo`: whether responses get X-Request-Id here; Ray Serve has a middleware of its own that adds it.
-    The app reports through `scope["state"]`: `key_id`, `body_bytes`, `stage_seconds`, and for a refused request
-    `refusal` (the message) and `reason`.
+    `receive` and the buffers of a response are passed on unchanged: this class neither reads, joins nor stores
+    them. If `echo` is True, it adds X-Request-Id to responses; on Ray Serve, Serve's own middleware adds that
+    header. The app reports facts about a request in `scope["state"]`, under the keys `key_id`, `body_bytes` and
+    `stage_seconds`, and for a refused request also `refusal` (the message) and `reason`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ObservabilityMiddleware:
 
 
 class AuditLog:
-    """Logs a line for each refused request, at most 50 per second, so that a flood cannot fill the disk."""
+    """Logs a line for each refused request, at most 50 lines per second, so that a flood cannot fill the disk."""
 
     PER_SECOND = 50
 
@@ -123,7 +123,10 @@ class AuditLog:
     def write(
         self, record: RequestRecord, reason: str, message: str, key_id: str, client: tuple[str, int] | None
     ) -> None:
-        """Logs the line, or counts it as dropped; the first line of a later second reports the count."""
+        """Logs the line for a refused request, or counts the line as dropped if 50 were logged this second.
+
+        The next line that is logged reports the number of dropped lines.
+        """
         second = int(self.clock())
         if second != self.second:
             self.second, self.written = second, 0
@@ -133,7 +136,7 @@ class AuditLog:
         self.written += 1
         fields = common_fields(record) | {"reason": reason, "peer": client[0] if client else "", "key": key_id}
         if forwarded_for := record.headers.get(FORWARDED_FOR):
-            # on Ray written by HAProxy, with --local by anybody
+            # on Ray, HAProxy has written this header; with --local, a client may have
             fields["forwarded_for"] = forwarded_for[:100].decode("latin-1")
         if self.dropped:
             fields["not_logged_before"], self.dropped = self.dropped, 0
@@ -141,12 +144,12 @@ class AuditLog:
 
 
 def common_fields(record: RequestRecord) -> dict[str, Any]:
-    """Returns the fields of every line about a request. The query is left out: it may contain secrets."""
+    """Returns the fields that all log lines about requests have; not the query, which may contain secrets."""
     return {"status": record.status, "method": record.method[:16], "path": record.path[:200]}
 
 
 def usable_id(value: bytes | None) -> str | None:
-    """Returns the request id that a client sent, if it is at most 64 visible ASCII characters."""
+    """Returns the request id that a client sent, or None unless it is 1 to 64 visible ASCII characters."""
     if value and len(value) <= LONGEST_ID and all(33 <= byte <= 126 for byte in value):
         return value.decode("ascii")
     return None

@@ -1,4 +1,4 @@
-"""Open Inference Protocol v2 with the binary tensor data extension, over one codec.
+"""Serves one codec over the Open Inference Protocol v2, with the binary tensor data extension.
 
 Specification: the KServe "Open Inference Protocol" REST description and Triton's "Binary tensor data extension".
 """
@@ -22,7 +22,7 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.errors import TooLarge
 
 SERVER_METADATA = {"name": "discrete-augmentation", "version": __version__, "extensions": ["binary_tensor_data"]}
-SMALL_JSON = 64 * 1024  # bytes; longer JSON is parsed in a thread
+SMALL_JSON = 64 * 1024  # in bytes; JSON longer than this is parsed in a thread
 
 TAGS: list[str | Enum] = ["Open Inference Protocol v2"]
 
@@ -31,15 +31,18 @@ codec_router = APIRouter(prefix="/v2/models/{codec}", tags=TAGS, dependencies=[D
 
 
 class NotServed(LookupError):
-    """The codec, or this version of it, is not the one that is served here (HTTP 404)."""
+    """The request names a codec, or a version of the codec, that this service does not serve (HTTP 404)."""
 
     def __init__(self, field: str, value: str, known: str) -> None:
         self.field, self.value, self.limit = field, value[:80], f"served here: {known}"
-        super().__init__(f"{field} {self.value!r} is not served here; {known} is")
+        super().__init__(f"{field} {self.value!r} is not served here; the {field} {known} is")
 
 
 def worker_of(request: Request, codec: str, version: str | None = None) -> CodecWorker:
-    """Returns the worker. Raises NotServed if `codec`, or the `version` of it, is not what it serves."""
+    """Returns the worker of this process.
+
+    Raises NotServed if the worker serves a codec other than `codec`, or a version of it other than `version`.
+    """
     worker: CodecWorker = request.app.state.worker
     if codec != worker.settings.codec:
         raise NotServed("codec", codec, worker.settings.codec)
@@ -49,7 +52,7 @@ def worker_of(request: Request, codec: str, version: str | None = None) -> Codec
 
 
 def model_version(discretizer: Discretizer) -> str:
-    """Returns the codec's version, which is the start of its fingerprint: other weights are another version."""
+    """Returns the codec's version, the first 12 characters of its fingerprint, which depends on the weights."""
     return discretizer.fingerprint[:12]
 
 
@@ -58,14 +61,14 @@ async def server_metadata() -> dict[str, Any]:
     return dict(SERVER_METADATA)
 
 
-@router.get("/health/live", summary="Whether the process answers")
+@router.get("/health/live", summary="Status 200 if the codec can compute, 503 after it has failed or hung")
 async def live(request: Request, response: Response) -> dict[str, bool]:
     worker: CodecWorker = request.app.state.worker
     response.status_code = 200 if worker.healthy else 503
     return {"live": worker.healthy}
 
 
-@router.get("/health/ready", summary="Whether the codec is loaded and warm")
+@router.get("/health/ready", summary="Status 200 if the codec is loaded and warm, else 503")
 async def ready(request: Request, response: Response) -> dict[str, bool]:
     worker: CodecWorker = request.app.state.worker
     response.status_code = 200 if worker.ready else 503
@@ -105,7 +108,7 @@ async def model_metadata(request: Request, codec: str, version: str | None = Non
     }
 
 
-@codec_router.get("/ready", summary="Whether the codec is ready")
+@codec_router.get("/ready", summary="Status 200 if this codec is loaded and warm, else 503")
 @codec_router.get("/versions/{version}/ready", include_in_schema=False)
 async def model_ready(
     request: Request, response: Response, codec: str, version: str | None = None
@@ -131,13 +134,15 @@ INFER_BODY = {
 async def infer_over_http(request: Request, codec: str, version: str | None = None) -> Response:
     """Runs the codec on images or tokens.
 
-    Inputs: `images` as UINT8 [N,3,H,W], as FP16 or FP32 in 0..1, or as BYTES [N] (JPEG, PNG or WebP files of
-    one size), optionally with `gradients` (FP16, FP32 or INT8, of the images' shape) and `gradient_scales`
-    (FP32 [N]); or `indices` alone as UINT16 or INT32 [N,h,w], to decode tokens.
-    Outputs: `reconstruction`, `adversarial`, `indices`, `adversarial_indices`. If none is named, the response has
-    `reconstruction`, and with gradients also `adversarial`.
-    Parameters: `preset` (paper, easyrobust), `base`, `alpha`, `normalize`, `epsilon`, `replace_fraction`, `seed`;
-    `output_dtype` UINT8, FP16 or FP32, by default that of `images`, and UINT8 for BYTES and tokens.
+    Inputs that discretize images: `images` as UINT8 [N,3,H,W], as FP16 or FP32 [N,3,H,W] in 0..1, or as BYTES [N]
+    (JPEG, PNG or WebP files of the same size in pixels). `gradients` (FP16, FP32 or INT8, in the shape of the
+    images) and `gradient_scales` (FP32 [N]) are optional. Input that decodes tokens: `indices` alone, as UINT16 or
+    INT32 [N,h,w].
+    Outputs: `reconstruction`, `adversarial`, `indices`, `adversarial_indices`. If the request names no output, the
+    response has `reconstruction`, and if the request has gradients or a `replace_fraction` above 0, also
+    `adversarial`.
+    Parameters: `preset` (paper, easyrobust), `base`, `alpha`, `normalize`, `epsilon`, `replace_fraction`, `seed`,
+    and `output_dtype` (UINT8, FP16 or FP32; by default the datatype of `images`, or UINT8 for BYTES and tokens).
     The response's parameter `tokens_changed` is the share of tokens that the adversarial step changed.
     """
     worker = worker_of(request, codec, version)
@@ -152,20 +157,27 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
 async def decode(
     worker: CodecWorker, body: memoryview, header_length: str | None, reservation: Reservation
 ) -> CheckedRequest:
-    """Decodes the request in a body, in a thread if that may take long, and checks its names and parameters.
+    """Returns the request in a body, after checking its names and parameters.
 
-    Parsed JSON takes up to 24 times the memory of its text. The decoded request is small apart from its tensors;
-    the bytes of those that are not views of the body are reserved.
+    The body is decoded in a thread if that may take long. Parsed JSON takes up to 24 times the memory of its text.
+    The decoded request is small, except for its tensors. The bytes of tensors that are not views of the body are
+    added to the reservation. Raises WireError for a malformed body, InvalidInput and TooLarge for an unusable
+    request, and Full if the bytes are not free now.
     """
     settings = worker.settings
     text = (header_length or "").strip()
     json_bytes = int(text) if text.isdecimal() and len(text) < 20 else len(body)
     if settings.max_json_bytes < json_bytes <= len(body):
-        raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
+        raise TooLarge(
+            "JSON part",
+            f"{json_bytes} bytes",
+            f"at most {settings.max_json_bytes} bytes; send the tensors as binary data",
+        )
 
     def parse() -> CheckedRequest:
         message = wire.decode_request(body, header_length, max_strings=settings.max_images)
-        # Checked here and not in the next thread: on the way there, large parsed JSON of many requests would wait.
+        # This check is in the same thread as the parsing. Otherwise the large parsed JSON of many requests would
+        # stay in memory while the requests wait for another thread.
         request = check_request(message)
         copies = [array for array in message.inputs.values() if not np.may_share_memory(array, body)]
         reservation.grow(sum(map(nbytes_of, copies)))
@@ -173,14 +185,14 @@ async def decode(
 
     if json_bytes <= SMALL_JSON:
         document = body[:json_bytes].tobytes()
-        # BYTES are copied out of the body, which takes time. An escape such as \u0042 may hide the word.
+        # Copying BYTES elements out of the body takes long. An escape such as \u0042 may hide the word BYTES.
         if b"BYTES" not in document and b"\\" not in document:
             return parse()
     return await worker.run_in_thread(parse)
 
 
 async def encode(worker: CodecWorker, message: wire.Request, answer: Answer) -> Reply:
-    """Encodes the answer as the request wants it, in a thread if tensors are written as JSON."""
+    """Returns the reply that encodes an answer as the request wants it; JSON tensors are written in a thread."""
     assert worker.discretizer is not None
     version = model_version(worker.discretizer)
     binary = {name: message.wants_binary(name) for name in answer.outputs}

@@ -1,4 +1,4 @@
-"""For people: a page to try the codec with, and a route that takes a picture and returns a picture."""
+"""Defines the routes for people: a page to try the codec, and a route that reconstructs one picture."""
 
 from __future__ import annotations
 
@@ -31,14 +31,19 @@ async def home() -> FileResponse:
 
 @router.post(
     "/v1/reconstruct",
-    summary="Discretize one picture: returns Q(x) as PNG",
+    summary="Discretize one picture and return Q(x) as PNG",
     openapi_extra=PICTURE_BODY,
     response_class=Response,
-    responses={200: {"content": {"image/png": {}}, "description": "Q(x), of the picture's own size"}},
+    responses={
+        200: {"content": {"image/png": {}}, "description": "Q(x), with the same size in pixels as the picture"}
+    },
     dependencies=[Depends(require_key)],
 )
 async def reconstruct(request: Request) -> Response:
-    """The body is one JPEG, PNG or WebP file: `curl --data-binary @cat.jpg URL/v1/reconstruct -o q.png`."""
+    """Returns Q(x) of the picture in the body, which is one JPEG, PNG or WebP file.
+
+    For example: `curl --data-binary @cat.jpg URL/v1/reconstruct -o q.png`.
+    """
     worker: CodecWorker = request.app.state.worker
 
     async def reconstruction(encoded: memoryview, caller: Caller, reservation: Reservation) -> Reply:
@@ -46,7 +51,7 @@ async def reconstruct(request: Request) -> Response:
         assert discretizer is not None
 
         def prepare() -> CodecRequest:
-            reservation.grow(len(encoded))  # Pillow reads a copy
+            reservation.grow(len(encoded))  # Pillow reads a copy of the file
             picture = decode_picture(
                 bytes(encoded), max_pixels=worker.settings.max_image_pixels, field="body", upright=True
             )

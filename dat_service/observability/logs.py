@@ -1,4 +1,4 @@
-"""Log lines of the service: text, or one JSON object per line; both name the id of the request."""
+"""Formats the log lines of the service, as text or as one JSON object per line, with the id of the request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ REQUEST_ID: ContextVar[str] = ContextVar("dat_request_id", default="")
 
 
 def configure(log_format: str, level: str) -> None:
-    """Sends the records of the loggers `dat_service` and `dat_workers`, and of no others, to stderr.
+    """Makes the loggers `dat_service` and `dat_workers`, and only these two, write to stderr.
 
-    `log_format` is `text` or `json`. The fields of a record are given by `extra={"fields": {...}}`. May be
-    called again.
+    `log_format` is `text` or `json`; `level` is the lowest level that is written. A caller adds fields to a log
+    line with `extra={"fields": {...}}`. A second call replaces the format and the level of the first.
     """
     handler = StderrHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -29,7 +29,7 @@ def configure(log_format: str, level: str) -> None:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what sys.stderr is at the moment of writing, because Ray and pytest replace it."""
+    """Looks up sys.stderr again for each line that it writes, because Ray and pytest replace sys.stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -40,14 +40,17 @@ class StderrHandler(logging.Handler):
 
 
 def one_line(text: str) -> str:
-    """Escapes every character that could begin a new line or move a terminal's cursor."""
+    """Returns the text with every character escaped that could begin a new line or move a terminal's cursor."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z WARNING dat_service [request id] message key=value`, then an indented traceback."""
+    """Formats a record as a line of text, followed by an indented traceback if the record has an exception.
+
+    The line has the form `2026-01-31T12:00:00.000Z WARNING dat_service [request id] message key=value`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         request_id = one_line(REQUEST_ID.get()) or "-"
@@ -57,7 +60,7 @@ class TextFormatter(logging.Formatter):
         for name, value in fields(record).items():
             text = one_line(str(value))
             line += f" {name}={json.dumps(text) if ' ' in text or '=' in text or not text else text}"
-        # An exception's message may hold a line that a client made up: indented, it cannot pass for a log line.
+        # An exception's message may contain a line that a client invented. Indented, it cannot pass for a log line.
         return "\n".join([line, *(f"    {one_line(below)}" for below in self._traceback(record).splitlines())])
 
     def _traceback(self, record: logging.LogRecord) -> str:
@@ -65,7 +68,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(TextFormatter):
-    """One JSON object: time, level, logger, request_id, message, and if there are any, fields and exception."""
+    """Formats a record as one JSON object.
+
+    Its keys are time, level, logger, request_id and message, and also fields and exception if the record has them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -79,7 +85,7 @@ class JsonFormatter(TextFormatter):
             entry["fields"] = extra
         if traceback := self._traceback(record):
             entry["exception"] = traceback
-        return json.dumps(entry, default=str)  # ASCII only, so that no character in it can end the line
+        return json.dumps(entry, default=str)  # it is ASCII only, so that no character in it can end the line
 
 
 def timestamp(record: logging.LogRecord) -> str:
@@ -88,6 +94,6 @@ def timestamp(record: logging.LogRecord) -> str:
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
-    """Returns the fields that the caller gave by `extra={"fields": ...}`."""
+    """Returns the fields that the caller passed as `extra={"fields": {...}}`; an empty dict if there are none."""
     extra = getattr(record, "fields", None)
     return extra if isinstance(extra, dict) else {}

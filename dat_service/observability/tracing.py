@@ -1,6 +1,7 @@
-"""OpenTelemetry spans of requests, sent to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names, if it names one.
+"""Sends an OpenTelemetry span of each request to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names.
 
-Spans are created from timestamps after the response was sent, so tracing costs nothing while a request runs.
+If the variable is not set, no spans are created. A span is created from recorded timestamps after the response has
+been sent, so tracing costs nothing while a request runs.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
 class TracingUnavailable(ValueError):
-    """A collector is configured, but the packages that send spans to it are not installed."""
+    """A collector is configured, but the packages that would send spans to it are not installed."""
 
 
 def wanted() -> bool:
-    """Whether a collector is configured. Raises TracingUnavailable if OpenTelemetry is missing."""
+    """Returns True if a collector is configured. Raises TracingUnavailable if OpenTelemetry is then missing."""
     configured = [name for name in ENDPOINTS if os.environ.get(name)]
     if not configured:
         return False
     try:
-        import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")  # it imports the SDK too
+        import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")  # this module also imports the SDK
     except ImportError:
         raise TracingUnavailable(
             f"{configured[0]} is set, but OpenTelemetry is not installed: pip install 'dat-service[otel]'"
@@ -35,7 +36,7 @@ def wanted() -> bool:
 
 
 class Spans:
-    """Sends spans to the collector from a thread of OpenTelemetry's; the OTEL_* variables configure it.
+    """Sends spans to the collector from one of OpenTelemetry's threads, as configured by the OTEL_* variables.
 
     >>> spans = Spans("tiny-f8", "local")     # doctest: +SKIP
     >>> spans.record(request_record)          # doctest: +SKIP
@@ -56,7 +57,10 @@ class Spans:
         self._tracer = self._provider.get_tracer("dat_service", __version__)
 
     def record(self, request: RequestRecord) -> None:
-        """Creates a request's span, as a child of the caller's span, and one child span for each timed stage."""
+        """Creates the span of a request, with one child span for each timed stage.
+
+        If the client sent a `traceparent` header, the span of the request is a child of the client's span.
+        """
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -84,12 +88,12 @@ class Spans:
         span.end(request.began_ns + round(request.seconds * 1e9))
 
     def stop(self) -> None:
-        """Sends the spans that are left, for at most 5 s: the service must stop also if the collector is down."""
+        """Sends the remaining spans, for at most 5 s: the service must also stop if the collector is down."""
         shutdown = threading.Thread(target=self._provider.shutdown, daemon=True)
         shutdown.start()
         shutdown.join(5)
 
 
 def start(codec: str, replica: str) -> Spans | None:
-    """Returns a sender of spans if a collector is configured, else None."""
+    """Returns a sender of spans, or None if no collector is configured. Raises TracingUnavailable like `wanted`."""
     return Spans(codec, replica) if wanted() else None

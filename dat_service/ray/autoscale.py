@@ -1,4 +1,4 @@
-"""Chooses the number of replicas by the number of images that wait."""
+"""Chooses the number of replicas by the number of waiting images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 class ByQueuedImages:
     """An autoscaling policy for Ray Serve: one replica for every `images_per_replica` waiting images.
 
-    It counts images where Serve's own policy counts requests, because a request may have one image or a thousand.
-    Replicas report their numbers (`CodecReplica.record_autoscaling_stats`); Serve averages them over a few seconds,
-    respects MIN and MAX, and delays scaling down.
+    It counts images, because a request may have one image or a thousand; Serve's own policy counts requests.
+    Each replica reports its number of waiting images (`CodecReplica.record_autoscaling_stats`). Serve averages
+    these numbers over a few seconds, keeps the result between MIN and MAX, and delays scaling down.
     """
 
     def __init__(self, images_per_replica: float) -> None:
@@ -24,6 +24,6 @@ class ByQueuedImages:
         queued = (context.aggregated_metrics or {}).get("queued_images", {})
         if not queued:  # no replica has reported yet
             return context.target_num_replicas, {}
-        # assume that replicas that have not reported are as busy as the others
+        # assume that replicas that have not reported are as busy as those that have
         waiting = sum(queued.values()) / len(queued) * max(len(queued), len(context.running_replicas))
         return math.ceil(waiting / self.images_per_replica), {}

@@ -13,10 +13,10 @@ from dat_service.ray.replica import CodecReplica
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings, SettingsError
 
-NAME = "codec"  # of the single deployment in each application
+NAME = "codec"  # the name of the single deployment in each application
 
-# Variables that a replica's process reads. OpenMP's threads spin while they wait unless they are PASSIVE: next to a
-# busy process, a replica on a CPU computes 2 images per second with spinning threads, and 10 without.
+# The environment variables that a replica's process reads. Unless OMP_WAIT_POLICY is PASSIVE, OpenMP's threads spin
+# while they wait: next to a busy process, a replica on a CPU then computes 2 images per second instead of 10.
 REPLICA = {"OMP_WAIT_POLICY": "PASSIVE"} | {
     name: haproxy.SERVE[name]
     for name in (
@@ -27,13 +27,14 @@ REPLICA = {"OMP_WAIT_POLICY": "PASSIVE"} | {
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """Builds an application for `serve run` and `serve deploy`, which call it dat_service.ray.deployments:build.
+    """Returns an application. `serve run` and `serve deploy` call this function dat_service.ray.deployments:build.
 
     >>> build({"codec": "identity"})     # doctest: +SKIP
 
-    On GPUs an update stops an old replica before it starts a new one, because other applications may need the GPUs
-    that are free now. If a GPU is sure to be free, set `max_surge_percent: 1` under `deployments` in the
-    configuration: then the new replica starts first.
+    `arguments` are the settings of the codec. With replicas on GPUs, an update stops each old replica before it
+    starts a new one, because unrelated applications may need the GPUs that are free now. If a GPU is sure to be
+    free, set `max_surge_percent: 1` under `deployments` in the configuration, so that the new replica starts first.
+    Raises UnsupportedRay, SettingsError and pydantic's ValidationError.
     """
     import ray
 
@@ -65,8 +66,9 @@ def application(
 def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True) -> dict[str, Any]:
     """Returns the options of a deployment for `serve.deployment`.
 
-    `surge`: an update starts a new replica before it stops an old one, which needs the resources of one more.
-    Otherwise it stops an old one first, so a service with a single replica is down until the new one is loaded.
+    If `surge` is True, an update starts each new replica before it stops an old one, which needs the resources of
+    one additional replica. Otherwise an update stops an old replica first, so a service with a single replica is
+    down until the new replica is loaded.
     """
     scale: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.autoscale is not None:
@@ -77,10 +79,10 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
                 "max_replicas": most,
                 "look_back_period_s": 12,
                 "upscale_delay_s": 3,
-                "downscale_delay_s": 60,  # loading a codec takes long: keep a superfluous replica for a minute
+                "downscale_delay_s": 60,  # loading a codec takes long, so a superfluous replica stays for a minute
                 "policy": {
                     "policy_function": "dat_service.ray.autoscale:ByQueuedImages",
-                    # about what a replica computes in a second
+                    # about as many images as a replica computes in a second
                     "policy_kwargs": {"images_per_replica": 256 if gpus else 16},
                 },
             }
@@ -88,11 +90,12 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
     return {
         "name": NAME,
         **scale,
-        "max_ongoing_requests": 2 * settings.max_requests,  # twice: the app should refuse first, with Retry-After
+        "max_ongoing_requests": 2
+        * settings.max_requests,  # twice the limit of the app, so that the app refuses first, with Retry-After
         "ray_actor_options": {"num_gpus": gpus, "num_cpus": cpus},
         "health_check_period_s": 2,
-        "health_check_timeout_s": 10,  # a process that does not answer three times in a row is replaced
-        # a stopping replica finishes its queue and the last batch
+        "health_check_timeout_s": 10,  # Serve replaces a process that fails to answer three times in a row
+        # this suffices for a stopping replica to finish its queue and its last batch
         "graceful_shutdown_timeout_s": settings.max_queue_s + 20,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_surge_percent": 1 if surge else 0,  # Serve rounds up to one replica
@@ -101,9 +104,9 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
 
 
 def replica_range(settings: Settings) -> tuple[int, int]:
-    """Returns the minimum and maximum number of replicas; raises SettingsError for an impossible range.
+    """Returns the minimum and the maximum number of replicas. Raises SettingsError for an impossible range.
 
-    The minimum is 1 or more: images wait inside replicas, so without any replica none could be seen waiting.
+    The minimum is at least 1. Images wait inside replicas, so without a replica no waiting image could be counted.
     """
     if settings.autoscale is None:
         return settings.replicas, settings.replicas
@@ -114,16 +117,16 @@ def replica_range(settings: Settings) -> tuple[int, int]:
 
 
 def gpus_of(settings: Settings, present: float) -> float:
-    """Returns the GPUs that one replica reserves, with `present` GPUs on all nodes.
+    """Returns the number of GPUs that one replica reserves, if all nodes together have `present` GPUs.
 
-    Ray shows a replica only the GPUs that it reserves. Raises SettingsError for a device or a number of GPUs that
-    Ray cannot provide.
+    A replica can use only the GPUs that it has reserved from Ray. Raises SettingsError for a device or a number of
+    GPUs that Ray cannot provide.
     """
     device, gpus = settings.device, settings.gpus
     if device not in ("auto", "cpu", "cuda"):
-        raise SettingsError(f"device is {device!r}, must be auto, cpu or cuda on Ray, which picks the GPU itself")
+        raise SettingsError(f"device is {device!r}, but on Ray it must be auto, cpu or cuda, as Ray picks the GPU")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise SettingsError(f"gpus is {gpus:g}, must be a fraction of one GPU or a whole number")
+        raise SettingsError(f"gpus is {gpus:g}, but it must be less than 1 or a whole number")
     if gpus and device == "cpu":
         raise SettingsError(f"gpus is {gpus:g}, but device is 'cpu'")
     if gpus == 0 and device == "cuda":
@@ -139,27 +142,34 @@ def gpus_of(settings: Settings, present: float) -> float:
 def check(all_settings: Sequence[Settings]) -> None:
     """Raises SettingsError for settings that cannot be served on any Ray cluster."""
     if len({s.codec for s in all_settings}) < len(all_settings):
-        raise SettingsError("codec: each codec can be served only once")
+        raise SettingsError("codec: a codec is named more than once; name each codec only once")
     for settings in all_settings:
         replica_range(settings)
         gpus_of(settings, present=float("inf"))
 
 
 def taken(gpus: float, replicas: int = 1) -> float:
-    """Returns the GPUs that `replicas` occupy: of replicas with 0.4 GPUs two fit on one, and 0.2 stays unused."""
+    """Returns the number of GPUs that `replicas` replicas occupy, if each reserves `gpus` GPUs.
+
+    For example, two replicas with 0.4 GPUs each fit on one GPU, and 0.2 of that GPU stays unused.
+    """
     return replicas * (1 / int(1 / gpus) if 0 < gpus < 1 else gpus)
 
 
 def routes(codecs: Sequence[str], *, alone: bool) -> dict[str, str]:
-    """Returns the route prefix of each codec: "/" for a single one that is `alone` on its Ray, else "/NAME"."""
+    """Returns the route prefix of each codec: "/" if there is only one codec and `alone` is True, else "/NAME".
+
+    `alone` means that nothing else is served on the same Ray.
+    """
     return {codec: "/" if alone and len(codecs) == 1 else f"/{codec}" for codec in codecs}
 
 
 def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
-    """Returns the configuration for `serve deploy` on another cluster, where `build` counts the GPUs.
+    """Returns the configuration for `serve deploy`, which may run on any cluster; `build` counts the GPUs there.
 
-    When Ray is started on the cluster's nodes, their environment must have the variables of haproxy.SERVE, and the
-    path of `dat-haproxy` as RAY_SERVE_HAPROXY_BINARY_PATH.
+    When Ray is started on a node of the cluster, the environment of that node must contain the variables of
+    haproxy.SERVE, and RAY_SERVE_HAPROXY_BINARY_PATH must be the path of `dat-haproxy`. Raises SettingsError for
+    settings that cannot be served on any cluster.
     """
     check(all_settings)
     first = all_settings[0]
@@ -173,7 +183,7 @@ def serve_config(all_settings: Sequence[Settings]) -> dict[str, Any]:
                 "route_prefix": prefixes[settings.codec],
                 "import_path": "dat_service.ray.deployments:build",
                 "runtime_env": {"env_vars": dict(REPLICA)},
-                # no "deployments": they would override the options that `build` returns
+                # "deployments" is left out, because it would override the options that `build` returns
                 "args": {"codec": settings.codec} | arguments,
             }
         )

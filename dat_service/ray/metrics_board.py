@@ -1,8 +1,8 @@
-"""One /metrics for all replicas of an application on Ray: any replica answers for all of them.
+"""Collects the metrics of all replicas of an application on Ray, so that any replica can answer for all of them.
 
-Every two seconds each replica puts its metrics into a small Ray actor, the board. The board belongs to the replica
-that created it and ends with it; the next replica that misses it creates a new one. Whatever fails here, a replica
-still answers with its own metrics.
+Every two seconds, each replica puts its metrics into a small Ray actor, the board. The board ends when the replica
+that created it ends; the next replica that finds no board creates a new one. If the board cannot be reached, a
+replica answers with its own metrics.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ log = logging.getLogger("dat_service")
 NAMESPACE = "dat"
 PUSH_EVERY_S = 2.0
 FORGET_AFTER_S = 30.0
-TIMEOUT_S = 1.0  # how long a scrape waits for the board
+TIMEOUT_S = 1.0  # the longest time that a scrape waits for the board
 
 
 class MetricsBoard:
-    """The Ray actor: the newest metrics of each replica, forgotten after 30 s."""
+    """The Ray actor that holds the newest metrics of each replica; it drops metrics that are older than 30 s."""
 
     def __init__(self) -> None:
         self.newest: dict[str, tuple[float, list[Metric]]] = {}
@@ -36,7 +36,7 @@ class MetricsBoard:
         self._forget()
 
     def others(self, replica: str) -> list[list[Metric]]:
-        """Returns the metrics of all replicas but this one."""
+        """Returns the metrics of all replicas except `replica`."""
         self._forget()
         return [families for name, (_, families) in self.newest.items() if name != replica]
 
@@ -46,7 +46,7 @@ class MetricsBoard:
 
 
 class SharedMetrics:
-    """The metrics of all replicas, from one replica's point of view; a thread pushes its own to the board.
+    """Provides the metrics of all replicas in one replica, whose own metrics a thread sends to the board.
 
     >>> shared = SharedMetrics(metrics, application="tiny-f8")     # doctest: +SKIP
     >>> families = await shared.families()                         # doctest: +SKIP
@@ -58,23 +58,25 @@ class SharedMetrics:
         self.replica = metrics.labels["replica"]
         self._board: Any = None
         self._stopped = threading.Event()
-        # a thread, because Ray's calls block, and without a limit if its head node cannot be reached
+        # This needs a thread, because Ray's calls block, and they block forever if Ray's head node cannot be
+        # reached.
         self._thread = threading.Thread(target=self._push, name="metrics", daemon=True)
         self._thread.start()
 
     async def families(self) -> list[Metric]:
-        """Returns the metrics of all replicas; those of the other replicas are a few seconds old at most."""
+        """Returns the metrics of all replicas; those of remote replicas may be a few seconds old."""
         own = self.metrics.families()
         others: list[list[Metric]] = []
         board = self._board
         if board is not None:
             try:
-                # put these too: the next scrape may be answered by another replica, and counters must not fall
+                # The next scrape may be answered by a different replica, and no counter may fall between two
+                # scrapes.
                 board.put.remote(self.replica, own)
                 reply = asyncio.wrap_future(board.others.remote(self.replica).future())
                 others = await asyncio.wait_for(reply, TIMEOUT_S)
-            except Exception as error:  # Ray reports a dead or unreachable actor by several exceptions
-                log.warning("the metrics of the other replicas are missing: %s", type(error).__name__)
+            except Exception as error:  # Ray raises several kinds of exceptions for a dead or unreachable actor
+                log.warning("the metrics of all replicas but this one are missing: %s", type(error).__name__)
         return merged([own, *others])
 
     def _push(self) -> None:
@@ -92,6 +94,6 @@ class SharedMetrics:
                 self._stopped.wait(PUSH_EVERY_S)
 
     def stop(self) -> None:
-        """Ends the thread; the other replicas show this one's metrics for 30 s more."""
+        """Ends the thread. The board keeps the last metrics of this replica for 30 s."""
         self._stopped.set()
         self._thread.join(PUSH_EVERY_S)

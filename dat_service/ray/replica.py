@@ -1,4 +1,4 @@
-"""The app as a Ray Serve deployment: each replica is itself the HTTP ingress behind HAProxy."""
+"""Runs the app as a Ray Serve deployment, in which HAProxy sends HTTP requests directly to each replica."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 class CodecReplica:
-    """One Ray Serve replica: a process that loads the codec, then builds the app."""
+    """A Ray Serve replica, which is a process that loads the codec and then builds the app."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.worker = self.make_worker(Settings(**settings))
-        # In a thread: this event loop must answer Serve's messages, and loading takes a minute on a GPU.
+        # The codec is loaded in a thread, because this takes a minute on a GPU and the event loop must answer
+        # Serve's messages meanwhile.
         await asyncio.to_thread(self.worker.load)
 
     def make_worker(self, settings: Settings) -> CodecWorker:
-        """Creates the worker; a stand-in for load tests overrides this."""
+        """Returns a new worker. A subclass for load tests overrides this method."""
         from ray import serve
 
         from dat_service.worker import CodecWorker
@@ -39,10 +40,10 @@ class CodecReplica:
         return create_app(self.worker, all_metrics=SharedMetrics(self.worker.metrics, application))
 
     async def check_health(self) -> None:
-        """Raises RuntimeError if the codec has hung or died; Serve then replaces the replica."""
+        """Raises RuntimeError if the codec has failed or hung, whereupon Serve replaces the replica."""
         if not self.worker.healthy:
             raise RuntimeError(f"codec {self.worker.settings.codec}: {self.worker.why_unhealthy}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Reports the number of waiting images, for autoscale.py."""
+        """Returns the number of waiting images, which autoscale.py uses."""
         return {"queued_images": float(self.worker.queued_images)}

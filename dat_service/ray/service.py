@@ -1,4 +1,4 @@
-"""`dat serve` on Ray Serve, from start to stop."""
+"""Starts, updates and stops the applications of `dat serve` on Ray Serve."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ log = logging.getLogger("dat_service")
 
 
 class ServeFailed(RuntimeError):
-    """Ray, or an application on it, did not start or stop; the message says why."""
+    """Ray, or an application on it, could not be started, updated or stopped. The message gives the reason."""
 
 
 class RayService:
-    """Serves one or more codecs on Ray Serve, each as an application with replicas of its own.
+    """Serves one or more codecs on Ray Serve, each as an application with its own replicas.
 
     >>> service = RayService(Settings(port=8000))      # doctest: +SKIP
     >>> service.start()                                # doctest: +SKIP
     >>> service.stop()                                 # doctest: +SKIP
 
-    Starts a Ray of its own on this machine; if RAY_ADDRESS names a cluster, joins it instead and leaves everything
-    else that is served there alone. All settings must have the same host and port. `replica_class` is for stand-ins
-    in tests. Raises SettingsError for settings that cannot be served on any Ray cluster.
+    If RAY_ADDRESS names a cluster, the service joins that cluster and does not change any unrelated application on
+    it. Otherwise, the service starts its own Ray on this machine. All settings must have the same host and port.
+    Tests may pass their own `replica_class`. Raises SettingsError for settings that cannot be served on any
+    cluster.
     """
 
     def __init__(self, *settings: Settings, replica_class: type[CodecReplica] = CodecReplica) -> None:
@@ -49,22 +50,22 @@ class RayService:
         self.own_cluster = not os.environ.get("RAY_ADDRESS")
         self.prefixes: dict[str, str] = {}
         self._replica_class = replica_class
-        self._variables: dict[str, str] = {}  # added to this process's environment
-        self._running: list[str] = []  # names of our applications
+        self._variables: dict[str, str] = {}  # variables that were added to this process's environment
+        self._running: list[str] = []  # names of the applications that this service has started
         self._roots: set[psutil.Process] = set()  # processes that Ray started here
         self._folder = tempfile.TemporaryDirectory(prefix="dat-serve-")
-        self._block: socket.socket | None = None  # reserves the replicas' ports
+        self._block: socket.socket | None = None  # this socket reserves the ports of the replicas
         self._stopping = False
-        self._changes = threading.Lock()  # held while calling Serve, which nothing may do after stop()
+        self._changes = threading.Lock()  # held during calls to Serve; after stop(), no such call may begin
 
     @property
     def urls(self) -> dict[str, str]:
-        """The address of each codec, as `Client` takes it."""
+        """The address of each codec, in the form that `Client` takes."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return {codec: f"http://{host}:{self.port}{p.rstrip('/')}" for codec, p in self.prefixes.items()}
 
     def start(self) -> None:
-        """Returns when all codecs are loaded and answer; raises ServeFailed."""
+        """Starts Ray and Serve, and returns when all codecs answer. Raises ServeFailed if that does not succeed."""
         try:
             check_version(ray.__version__)
             self._variables = self._environment()
@@ -75,7 +76,7 @@ class RayService:
             except Exception as error:
                 if "timed out during startup" not in str(error):
                     raise
-                # Ray waits 30 s for its own processes, which is not always enough on a busy machine.
+                # Ray waits 30 s for its own processes to start, which is not always enough on a busy machine.
                 log.warning("Ray did not start within its time limit; trying once more")
                 ray.shutdown()
                 end(self._processes(), patience_s=0)
@@ -87,7 +88,7 @@ class RayService:
                 http_options={"host": haproxy.LOOPBACK if self.own_cluster else self.host, "port": self.port},
             )
             if not self.own_cluster:
-                # if Serve ran on that cluster before, it keeps its address whatever the settings are
+                # if Serve already ran on that cluster, it keeps its own address, whatever the settings say
                 client: Any = _get_global_client()
                 self.host, self.port = client.http_config.host, client.http_config.port
             self.prefixes = deployments.routes(list(self.settings), alone=self.own_cluster)
@@ -98,17 +99,19 @@ class RayService:
             raise ServeFailed(self._why(error)) from error
 
     def update(self) -> None:
-        """Loads all codecs from the store again, replica by replica. Raises ServeFailed; then the old ones stay.
+        """Loads all codecs from the store again, replica by replica.
 
-        Requests are served meanwhile: old replicas answer until as many new ones do. If no GPU is free for one more
-        replica, each old one is stopped first: a service with a single replica is then down until the new one is
-        loaded, and stays down if that fails.
+        Requests are served meanwhile: each old replica answers until a new replica takes its place. However, if no
+        GPU is free for an additional replica, each old replica is stopped before its successor starts. A service
+        with a single replica is then down until the new replica is loaded, and stays down if loading fails.
+
+        Raises ServeFailed if the new replicas do not start; old replicas that have not been stopped then stay.
         """
         try:
             with self._changes:
                 self._deploy()
                 client: Any = _get_global_client()
-            # serve.run_many can wait too, but would keep the lock as long, and stop() with it
+            # serve.run_many could wait too, but it would hold the lock while it waits, and so delay stop()
             for codec in self.settings:
                 client._wait_for_application_running(codec)
             client.wait_for_proxies_serving()
@@ -120,25 +123,28 @@ class RayService:
             raise ServeFailed(self._why(error)) from error
 
     def _deploy(self) -> None:
-        """Asks Serve for new replicas of all codecs, without waiting for them."""
-        if self._stopping or not ray.is_initialized():  # otherwise Serve would start another Ray
+        """Makes Serve start new replicas of all codecs, but does not wait for them. Raises ServeFailed."""
+        if self._stopping or not ray.is_initialized():  # otherwise Serve would start a new Ray
             raise ServeFailed("the service is stopping")
         present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         gpus = {codec: deployments.gpus_of(s, present) for codec, s in self.settings.items()}
         most = {codec: deployments.replica_range(s)[1] for codec, s in self.settings.items()}
         needed = sum(deployments.taken(gpus[codec], most[codec]) for codec in self.settings)
         if self.own_cluster and needed > present:
-            raise ServeFailed(f"replicas ask for {needed:g} GPUs, and this machine has {present:g}; see --gpus")
-        # The codecs may take turns with one spare GPU for their new replicas: each gives it back afterwards.
+            raise ServeFailed(
+                f"replicas ask for {needed:g} GPUs, and this machine has {present:g}; lower --replicas or --gpus"
+            )
+        # One spare GPU is enough for all codecs: their new replicas start in turns, and each frees a GPU
+        # afterwards.
         spare = present - needed
-        if not self.own_cluster:  # other applications use GPUs too
+        if not self.own_cluster:  # unrelated applications on the cluster use GPUs too
             spare = min(spare, ray.available_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         on_cpu = sum(most[codec] for codec in self.settings if not gpus[codec])
         targets = []
         for codec, settings in self.settings.items():
             cpus: float = settings.threads or 1
             if self.own_cluster:
-                # nothing else asks this Ray for cores, so it need not count them, and replicas can share them
+                # Only this service uses this Ray, so Ray need not count CPU cores, and replicas can share them.
                 cpus = 0
                 if not gpus[codec]:
                     settings = settings.model_copy(update={"threads": shared(settings, on_cpu)})
@@ -146,7 +152,8 @@ class RayService:
                 settings,
                 gpus=gpus[codec],
                 cpus=cpus,
-                surge=not gpus[codec] or deployments.taken(gpus[codec]) <= spare + 1e-4,  # Ray's resolution
+                surge=not gpus[codec]
+                or deployments.taken(gpus[codec]) <= spare + 1e-4,  # the resolution with which Ray counts GPUs
                 environment=None if self.own_cluster else deployments.REPLICA,
                 replica=self._replica_class,
             )
@@ -172,20 +179,24 @@ class RayService:
         """Raises ServeFailed if one of the codecs is already served on the cluster."""
         try:
             applications = serve.status().applications
-        except Exception:  # Serve does not run there yet
+        except Exception:  # Serve does not run on that cluster yet
             return
         for codec in self.settings:
             if codec in applications:
                 raise ServeFailed(
                     f"{codec} is already served on this cluster; send SIGHUP to its `dat serve` to update it. "
-                    f"If that has ended: python -c 'from ray import serve; serve.delete(\"{codec}\")'"
+                    f"If that process has ended, run: python -c 'from ray import serve; serve.delete(\"{codec}\")'"
                 )
 
     def _why(self, error: Exception) -> str:
-        """Returns the last line of the traceback that Serve keeps of a failed replica, else the error's message."""
+        """Returns the reason for a failure.
+
+        This is the last line of the traceback that Serve has stored for a failed replica, if there is one.
+        Otherwise it is the message of Serve's applications or, if they have none, that of the error.
+        """
         try:
             with self._changes:
-                if self._stopping or not ray.is_initialized():  # Serve would start another Ray
+                if self._stopping or not ray.is_initialized():  # Serve would start a new Ray
                     return str(error)
                 applications = serve.status().applications
             mine = [applications[codec] for codec in self.settings if codec in applications]
@@ -196,24 +207,26 @@ class RayService:
         return lines[-1] if lines else "; ".join(text.strip() for text in texts if text.strip()) or str(error)
 
     def stop(self) -> None:
-        """Lets requests finish, stops the applications, and Ray if it is our own. Leaves no process running.
+        """Lets requests finish and stops the applications; also stops Ray, if the service has started it itself.
 
-        Raises ServeFailed if Serve, on a shared cluster, does not stop an application.
+        All processes that the service has started have then ended. Raises ServeFailed if an application on a shared
+        cluster cannot be stopped.
         """
-        # taken first, because the descendants of a process can only be found while it runs
+        # This comes first, because the descendants of a process can only be found while the process runs.
         ours = self._processes()
         failures: dict[str, Exception] = {}
         self._stopping = True
         started = ray.is_initialized()
         try:
-            with self._changes:  # a running update hands its applications to Serve first; no other begins now
+            with self._changes:  # wait until a running update has passed its applications to Serve
                 pass
             if started:
-                # serve.shutdown ends HAProxy at once, and with it the responses that replicas are still sending
+                # Applications are deleted first: serve.shutdown ends HAProxy at once, and so the responses in
+                # progress.
                 for codec in self._running:
                     try:
                         serve.delete(codec)
-                    except Exception as error:  # the others must be stopped all the same
+                    except Exception as error:  # the remaining applications must still be stopped
                         failures[codec] = error
                 self._running = []
                 if self.own_cluster:
@@ -222,12 +235,12 @@ class RayService:
         finally:
             ours |= self._processes()
             ray.shutdown()
-            # Processes end late on a busy machine, and HAProxy may have been started again meanwhile. If Ray did
-            # not start, none of them was asked to end, so there is nothing to wait for.
+            # On a busy machine, processes end late, and HAProxy may have been started again meanwhile. If Ray did
+            # not start, no process has been told to end, so there is nothing to wait for.
             for process in end(ours | self._processes(), patience_s=10 if started else 0):
-                log.debug("process %d, started by Ray, did not end without a signal", process.pid)
+                log.debug("process %d, which Ray had started, did not end without a signal", process.pid)
             self._folder.cleanup()
-            for name in self._variables:  # another service in this process sets its own
+            for name in self._variables:  # so that the next service in this process sets its own values
                 os.environ.pop(name, None)
             if self._block is not None:
                 self._block.close()
@@ -239,22 +252,25 @@ class RayService:
         return descendants(self._roots) | mentioning(self._folder.name)
 
     def _environment(self) -> dict[str, str]:
-        """Returns the variables to add to this process's environment, which Ray's processes inherit."""
+        """Returns the variables to add to this process's environment, from which Ray's processes inherit them."""
         variables = {"RAY_USAGE_STATS_ENABLED": "0"} | haproxy.SERVE
         if self.own_cluster:
             self._block = ports.take_block(self.port)
             first_port = self._block.getsockname()[1] + 1
             variables |= haproxy.environment(Path(self._folder.name), self.host, self.port, first_port)
             variables |= deployments.REPLICA
-            variables["RAY_worker_niceness"] = "0"  # with Ray's default of 15, every other process has priority
-            # Ray would store a record of its last 100,000 calls, several of which Serve makes per second by itself,
-            # and metrics of what HAProxy logs: 20 MB more after 20,000 requests. Ours are in /metrics.
+            variables["RAY_worker_niceness"] = (
+                "0"  # with Ray's default of 15, all other processes would have priority
+            )
+            # Otherwise, Ray would store a record of its last 100,000 calls (Serve alone makes several per second)
+            # and metrics from HAProxy's log, which take 20 MB after 20,000 requests. /metrics has the service's
+            # own.
             variables["RAY_task_events_report_interval_ms"] = "0"
             variables["RAY_enable_metrics_collection"] = "0"
-        # variables that the operator has set take precedence
+        # variables that the operator has set already keep their values
         return {name: value for name, value in variables.items() if name not in os.environ}
 
 
 def shared(settings: Settings, replicas: int) -> int:
-    """Returns the CPU threads for each of several replicas that share this machine."""
+    """Returns the number of CPU threads for each replica, if `replicas` replicas share this machine."""
     return settings.threads or max(1, settings.engine_config.cpu_threads // replicas)

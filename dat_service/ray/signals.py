@@ -1,4 +1,4 @@
-"""Takes the signals of `dat serve` on Ray: SIGINT and SIGTERM stop the service, SIGHUP updates it."""
+"""Handles the signals of `dat serve` on Ray: SIGINT and SIGTERM stop the service, and SIGHUP updates it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from dat_workers.system.signals import handle_signals
 
 @contextmanager
 def requested_by_signals() -> Iterator[queue.SimpleQueue[str]]:
-    """Yields a queue of what signals request: "stop" (SIGINT, SIGTERM) or "update" (SIGHUP).
+    """Yields a queue that gets "stop" for SIGINT and SIGTERM, and "update" for SIGHUP.
 
-    A second "stop" raises KeyboardInterrupt. A closed terminal also sends SIGHUP: that is a "stop".
+    When a terminal is closed, it sends SIGHUP too; in that case, the queue gets "stop". After a "stop", the next
+    signal that means "stop" raises KeyboardInterrupt.
     """
-    requests: queue.SimpleQueue[str] = queue.SimpleQueue()  # the only queue that a signal handler may put into
+    requests: queue.SimpleQueue[str] = (
+        queue.SimpleQueue()
+    )  # no other kind of queue allows put() in a signal handler
     stopping = False
     had_terminal = has_terminal()
 
@@ -37,19 +40,22 @@ def requested_by_signals() -> Iterator[queue.SimpleQueue[str]]:
 
 @contextmanager
 def updates_ignored() -> Iterator[None]:
-    """Ignores SIGHUP while the service starts, unless it says that the terminal was closed: KeyboardInterrupt."""
+    """Ignores SIGHUP in the block, which starts the service.
+
+    Raises KeyboardInterrupt if the SIGHUP means that the terminal has been closed.
+    """
     had_terminal = has_terminal()
 
     def on_hangup(_: int, __: object) -> None:
         if had_terminal and not has_terminal():
             raise KeyboardInterrupt
 
-    with handle_signals(on_hangup, signal.SIGHUP):  # a function, because Ray's processes would inherit SIG_IGN
+    with handle_signals(on_hangup, signal.SIGHUP):  # a handler and not SIG_IGN, which Ray's processes would inherit
         yield
 
 
 def has_terminal() -> bool:
-    """Returns whether this process belongs to a terminal that is open."""
+    """Returns True if this process belongs to a terminal that is open."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:

@@ -1,8 +1,8 @@
-"""The versions of Ray that this service works with.
+"""Checks that the installed version of Ray is one that this service works with.
 
-Two things tie it to one minor version: `dat-haproxy` amends a configuration that Ray renders from a template of its
-own, and RayService calls private functions of Ray Serve. tests/service/ray/test_version.py checks everything that
-is relied on.
+The service works with one minor version of Ray, for two reasons. `dat-haproxy` amends a configuration that Ray
+renders from its own template, and RayService calls private functions of Ray Serve.
+tests/service/ray/test_version.py checks all details of Ray on which these two rely.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ SUPPORTED = f">={FIRST[0]}.{FIRST[1]},<{END[0]}.{END[1]}"
 
 
 class UnsupportedRay(RuntimeError):
-    """Another version of Ray is installed than the ones that this service works with."""
+    """The installed version of Ray is not one that this service works with."""
 
 
 def check_version(installed: str) -> None:

@@ -94,7 +94,7 @@ def test_rotation_needs_no_restart(file: Path, messages: list[str]) -> None:
     file.write_text("old\nnew infer night\n")
     assert ring.find("new") is None  # it is looked at once a second
     assert known("old", "new")
-    assert messages == ["the API key file has changed: 2 keys"]
+    assert messages == ["the API key file has changed and now contains 2 keys"]
     for broken in ("", "new root\n"):
         file.write_text(broken)
         assert known("old", "new")
@@ -103,7 +103,7 @@ def test_rotation_needs_no_restart(file: Path, messages: list[str]) -> None:
     assert known("old", "new")
     assert known("old")
     assert [line.partition(": ")[0] for line in messages[1:]] == [
-        "the changed API key file is not used, the old keys stay valid"
+        "the changed API key file is unusable, so the old keys stay valid"
     ] * 3
     replaced = file.with_suffix(".tmp")  # as Kubernetes does it, and everybody should
     replaced.write_text("new\n")
