@@ -69,9 +69,7 @@ def check_request(message: wire.Request) -> CheckedRequest:
     parameters = parse_parameters(message.parameters)
     names = list(message.inputs)
     if names != ["indices"] and not ("images" in names and set(names) <= set(INPUTS)):
-        raise InvalidInput(
-            "inputs", sorted(names[:9]), f"either indices alone, or images with any of {', '.join(INPUTS)}"
-        )
+        raise InvalidInput("inputs", sorted(names[:9]), f"indices alone, or images and any of {', '.join(INPUTS)}")
     request = CheckedRequest(message, parameters)
     check_outputs(request.output_names, OUTPUTS)
     return request

@@ -25,85 +25,57 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DAT_", frozen=True, extra="forbid")
 
     codec: str = Field("tiny-f8", description="Name of the codec to serve.")
-    host: str = Field(
-        "127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all addresses of the machine."
-    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means all addresses.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
     engine: EngineName = Field(
-        "auto",
-        description="Engine that computes: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference.",
+        "auto", description="Engine: auto (torch on CUDA, cpu elsewhere), torch, cpu, onnx or reference."
     )
-    device: str = Field("auto", description="Device: auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="Device: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.")
     dtype: EngineDtype = Field(
         "auto",
-        description="Number format of the engine: auto (mixed on CUDA, fp32 elsewhere), fp32, tf32, "
-        "mixed (the decoder in fp16), fp16 or bf16.",
+        description="Dtype: auto (mixed on CUDA, fp32 elsewhere), fp32, tf32, mixed (fp16 decoder), fp16 or bf16.",
     )
     tricks: str = Field(
-        "auto",
-        description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or a list such as all,-graphs, "
-        "which means all but graphs.",
+        "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or e.g. all,-graphs."
     )
-    threads: int = Field(
-        0, ge=0, le=1024, description="Number of CPU threads of the engine; 0 means one for each core."
-    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 means one for each core.")
     # The path is made absolute, because replicas have different working directories.
     api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
         None, description="File with one API key per line. [default: no API key is required]"
     )
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest size of a request body, in bytes.")
-    max_json_bytes: int = Field(
-        2 * MIB, ge=1024, description="Largest size of the JSON in a request or a response, in bytes."
-    )
+    max_json_bytes: int = Field(2 * MIB, ge=1024, description="Largest JSON in a request or response, in bytes.")
     max_images: int = Field(1024, ge=1, description="Largest number of images in a request.")
     max_image_pixels: int = Field(2048 * 2048, ge=64, description="Largest number of pixels in one image.")
-    max_pixels: int = Field(
-        64 * MIB, ge=64, description="Largest number of pixels in all images of a request together."
-    )
+    max_pixels: int = Field(64 * MIB, ge=64, description="Largest number of pixels in a request.")
     max_requests: int = Field(
-        256, ge=1, description="Largest number of requests in a replica at once; requests above it get 503."
+        256, ge=1, description="Largest number of requests at once in a replica; more get 503."
     )
     max_held_bytes: int = Field(
-        4096 * MIB,
-        ge=1024,
-        description="Largest size of all requests and responses in a replica at once, in bytes.",
+        4096 * MIB, ge=1024, description="Largest size of all requests and responses in a replica, in bytes."
     )
     max_queue_s: float = Field(
         10.0, gt=0, description="A request that would probably wait longer than this many seconds gets 503."
     )
     max_wait_ms: float | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="Longest wait of a batch for more images, in milliseconds. [default: 2 on CUDA, else 0]",
+        None, ge=0, le=1000, description="Milliseconds a batch waits for more images. [default: 2 on CUDA, else 0]"
     )
     watchdog_s: float = Field(
-        120.0, gt=0, description="Replace a replica if one batch takes longer than this many seconds."
+        120.0, gt=0, description="Replace a replica if one batch takes longer than this, in seconds."
     )
     body_timeout_s: float = Field(
-        15.0,
-        gt=0,
-        description="Longest pause of a client while it sends a request or reads a response, in seconds.",
+        15.0, gt=0, description="Longest pause of a client while it sends or reads, in seconds."
     )
-    replicas: int = Field(
-        1, ge=1, le=1024, description="Number of replicas of each codec; each replica loads its own copy."
-    )
+    replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec; each loads its own copy.")
     autoscale: str | None = Field(
-        None,
-        pattern=r"^[0-9]+:[0-9]+$",
-        description="Run between MIN and MAX replicas, depending on how many images are waiting.",
+        None, pattern=r"^[0-9]+:[0-9]+$", description="Run MIN to MAX replicas, depending on how many images wait."
     )
     gpus: float | None = Field(
-        None,
-        ge=0,
-        le=64,
-        description="GPUs for each replica; with 0.5, two replicas share one. [default: 1 if present, else 0]",
+        None, ge=0, le=64, description="GPUs for each replica; with 0.5, two share one GPU. [default: 1 if present]"
     )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="Format of log lines: text, or json for one JSON object per line."
-    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Log messages of this level and of all more serious levels."
+        "info", description="Lowest level that is logged."
     )
 
     @model_validator(mode="after")

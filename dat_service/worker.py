@@ -101,9 +101,7 @@ class CodecWorker:
             raise Unhealthy(self.why_unhealthy or why)
         with self.lock:
             if not self.slots.take(holder, 1):
-                raise Full(
-                    f"{self.held} requests are held", f"at most {self.slots.capacity}, divided into fair shares", 1
-                )
+                raise Full(f"{self.held} requests are held", f"at most {self.slots.capacity}, in fair shares", 1)
         reservation = Reservation(self, holder)
         try:
             reservation.grow(nbytes)
@@ -165,13 +163,11 @@ class Reservation:
                 raise RuntimeError("the request's reservation is closed, because the request has already ended")
             shares, total = self.worker.bytes, self.nbytes + nbytes
             if total > shares.capacity:
-                raise TooLarge(
-                    "request", f"{total} bytes", f"at most {shares.capacity} bytes for a request and its response"
-                )
+                raise TooLarge("request", f"{total} bytes", f"at most {shares.capacity} bytes with its response")
             # `take` would count the bytes that this request already holds against it; `change` does not.
             if not shares.change(self.holder, self.nbytes, total):
                 held = f"{shares.held} bytes are held and this request needs {nbytes} more"
-                raise Full(held, f"at most {shares.capacity}, divided into fair shares", 1)
+                raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
             self.nbytes = total
 
     def close(self) -> None:

@@ -13,9 +13,8 @@ from dat_workers.errors import one_line
 
 Clock = Callable[[Callable[[], object], int], float]
 
-LEAST_S = (
-    0.05  # the least length of a sample, if need be of several calls, because shorter samples are mostly noise
-)
+# The least length of a sample, if need be of several calls, because shorter samples are mostly noise.
+LEAST_S = 0.05
 
 
 @dataclass(frozen=True)

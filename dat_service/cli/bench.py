@@ -24,12 +24,8 @@ app = typer.Typer(help="Measure the speed of the codec, or of a client's calls t
 @command_errors("dat bench codec")
 def codec(
     name: Annotated[str, Option("--codec", help="Name of an embedded or installed codec.")] = "tiny-f8",
-    engine: Annotated[
-        list[str] | None, Option(help="Measure only this engine; repeat the option for more engines.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, Option(help="Measure only this dtype; repeat the option for more dtypes.")
-    ] = None,
+    engine: Annotated[list[str] | None, Option(help="Measure only this engine; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, Option(help="Measure only this dtype; may be repeated.")] = None,
     device: options.Device = "auto",
     batch: Annotated[
         int | None, Option(min=1, help="Number of images in a batch. [default: 64 on CUDA, 16 on a CPU]")
@@ -40,9 +36,7 @@ def codec(
         Option(help="Pictures, folders or .tar shards to measure on. [default: photographs of scikit-image]"),
     ] = None,
     rounds: Annotated[int, Option(min=1, help="Number of times that each engine is measured.")] = 5,
-    threads: Annotated[
-        int | None, Option(min=1, help="Number of CPU threads. [default: one for each core]")
-    ] = None,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads. [default: one for each core]")] = None,
     out: Annotated[Path | None, Option(help="Also write the result to this JSON file.")] = None,
 ) -> None:
     """Measure the images per second of each engine, and the share of its tokens that equal the reference's."""
@@ -95,9 +89,7 @@ def client(
         Literal["none", "FP16", "FP32", "INT8"],
         Option(help="Dtype of the gradients that are sent with the images."),
     ] = "none",
-    timeout_s: Annotated[
-        float, Option(help="Longest wait for the service to be ready, and for each call, in seconds.")
-    ] = 300.0,
+    timeout_s: Annotated[float, Option(help="Longest wait for the service, and for each call.")] = 300.0,
     api_key: Annotated[str | None, Option(help="API key, if the service requires one.")] = None,
 ) -> None:
     """Measure how a call's time is divided among client, network, queue, codec and the rest of the server."""

@@ -113,9 +113,7 @@ def import_checkpoint(
         Path, Argument(metavar="CKPT", help="Checkpoint file: .ckpt, .zip, .pt or .safetensors.")
     ],
     name: Annotated[str, Option("--as", metavar="NAME", help="Name under which the codec is installed.")],
-    force: Annotated[
-        bool, Option("--force", help="Replace a codec that is already installed under this name.")
-    ] = False,
+    force: Annotated[bool, Option("--force", help="Replace a codec that has this name already.")] = False,
 ) -> None:
     """Install a codec from a checkpoint file.
 

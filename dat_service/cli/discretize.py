@@ -16,15 +16,11 @@ from dat_service.cli.errors import FAILED, command_errors
 def discretize(
     pictures: Annotated[list[Path], Argument(help="JPEG, PNG or WebP files to reconstruct.")],
     out: Annotated[
-        Path,
-        Option(
-            "--out", "-o", help="Folder for the results: NAME.png for each picture, and NAME.npy with --indices."
-        ),
+        Path, Option("--out", "-o", help="Folder for NAME.png of each picture, and for NAME.npy with --indices.")
     ],
     codec: options.Codec = "tiny-f8",
     indices: Annotated[
-        bool,
-        Option("--indices", help="Also write the tokens of each picture to NAME.npy, as a uint16 array [h,w]."),
+        bool, Option("--indices", help="Also write the tokens to NAME.npy, as a uint16 array [h,w].")
     ] = False,
     engine: options.Engine = "auto",
     device: options.Device = "auto",
@@ -50,9 +46,7 @@ def discretize(
     stems = [path.stem for path in pictures]
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
     if repeated:
-        raise ValueError(
-            f"several pictures have the same name and would be written to the same file: {repeated[:5]}"
-        )
+        raise ValueError(f"several pictures would be written to the same file: {repeated[:5]}")
     targets = {(out / f"{stem}.png").resolve() for stem in stems}
     overwritten = [str(path) for path in pictures if path.resolve() in targets]
     if overwritten:

@@ -33,66 +33,36 @@ def precompute(
     dst: Annotated[str, Argument(metavar="DST", help="Folder or address to which the new shards are written.")],
     codec: options.Codec = "tiny-f8",
     outputs: Annotated[
-        str,
-        Option(
-            help="Fields to store, separated by commas: reconstruction (Q(x)), indices (uint16 tokens), image (x)."
-        ),
+        str, Option(help="Fields to store, with commas: reconstruction (Q(x)), indices (uint16 tokens), image (x).")
     ] = "reconstruction",
     picture: Annotated[str, Option("--format", help="Format of the stored pictures: jpg, png or webp.")] = "jpg",
     quality: Annotated[int, Option(help="Quality of stored jpg and webp pictures, 1 to 100.")] = 95,
-    resize: Annotated[
-        int | None, Option(help="Before cropping, scale each picture's shorter side to this many pixels.")
-    ] = None,
+    resize: Annotated[int | None, Option(help="First scale the shorter side to this many pixels.")] = None,
     crop: Annotated[int | None, Option(help="Cut out the centre square whose side has this many pixels.")] = None,
-    augment: Annotated[
-        int, Option(help="Instead of the centre square, cut out this many random crops, each scaled to --crop.")
-    ] = 0,
-    replace_fraction: Annotated[
-        float, Option(help="Share of the tokens to replace by random tokens, 0 to 1.")
-    ] = 0.0,
-    variants: Annotated[
-        int, Option(help="Number of versions of each crop; in each version, different tokens are replaced.")
-    ] = 1,
+    augment: Annotated[int, Option(help="Cut out this many random crops instead, scaled to --crop.")] = 0,
+    replace_fraction: Annotated[float, Option(help="Share of tokens to replace by random ones.")] = 0.0,
+    variants: Annotated[int, Option(help="Versions of each crop, with different tokens replaced.")] = 1,
     seed: Annotated[int, Option(help="Seed of the random crops and the random tokens.")] = 0,
     keep: Annotated[
         str | None, Option(help="Fields of SRC to copy, such as cls,json. [default: all except the picture]")
     ] = None,
-    workers: Annotated[
-        int, Option(help="Number of workers, each with its own copy of the codec; use one worker for each GPU.")
-    ] = 1,
+    workers: Annotated[int, Option(help="Workers, each with its own codec; use one for each GPU.")] = 1,
     ray: Annotated[
-        bool,
-        Option(
-            "--ray",
-            help="Run the workers on the Ray cluster at RAY_ADDRESS, or on a new Ray if RAY_ADDRESS is not set.",
-        ),
+        bool, Option("--ray", help="Run the workers on the Ray cluster at RAY_ADDRESS; if unset, on a new Ray.")
     ] = False,
     gpus: Annotated[
-        float | None,
-        Option(
-            help="GPUs for each worker on Ray; with 0.5, two workers share one. [default: 1 if present, else 0]"
-        ),
+        float | None, Option(help="GPUs for each worker on Ray; with 0.5, two share one. [default: 1 if present]")
     ] = None,
     on_error: Annotated[
         str, Option(help="At an unusable sample: fail (end the job) or skip (leave the sample out and list it).")
     ] = "fail",
     overwrite: Annotated[
-        bool,
-        Option(
-            "--overwrite",
-            help="Replace shards in DST that were written with a different codec or different settings.",
-        ),
+        bool, Option("--overwrite", help="Replace shards that were written with a different codec or settings.")
     ] = False,
     check_hashes: Annotated[
-        bool,
-        Option(
-            "--check-hashes",
-            help="Verify the SHA-256 of the shards in SRC and DST, and replace shards that have been altered.",
-        ),
+        bool, Option("--check-hashes", help="Check the SHA-256 of sources and shards; replace altered shards.")
     ] = False,
-    pictures_a_shard: Annotated[
-        int, Option(help="Number of pictures in each shard, if SRC is a folder of pictures.")
-    ] = 1000,
+    pictures_a_shard: Annotated[int, Option(help="Pictures in a shard, for a folder of pictures.")] = 1000,
     engine: options.Engine = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

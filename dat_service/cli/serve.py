@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 def serve(
     context: typer.Context,
     codec: Annotated[
-        list[str] | None,
-        Option(help="Codec to serve; repeat the option to serve several, each at /NAME. [default: tiny-f8]"),
+        list[str] | None, Option(help="Codec to serve; if repeated, each is at /NAME. [default: tiny-f8]")
     ] = None,
     port: Annotated[int | None, setting("port")] = None,
     host: Annotated[str | None, setting("host")] = None,
@@ -46,9 +45,7 @@ def serve(
     log_format: Annotated[str | None, setting("log_format")] = None,
     serve_config: Annotated[
         str | None,
-        Option(
-            metavar="FILE", help="Write a configuration for Ray's `serve deploy` to FILE (- is stdout), and exit."
-        ),
+        Option(metavar="FILE", help="Write Ray's `serve deploy` configuration to FILE (- for stdout), and exit."),
     ] = None,
 ) -> None:
     """Serve codecs over HTTP until Ctrl-C.
@@ -100,9 +97,7 @@ def _check_startable(all_settings: list[Settings], *, local: bool) -> None:
 
         check(all_settings)
     elif len(all_settings) > 1 or settings.replicas > 1 or settings.autoscale is not None or settings.gpus:
-        raise SettingsError(
-            "--local serves one codec in one process: it takes no second codec, replicas, autoscale or gpus"
-        )
+        raise SettingsError("--local serves one codec in one process, without replicas, autoscale or gpus")
     _ = settings.engine_config  # this raises ValueError if the engine settings are unusable
     for each in all_settings:
         CodecStore().load(each.codec)

@@ -18,50 +18,35 @@ def train_codec(
     out: Annotated[Path, Option(help="Folder for the checkpoint, the log, the sample pictures and the codec.")],
     name: Annotated[str, Option(help="Name of the new codec.")] = "my-f8",
     validate: Annotated[
-        list[Path] | None,
-        Option(help="Shards to measure PSNR on, which must not be among those trained on; may be repeated."),
+        list[Path] | None, Option(help="Shards to measure PSNR on, never trained on; may be repeated.")
     ] = None,
     steps: Annotated[int, Option(help="Total number of training steps; each step trains on one batch.")] = 10_000,
     batch: Annotated[int, Option(help="Number of crops in a batch.")] = 32,
     crop: Annotated[int, Option(help="Height and width of a crop in pixels.")] = 64,
     learning_rate: Annotated[float, Option(help="Highest learning rate of AdamW.")] = 5e-4,
     ch: Annotated[int, Option(help="Number of channels at full resolution, a multiple of 32.")] = 32,
-    ch_mult: Annotated[
-        str,
-        Option(help="Channels of each level, as multiples of --ch; f is 2^(levels - 1)."),
-    ] = "1,1,2,4",
+    ch_mult: Annotated[str, Option(help="Multiples of --ch, one for each level; f is 2^(levels - 1).")] = "1,1,2,4",
     res_blocks: Annotated[int, Option(help="Number of residual blocks at each level.")] = 1,
     codebook_size: Annotated[int, Option(help="Number K of codebook entries, at most 65536.")] = 16384,
     latent_dim: Annotated[int, Option(help="Length d of a codebook entry, which is a vector.")] = 4,
-    codebook_start: Annotated[
-        float, Option(help="Share of the steps, 0 to 1, after which the codebook is used.")
-    ] = 0.05,
+    codebook_start: Annotated[float, Option(help="Share of the steps before the codebook is used.")] = 0.05,
     discriminator_start: Annotated[
-        float, Option(help="Share of the steps, 0 to 1, after which the discriminator is used.")
+        float, Option(help="Share of the steps before the discriminator is used.")
     ] = 0.85,
     discriminator_weight: Annotated[
-        float,
-        Option(help="Factor applied to λ, the weight of the adversarial term in Eq. 10; 0 means no discriminator."),
+        float, Option(help="Factor of λ, the weight of the adversarial term in Eq. 10; 0 for no discriminator.")
     ] = 0.1,
     perceptual: Annotated[
         str, Option(help="Perceptual term: structure (multi-scale L1 and SSIM) or lpips (pip install lpips).")
     ] = "structure",
-    perceptual_weight: Annotated[
-        float, Option(help="Weight of the perceptual term; the squared error has weight 1.")
-    ] = 0.02,
+    perceptual_weight: Annotated[float, Option(help="Perceptual weight; the squared error has 1.")] = 0.02,
     pool: Annotated[int, Option(help="Number of decoded pictures that are held in memory.")] = 2000,
     init: Annotated[
-        Path | None,
-        Option(
-            help="Codec file whose weights and codebook the training starts from; its geometry must be the same."
-        ),
+        Path | None, Option(help="Codec file of the same geometry to start from, codebook included.")
     ] = None,
     seed: Annotated[int, Option(help="Seed of the initial weights and of the random crops.")] = 0,
     half: Annotated[
-        bool,
-        Option(
-            "--half", help="Write all weights except the codebook as fp16, which halves the size of the codec file."
-        ),
+        bool, Option("--half", help="Write all weights but the codebook as fp16, which halves the file size.")
     ] = False,
     device: options.Device = "auto",
 ) -> None:
@@ -83,9 +68,7 @@ def train_codec(
     try:
         multiples = tuple(int(multiple) for multiple in ch_mult.split(","))
     except ValueError as error:
-        raise InvalidInput(
-            "--ch-mult", repr(ch_mult), "whole numbers separated by commas, such as 1,1,2,4"
-        ) from error
+        raise InvalidInput("--ch-mult", repr(ch_mult), "whole numbers with commas, such as 1,1,2,4") from error
     spec = CodecSpec(
         name,
         ch=ch,
@@ -109,9 +92,7 @@ def train_codec(
     if not trainer.run(typer.echo):
         raise typer.Exit(INTERRUPTED)
     if not trainer.codebook_ready:
-        raise CodecError(
-            f"{steps} steps are too few: the training ended before the codebook was used, so no codec was written"
-        )
+        raise CodecError(f"{steps} steps are too few to start the codebook, so no codec was written")
     path = out / f"{name}.safetensors"
     origin = Origin.now(f"dat train-codec, {steps} steps, seed {seed}", "")
     write(path, spec, exported_weights(trainer.average, half=half), origin)

@@ -27,26 +27,17 @@ def verify(
         list[Path] | None,
         Argument(help="Pictures, folders or .tar shards to compare on. [default: photographs of scikit-image]"),
     ] = None,
-    engine: Annotated[
-        list[str] | None, Option(help="Compare only this engine; repeat the option for more engines.")
-    ] = None,
+    engine: Annotated[list[str] | None, Option(help="Compare only this engine; may be repeated.")] = None,
     device: options.Device = "auto",
     dtype: Annotated[
-        list[str] | None,
-        Option(help="Compare only this dtype (auto is the engine's default); repeat the option for more dtypes."),
+        list[str] | None, Option(help="Compare only this dtype (auto: the default one); may be repeated.")
     ] = None,
     crop: Annotated[
-        int,
-        Option(
-            help="Height and width of the centre crops in pixels, a multiple of the codec's factor f.",
-            min=8,
-            max=4096,
-        ),
+        int, Option(help="Side of the centre crops in pixels, a multiple of f.", min=8, max=4096)
     ] = 224,
     limit: Annotated[int, Option(help="Largest number of pictures to compare on.", min=1)] = 8,
     gradients: Annotated[
-        Path | None,
-        Option(help="A .npy file of floats [N,3,crop,crop] with the gradient of the loss at Q(x) of each picture."),
+        Path | None, Option(help="File .npy of float [N,3,crop,crop]: the loss's gradient at each Q(x).")
     ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:

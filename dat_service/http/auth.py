@@ -50,9 +50,7 @@ def read_keys(path: Path | None) -> tuple[Key, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"api_key_file: {path} is not UTF-8 text; the first invalid byte is at byte {error.start}"
-        ) from None
+        raise ValueError(f"api_key_file: {path} is not UTF-8 text, at byte {error.start}") from None
     keys: dict[bytes, Key] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -76,9 +74,7 @@ def parse_key(line: str) -> Key:
         raise ValueError(f"{unknown[0][:32]!r} is not a scope; expected KEY [infer|admin|infer,admin] [NAME]")
     digest = hashlib.sha256(key.encode()).digest()
     if len(rest) > 2 or (len(rest) == 2 and not NAME.fullmatch(rest[1])):
-        raise ValueError(
-            "the name after the scopes must be one word of at most 32 letters, digits, dots, dashes and underscores"
-        )
+        raise ValueError("a name must be one word of at most 32 letters, digits, dots, dashes and underscores")
     return Key(digest, frozenset(scopes), rest[1] if len(rest) == 2 else digest.hex()[:8])
 
 
@@ -120,7 +116,7 @@ class KeyRing:
             log.error("the changed API key file is unusable, so the old keys stay valid: %s", error)
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """Returns a value that changes when the file changes, or None if there is no file."""
+        """Returns a value that changes when the file changes, or None if the file does not exist."""
         try:
             stat = self.path.stat() if self.path else None
         except OSError:

@@ -20,9 +20,8 @@ log = logging.getLogger("dat_service")
 
 T = TypeVar("T")
 
-SLOWEST_BYTES_PER_S = (
-    1_000_000  # a transfer may take its size divided by this, in seconds, in addition to its timeout
-)
+# A transfer may take its size divided by this number, in seconds, in addition to its timeout.
+SLOWEST_BYTES_PER_S = 1_000_000
 
 
 class MalformedBody(ValueError):
@@ -50,9 +49,7 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
     if length is None:
         return None
     if not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise MalformedBody(
-            "the length of the body is unusable", "Content-Length", length[:40], "must be a number of bytes"
-        )
+        raise MalformedBody("unusable length", "Content-Length", length[:40], "must be a number of bytes")
     if int(length) > max_bytes:
         raise TooLarge("body", f"{length} bytes", f"at most {max_bytes} bytes")
     return int(length)
@@ -88,9 +85,7 @@ async def read_body(
                     grow(len(chunk))
                     grown += chunk
                 elif end > length:
-                    raise MalformedBody(
-                        "the body is too long", "body", f"{end} bytes", f"Content-Length says {length}"
-                    )
+                    raise MalformedBody("body too long", "body", f"{end} bytes", f"Content-Length says {length}")
                 else:
                     body[received:end] = chunk
                 received = end
@@ -98,9 +93,7 @@ async def read_body(
                 timeout.reschedule(min(clock() + silent_s, deadline))
     except TimeoutError:
         late = f"paused for {silent_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that time"
-        raise MalformedBody(
-            "the body arrived too slowly", "body", late, "send it faster or send less", 408
-        ) from None
+        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
     if length is not None and received != length:
         raise MalformedBody("the body is truncated", "body", f"{received} bytes", f"Content-Length says {length}")
     request.state.body_bytes = received  # for the metrics
@@ -184,9 +177,7 @@ class BuffersResponse(Response):
                 # sending this last, empty message waits until the connection has taken all buffers
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.warning(
-                "the client did not read its response within %.3g s, so its connection is cut", self.within_s
-            )
+            log.warning("a client did not read its response within %.3g s and is disconnected", self.within_s)
             if transport is not None:
                 with contextlib.suppress(Exception):
                     transport.abort()

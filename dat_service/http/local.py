@@ -36,7 +36,7 @@ class LocalServer(uvicorn.Server):
                 port=settings.port,
                 loop="uvloop",
                 http=LimitedHeaders,
-                proxy_headers=False,  # there is no proxy, so a client could put any address into X-Forwarded-For
+                proxy_headers=False,  # no proxy sets X-Forwarded-For here; a client could put any address into it
                 ws="none",
                 log_level="warning",
                 timeout_graceful_shutdown=10,

@@ -168,11 +168,7 @@ async def decode(
     text = (header_length or "").strip()
     json_bytes = int(text) if text.isdecimal() and len(text) < 20 else len(body)
     if settings.max_json_bytes < json_bytes <= len(body):
-        raise TooLarge(
-            "JSON part",
-            f"{json_bytes} bytes",
-            f"at most {settings.max_json_bytes} bytes; send the tensors as binary data",
-        )
+        raise TooLarge("JSON part", f"{json_bytes} bytes", f"at most {settings.max_json_bytes} bytes; send binary")
 
     def parse() -> CheckedRequest:
         message = wire.decode_request(body, header_length, max_strings=settings.max_images)

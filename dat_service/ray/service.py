@@ -131,9 +131,7 @@ class RayService:
         most = {codec: deployments.replica_range(s)[1] for codec, s in self.settings.items()}
         needed = sum(deployments.taken(gpus[codec], most[codec]) for codec in self.settings)
         if self.own_cluster and needed > present:
-            raise ServeFailed(
-                f"replicas ask for {needed:g} GPUs, and this machine has {present:g}; lower --replicas or --gpus"
-            )
+            raise ServeFailed(f"replicas ask for {needed:g} GPUs, and this machine has {present:g}; see --gpus")
         # One spare GPU is enough for all codecs: their new replicas start in turns, and each frees a GPU
         # afterwards.
         spare = present - needed
@@ -152,8 +150,8 @@ class RayService:
                 settings,
                 gpus=gpus[codec],
                 cpus=cpus,
-                surge=not gpus[codec]
-                or deployments.taken(gpus[codec]) <= spare + 1e-4,  # the resolution with which Ray counts GPUs
+                # 1e-4 is the resolution with which Ray counts GPUs
+                surge=not gpus[codec] or deployments.taken(gpus[codec]) <= spare + 1e-4,
                 environment=None if self.own_cluster else deployments.REPLICA,
                 replica=self._replica_class,
             )
@@ -259,9 +257,8 @@ class RayService:
             first_port = self._block.getsockname()[1] + 1
             variables |= haproxy.environment(Path(self._folder.name), self.host, self.port, first_port)
             variables |= deployments.REPLICA
-            variables["RAY_worker_niceness"] = (
-                "0"  # with Ray's default of 15, all other processes would have priority
-            )
+            # With Ray's default of 15, all other processes would have priority.
+            variables["RAY_worker_niceness"] = "0"
             # Otherwise, Ray would store a record of its last 100,000 calls (Serve alone makes several per second)
             # and metrics from HAProxy's log, which take 20 MB after 20,000 requests. /metrics has the service's
             # own.

@@ -18,9 +18,8 @@ def requested_by_signals() -> Iterator[queue.SimpleQueue[str]]:
     When a terminal is closed, it sends SIGHUP too; in that case, the queue gets "stop". After a "stop", the next
     signal that means "stop" raises KeyboardInterrupt.
     """
-    requests: queue.SimpleQueue[str] = (
-        queue.SimpleQueue()
-    )  # no other kind of queue allows put() in a signal handler
+    # No other kind of queue allows put() in a signal handler.
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     stopping = False
     had_terminal = has_terminal()
 
