@@ -236,11 +236,17 @@ class Client:
             self._profiles.discard(profile)  # a forked child begins with none
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the codec's name, inputs and outputs (`GET /v2/models/{codec}`, OIP v2)."""
+        """Returns the codec's name, inputs and outputs (`GET /v2/models/{codec}`, OIP v2).
+
+        Failed requests are repeated, and errors raised, as for `discretize`.
+        """
         return self._ask("metadata")
 
     def server_metadata(self) -> dict[str, Any]:
-        """Returns the server's name, version and extensions (`GET /v2`, OIP v2)."""
+        """Returns the server's name, version and extensions (`GET /v2`, OIP v2).
+
+        Failed requests are repeated, and errors raised, as for `discretize`.
+        """
         return self._ask("server_metadata")
 
     def live(self) -> bool:

@@ -267,7 +267,7 @@ class _Samples(IterableDataset[tuple[Any, ...]]):
         else:  # seeded with the sample's key, so that the view does not depend on the process that reads the shard
             chosen = [random.Random(f"{self.seed} {epoch} {sample.key}").randrange(views)]
         if max(chosen) >= views:
-            raise InvalidDataset(f"{place}: view {self.view} of {views}, they count from 0")
+            raise InvalidDataset(f"{place}: view {self.view} of {views} does not exist: the first is 0")
         label = field(self.label)
         if not re.fullmatch(rb"\s*-?\d+\s*", label):
             raise InvalidDataset(f"{place}: {self.label} is {shown(label)}, must be an integer to be the label")

@@ -213,7 +213,9 @@ def test_views_are_cut_as_pillow_cuts_them(augmented: tuple[Path, Path], stored:
 
 def test_one_view_by_its_number(augmented: tuple[Path, Path]) -> None:
     assert {number // 100 for number in numbers(load(augmented[1], tokens=True, view=2))} == {2}
-    with pytest.raises(InvalidDataset, match=r"train-000000.tar, sample 0000: view 3 of 3, they count from 0"):
+    with pytest.raises(
+        InvalidDataset, match=r"train-000000.tar, sample 0000: view 3 of 3 does not exist: the first is 0"
+    ):
         next(iter(load(augmented[1], view=3)))
 
 

@@ -98,7 +98,7 @@ def loss_gradient(
     if not bool(finite.all()):
         overflowed = [i for i, is_finite in enumerate(finite.tolist()) if not is_finite]
         if not bool(value.isfinite()):
-            raise _refused(f"is {value.item():g}")
+            raise _refused(f"is {value.item():g}, must be finite")
         message = f"the attack's gradient is not finite for images {overflowed[:8]} of {len(images)}: no δ for them"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         gradient = gradient.where(finite[:, None, None, None], 0.0)

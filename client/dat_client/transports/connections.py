@@ -49,7 +49,7 @@ class Reply:
     body: bytearray | memoryview
 
     def header(self, name: str) -> str | None:
-        """Returns the value of a header, whose name may be in any case, None if the reply lacks it."""
+        """Returns the value of a header, or None if the reply lacks it. The case of `name` does not matter."""
         return self.headers.get(name.lower())
 
 
@@ -116,7 +116,7 @@ class Connections:
         return None
 
     def _connect(self, deadline: float) -> HTTPConnection:
-        timeout = min(self._connect_timeout_s, time_left(deadline, "before connecting"))
+        timeout = min(self._connect_timeout_s, time_left(deadline, "before connecting to the server"))
         connection = self._new_connection(timeout=timeout)
         try:
             connection.connect()
@@ -171,7 +171,7 @@ def _send_request(
     buffers: Sequence[bytes | memoryview],
 ) -> bool:
     """Sends the head and the body. Returns False if the server answers or closes before all is sent."""
-    left_s = time_left(deadline, "before sending")
+    left_s = time_left(deadline, "before sending the request")
     connection.sock.settimeout(left_s)
     try:
         connection.putrequest(method, target, skip_accept_encoding=True)
@@ -198,16 +198,16 @@ def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
 
 
 def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: float) -> bool:
-    """Sends the buffers. Returns False if the server answers or closes before all are sent: it refuses them."""
+    """Sends the buffers. Returns False if the server answers or closes, and so refuses them, before the end."""
     tls = isinstance(sock, ssl.SSLSocket)  # with TLS, readable bytes may be a session ticket instead of an answer
     for buffer in buffers:
         view = memoryview(buffer)
         while view:
-            left_s = time_left(deadline, "while sending")
+            left_s = time_left(deadline, "while sending the request")
             if not tls:
                 events = _events(sock, select.POLLIN | select.POLLOUT, left_s)
                 if not events:
-                    raise TimeoutError("timed out while sending")
+                    raise TimeoutError("timed out while sending the request")
                 if events & select.POLLIN:
                     return False
             sock.settimeout(left_s)
@@ -238,7 +238,7 @@ def _read_body(response: HTTPResponse) -> bytearray | memoryview:
     body = np.empty(length, np.uint8).data  # unlike a bytearray, it is not filled with zeros first
     received = response.readinto(body) if length else 0
     if received < length:
-        raise ConnectionError(f"IncompleteRead: {received} of the reply's {length} bytes were received")
+        raise ConnectionError(f"IncompleteRead: only {received} of the reply's {length} bytes were received")
     return body
 
 
@@ -268,6 +268,6 @@ class _DeadlineReader(io.RawIOBase):
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
-        """Closes the file, not the socket."""
+        """Closes this file but leaves the socket open."""
         self._raw.close()
         super().close()

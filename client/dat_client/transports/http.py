@@ -40,7 +40,7 @@ def check_url(url: str) -> str:
     except ValueError as error:
         hint = str(error)
     if parts.username is not None:  # the password is not shown
-        raise invalid("url", "without user and password", found="a URL that has them", hint="pass a key as api_key")
+        raise invalid("url", "without user and password", found="a URL with them", hint="pass a key as api_key")
     if re.search(r"[\x00-\x20\x7f]", str(url)) or not parts.path.isascii():
         hint = "percent-encode blanks, control characters and non-ASCII characters"
     elif parts.query or parts.fragment:

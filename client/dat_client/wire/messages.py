@@ -72,7 +72,10 @@ class Request:
     binary_default: bool = False
 
     def wants_binary(self, name: str) -> bool:
-        """Returns True if output `name` is to be sent as binary data; `binary_default` if it is not requested."""
+        """Returns True if output `name` is to be sent as binary data, False for JSON.
+
+        `binary_default` decides for an output that the request does not name.
+        """
         return next((output.binary for output in self.outputs if output.name == name), self.binary_default)
 
 
