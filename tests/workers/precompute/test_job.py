@@ -285,7 +285,7 @@ def test_fields_are_kept_as_asked(tmp_path: Path) -> None:
     assert list(read_tar(tmp_path / "some" / "a.tar")) == ["k.webp", "k.json"]
     run(path, tmp_path / "original", keep=["png"], picture="jpg")
     assert read_tar(tmp_path / "original" / "a.tar")["k.png"] == files[0][1]
-    with pytest.raises(SampleFailed, match="the field png, which is kept"):
+    with pytest.raises(SampleFailed, match="the kept source field png has the name of an output field"):
         run(path, tmp_path / "twice", keep=["png"], picture="png")
 
 

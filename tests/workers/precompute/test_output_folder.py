@@ -141,7 +141,7 @@ def test_another_recipe_is_refused_unless_overwritten(address: str) -> None:
     assert list(folder.entries()) == [new]
     assert not folder.has(old.shard)
     folder.fs.pipe_file(folder.at("precompute.json"), b"not ours")
-    with pytest.raises(OtherRecipe, match="not of this version"):
+    with pytest.raises(OtherRecipe, match="not written by this version of dat"):
         folder.settle_recipe(another_recipe, [SHARD])
     folder.end()
 
@@ -151,7 +151,7 @@ def test_foreign_files_are_not_overwritten(address: str) -> None:
     folder.begin()
     folder.fs.makedirs(folder.at("a"), exist_ok=True)
     folder.fs.pipe_file(folder.at(SHARD.name), b"photographs")
-    with pytest.raises(OtherRecipe, match=r"a/train-0\.tar is there and was not made by dat"):
+    with pytest.raises(OtherRecipe, match=r"a/train-0\.tar was not made by dat"):
         folder.settle_recipe(RECIPE, [SHARD])
     assert folder.recipe() is None
     folder.settle_recipe(RECIPE, [SHARD], overwrite=True)

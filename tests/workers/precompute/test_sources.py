@@ -50,7 +50,7 @@ def test_several_folders_of_pictures_are_not_taken_for_one(tmp_path: Path) -> No
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"x")
     for pattern in ("{train,val}", "*"):
-        with pytest.raises(InvalidInput, match="a folder with shards, beside other sources"):
+        with pytest.raises(InvalidInput, match="folders with shards, if there are several sources"):
             find(f"{tmp_path}/{pattern}")
 
 

@@ -23,7 +23,7 @@ from dat_workers.precompute.views import views_of
 
 SAMPLES = 64
 SIDE = 224  # pixels of each picture on the page
-AMPLIFICATION = 4  # of the difference
+AMPLIFICATION = 4  # factor by which the difference is multiplied
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -33,8 +33,8 @@ main {{ display: flex; flex-wrap: wrap; gap: 1.2em }}
 figure {{ margin: 0 }} img {{ display: block }} figcaption {{ max-width: {width}px; overflow-wrap: anywhere }}
 </style>
 <h1>{title}</h1>
-<p>x, Q(x) and {amplified} times their difference around grey, of {number} samples: the first view of the first
-ones of {shards} shards. Mean PSNR {psnr:.2f} dB.</p>
+<p>For {number} samples: x, Q(x) and {amplified} times their difference, shown around grey. The pictures are the
+first views of the first samples of {shards} shards. Mean PSNR {psnr:.2f} dB.</p>
 <main>
 {figures}
 </main></html>
@@ -44,8 +44,8 @@ ones of {shards} shards. Mean PSNR {psnr:.2f} dB.</p>
 def contact_sheet(source: Source, folder: OutputFolder, recipe: Recipe, decode: Callable[[Array], Array]) -> bytes:
     """Returns a self-contained HTML page with x, Q(x) and their difference of up to 64 samples of all shards.
 
-    The page is the same for the same shards. `decode` turns tokens [N,h,w] into pictures uint8 [N,3,H,W], for
-    shards that hold only tokens.
+    The same shards always give the same page. `decode` turns tokens [N,h,w] into pictures uint8 [N,3,H,W]; it is
+    called for shards that hold only tokens.
     """
     number = min(len(source.shards), SAMPLES)
     chosen = [source.shards[i * len(source.shards) // number] for i in range(number)]
@@ -84,7 +84,7 @@ def pairs(
                 picture = open_picture(sample.fields[picture_field(sample.fields)], field=sample.key)
                 x = pixels(next(views_of(recipe, sample.key, picture))[0])
                 found.append((sample.key, x, reconstruction(outputs.pop(sample.key), recipe, x, decode)))
-    except DamagedShard:  # the pairs before the damage are shown
+    except DamagedShard:  # show the pairs before the damage
         pass
     return found
 
@@ -102,19 +102,19 @@ def reconstruction(output: Sample, recipe: Recipe, x: Array, decode: Callable[[A
 
 
 def psnr(x: Array, q: Array) -> float:
-    """Returns the peak signal-to-noise ratio in dB; 99 where the pictures are equal."""
+    """Returns the peak signal-to-noise ratio in dB, or 99 if the pictures are equal."""
     error = float(np.mean((x.astype(np.float64) - q) ** 2))
     return 10 * float(np.log10(255**2 / error)) if error else 99.0
 
 
 def difference(x: Array, q: Array) -> Array:
-    """Returns q - x, amplified, around grey."""
+    """Returns q - x times AMPLIFICATION, as uint8 around grey."""
     amplified = 128 + AMPLIFICATION * (q.astype(np.int32) - x)
     return amplified.clip(0, 255).astype(np.uint8)
 
 
 def fit(picture: Array) -> Array:
-    """Scales a picture to fit uint8 [3,SIDE,SIDE], on white."""
+    """Returns a picture scaled to fit into uint8 [3,SIDE,SIDE], with white margins."""
     image = as_image(picture)
     scale = SIDE / max(image.size)
     if scale < 1 or max(image.size) < SIDE // 2:

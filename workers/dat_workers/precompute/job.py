@@ -1,4 +1,4 @@
-"""`precompute` sends a whole dataset through Q once; a job finds the missing shards and has workers make them."""
+"""Sends a whole dataset through Q once (`precompute`). A job finds the missing shards and gives them to workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dat_workers.system.threads import DaemonThreads
 log = logging.getLogger("dat_workers")
 
 TICK_S = 0.5
-MAX_TRIES = 3  # a shard over which so many workers have ended is not given to another one
+MAX_TRIES = 3  # if this many workers ended while making a shard, the job fails
 SHEET = "contact-sheet.html"
 
 
@@ -34,8 +34,8 @@ SHEET = "contact-sheet.html"
 class JobProgress:
     """The progress of a job.
 
-    `shards_done` and `nbytes_done` (of sources) include the shards that were there before; `images` and `seconds`
-    are of this run alone.
+    `shards_done` and `nbytes_done` (bytes of sources) include shards that were finished before this run; `images`
+    and `seconds` count this run alone.
     """
 
     shards: int
@@ -49,7 +49,7 @@ class JobProgress:
 
     @property
     def share(self) -> float:
-        """The share that is done, 0 to 1: of the sources' bytes, or of the shards where no storage tells sizes."""
+        """The finished share, 0 to 1: of the sources' bytes, or of the shards if the storage reports no sizes."""
         if not self.shards or self.shards_done == self.shards:
             return 1.0
         if not self.nbytes:
@@ -59,10 +59,10 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a job: what DST holds of this source, and what this run did for it.
+    """The result of a job: the contents of DST for this source, and how much of it this run made.
 
-    shards_kept: shards that were there before, or that another job has made. seconds: from the first missing shard
-    to the last, without loading the codec. others: shards in DST that are not of this source. skipped_first:
+    shards_kept: shards that were finished before, or by a different job. seconds: time from the first missing shard
+    to the last, without loading the codec. others: shards in DST that do not come from this source. skipped_first:
     (shard, key, reason) of up to 20 skipped samples.
     """
 
@@ -108,24 +108,25 @@ def precompute(
 
     >>> precompute("train-{000000..000007}.tar", "train-q", outputs=["indices"])         # doctest: +SKIP
 
-    A job may be killed at any moment: the next run makes the shards that are missing, and the bytes in the end are
-    the same.
+    A job may be killed at any moment. The next run makes the missing shards, and the final bytes are the same as
+    those of an uninterrupted run.
 
     Args:
         source: a path or an fsspec address of shards, of a folder of them or of a folder of pictures; a brace
             pattern; or several of these.
         dst: the folder to write, a path or an fsspec address.
         codec, outputs, ..., keep: the settings of the `Recipe`.
-        ray: the workers are actors on the Ray that RAY_ADDRESS names, or on one of this job's own; each of them
-            takes `gpus` GPUs.
-        skip: leave out samples that are not usable and name them in the manifest; otherwise the first one ends the
-            job.
-        overwrite: replace what `dst` holds of another recipe.
-        check_hashes: compare finished shards and their sources by SHA-256 too, not by their length alone.
-        pictures_a_shard: how many pictures of a folder make a shard.
+        ray: run the workers as actors in the Ray cluster that RAY_ADDRESS names, or in a local Ray that this job
+            starts; each actor takes `gpus` GPUs.
+        skip: leave out samples that are not usable and list them in the manifest; otherwise the first such sample
+            ends the job with SampleFailed.
+        overwrite: replace the shards in `dst` that were made with a different recipe.
+        check_hashes: compare finished shards and their sources by SHA-256 too, and not only by length.
+        pictures_a_shard: the number of pictures of a folder that make a shard.
         report: called with the progress about twice a second.
 
-    Raises InvalidInput, OtherRecipe, SampleFailed, OSError and CodecError.
+    Raises InvalidInput for arguments that are not usable, OtherRecipe if `dst` was made with different settings,
+    SampleFailed, CodecError, and OSError if a source cannot be read or `dst` cannot be written.
     """
     recipe = Recipe(
         codec, outputs=tuple(outputs), picture=picture, quality=quality, resize=resize, crop=crop, augment=augment,
@@ -141,7 +142,7 @@ def precompute(
     if any(shard.files for shard in found.shards):
         recipe = replace(recipe, classes=found.classes, pictures_a_shard=pictures_a_shard)
     if "{" in dst:
-        raise InvalidInput("dst", dst, "one folder: shards keep their names")
+        raise InvalidInput("dst", dst, "a single folder, without a pattern: shards keep the names of their sources")
     folder = OutputFolder(dst)
     check_apart(found, folder)
     with naming_address(dst):
@@ -160,14 +161,14 @@ def precompute(
 
 
 def check_apart(source: Source, folder: OutputFolder) -> None:
-    """Raises InvalidInput where a shard would overwrite its source, or be found as a source by the next run."""
+    """Raises InvalidInput if a shard would overwrite its source, or if the next run would find it as a source."""
     dst = folder.full_address
     for searched in source.folders:
         if f"{dst}/".startswith(f"{searched.rstrip('/')}/"):
             raise InvalidInput("dst", folder.address, f"a folder that is not within the source, {searched}")
     for shard in source.shards:
         if f"{dst}/{shard.name}" == shard.address:
-            raise InvalidInput("dst", folder.address, f"another folder than that of the source, {shard.address}")
+            raise InvalidInput("dst", folder.address, f"a folder other than the one of the source {shard.address}")
 
 
 @dataclass
@@ -191,11 +192,11 @@ class Job:
 
     def run(self) -> Summary:
         missing = self._missing_shards()
-        if self.folder.shared or not self.folder.local:  # jobs that share the folder begin with different shards
+        if self.folder.shared or not self.folder.local:  # jobs that share the folder start with different shards
             random.Random(self.folder.job).shuffle(missing)
         self.began = time.monotonic()
         if missing:
-            self.folder.remove_file(SHEET)  # it shows shards that are made again
+            self.folder.remove_file(SHEET)  # it shows shards that will be replaced
         self._make(deque(missing))
         progress = self.progress()
         if not self.folder.has(SHEET):
@@ -210,7 +211,7 @@ class Job:
 
     def progress(self) -> JobProgress:
         counts = self.pool.counts()
-        # a shard that was made twice was read twice
+        # The workers' counts may exceed the total, because a shard that was made twice was read twice.
         nbytes_done = min(self.nbytes_kept + counts["nbytes"], self.nbytes)
         return JobProgress(
             len(self.source.shards), len(self.done), self.nbytes, nbytes_done, counts["images"], counts["skipped"],
@@ -218,7 +219,7 @@ class Job:
         )  # fmt: skip
 
     def _missing_shards(self) -> list[Shard]:
-        """Returns the shards that are not finished, and keeps the others."""
+        """Returns the shards that are not finished, and records those that are."""
         shards, threads = self.source.shards, DaemonThreads(LOOKUP_THREADS, "look")
         for start in range(0, len(shards), LOOKUP_THREADS):
             some = shards[start : start + LOOKUP_THREADS]
@@ -231,7 +232,7 @@ class Job:
         return self.folder.finished_entry(shard, self.recipe, hashes=self.check_hashes)
 
     def _keep(self, shard: Shard, entry: ManifestEntry | None) -> bool:
-        """Counts a shard that an earlier run or another job has finished; returns whether there is one."""
+        """Records a shard that an earlier run or a different job has finished; returns False if `entry` is None."""
         if entry is None:
             return False
         self.done[shard.name] = entry
@@ -240,7 +241,7 @@ class Job:
         return True
 
     def _make(self, missing: deque[Shard]) -> None:
-        """Gives the missing shards to workers, and those of a lost worker to another one."""
+        """Gives the missing shards to workers, and the shards of a lost worker to the remaining workers."""
         busy: dict[Future[ManifestEntry], tuple[int, Shard]] = {}
         tries: Counter[str] = Counter()
         reported_at = 0.0
@@ -263,9 +264,9 @@ class Job:
                     self.workers_lost += 1
                     tries[shard.name] += 1
                     if tries[shard.name] >= MAX_TRIES:
-                        error.add_note(f"precompute: {MAX_TRIES} workers ended over {shard.address}")
+                        error.add_note(f"precompute: {MAX_TRIES} workers ended while they made {shard.address}")
                         raise
-                    log.warning("%s; %s is made again", error, shard.name)
+                    log.warning("%s; shard %s is made again", error, shard.name)
                     missing.appendleft(shard)
             if time.monotonic() - reported_at >= TICK_S:
                 self.report(self.progress())
@@ -273,11 +274,11 @@ class Job:
         self.report(self.progress())
 
     def _accept(self, shard: Shard, entry: ManifestEntry) -> None:
-        """Notes that a worker has finished a shard. Raises OSError where DST holds another one of that name."""
+        """Records a shard that a worker has finished. Raises OSError if DST holds a different file of that name."""
         recorded = self.folder.entry(shard.name)
         if recorded is None or (recorded.sha256, recorded.settings) != (entry.sha256, entry.settings):
             raise OSError(
-                f"{shard.name} was written, and another one is in {self.folder.address}: DST must be a folder that "
-                "all hosts share, and that no other job overwrites"
+                f"{shard.name} was written, but {self.folder.address} holds a different file of that name: DST "
+                "must be a folder that all hosts share, and that no other job overwrites"
             )
         self.done[shard.name] = entry

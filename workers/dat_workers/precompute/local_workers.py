@@ -19,7 +19,7 @@ from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker
 
 
 class LocalWorkers:
-    """Numbered workers, each with a codec: with CUDA they take turns on the GPUs; on a CPU one suffices."""
+    """Numbered workers, each with its own codec, assigned to the GPUs in turn; on a CPU one worker suffices."""
 
     def __init__(self, codec: str, config: EngineConfig, workers: int) -> None:
         self.workers = workers
@@ -35,7 +35,7 @@ class LocalWorkers:
             raise
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """As `Worker.complete`."""
+        """Returns the recipe with the codec's details filled in, as `Worker.complete` does."""
         return self._workers[0].complete(recipe)
 
     def ready(self) -> Collection[int]:
@@ -43,7 +43,7 @@ class LocalWorkers:
         return range(self.workers)
 
     def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
-        """As `Worker.make_shard`, in a thread."""
+        """Starts `Worker.make_shard` of a worker in a thread, and returns the future of the manifest entry."""
         return self._threads.submit(self._workers[worker].make_shard, shard, options)
 
     def counts(self) -> Counter[str]:
@@ -51,7 +51,7 @@ class LocalWorkers:
         return sum((worker.counts() for worker in self._workers), Counter())
 
     def decode(self, indices: Array) -> Array:
-        """As `Worker.decode`."""
+        """Returns the pictures of tokens, as `Worker.decode` does."""
         return self._workers[0].decode(indices)
 
     def stop(self) -> None:

@@ -1,14 +1,14 @@
-"""The folder that a job writes: whole shards, a manifest entry for each, and the recipe of all of them.
+"""The folder that a job writes: finished shards, a manifest entry for each shard, and the recipe of all shards.
 
     DST/precompute.json                    the recipe
     DST/train-000000.tar                   a shard
     DST/manifest/train-000000.tar.json     its manifest entry, written after the shard
-    DST/.precompute-JOB/                   the unfinished files of a running job, renamed when they are whole
-    DST/.precompute-JOB.lock               locked as long as the job lives
+    DST/.precompute-JOB/                   the unfinished files of a running job, renamed when they are complete
+    DST/.precompute-JOB.lock               locked as long as the job runs
 
-Each shard has an entry of its own: writing one takes the same time whatever the number of shards, and jobs that
-share a folder never write the same file, unless they make the same shard, with the same bytes (on hosts of one
-kind: other processors may round differently).
+The entry of each shard is a separate file, so that the time to write it does not depend on the number of shards.
+Jobs that share a folder write the same file only if they make the same shard, and then with the same bytes (if the
+hosts have the same kind of processor; different processors may round differently).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ JOB_PREFIX = ".precompute-"
 
 
 class OtherRecipe(ValueError):
-    """DST was made with another codec or other settings."""
+    """DST was made with a different codec, source or settings."""
 
 
 class OutputFolder:
-    """A folder of shards, at a path or an fsspec address; `job` names the job that writes.
+    """A folder of shards, at a path or an fsspec address; `job` is the name of the job that writes.
 
-    On storage other than this machine's own, a shard is written to a temporary file here and sent when it is whole:
-    object stores hold an object as a whole or not at all.
+    On remote storage, a shard is first written to a local temporary file and uploaded when it is complete, because
+    an object store holds only complete objects.
     """
 
     def __init__(self, address: str, job: str | None = None) -> None:
@@ -56,22 +56,22 @@ class OutputFolder:
         self.path = self.path.rstrip("/") or "/"
         self.local = isinstance(self.fs, LocalFileSystem)
         self.job = job or secrets.token_hex(4)
-        self.shared = False  # whether another job was writing here when this one began
+        self.shared = False  # whether a different job was writing here when this job began
         self._scratch = Path(self.path) / f"{JOB_PREFIX}{self.job}"
         self._lock_path = self._scratch.with_name(f"{self._scratch.name}.lock")
         self._lock: IO[str] | None = None
 
     @property
     def full_address(self) -> str:
-        """The absolute address with its protocol: the same in every process."""
+        """The absolute address with its protocol, which is the same in every process."""
         return str(self.fs.unstrip_protocol(self.path))
 
     def at(self, name: str) -> str:
         return f"{self.path}/{name}"
 
     def begin(self) -> None:
-        """Creates the folder, checks that it is writable and removes what dead jobs have left. Raises OSError."""
-        if not is_object_store(self.full_address):  # there, makedirs would create a bucket, even of a misspelt name
+        """Creates the folder, checks that it is writable and removes the files of dead jobs. Raises OSError."""
+        if not is_object_store(self.full_address):  # makedirs would create a bucket, even one with a misspelt name
             self.fs.makedirs(self.at(MANIFEST_FOLDER), exist_ok=True)
         if not self.local:
             probe = f"{MANIFEST_FOLDER}/.{self.job}"
@@ -84,7 +84,7 @@ class OutputFolder:
                 remove_scratch(path, lock)
             else:
                 self.shared = True
-        while self._lock is None:  # another job may have removed the file before we locked it
+        while self._lock is None:  # a different job may remove the file before this job locks it
             self._lock = try_lock(self._lock_path)
         self._scratch.mkdir()
 
@@ -95,15 +95,15 @@ class OutputFolder:
             self._lock = None
 
     def settle_recipe(self, recipe: Recipe, shards: Sequence[Shard], *, overwrite: bool = False) -> None:
-        """Writes the recipe, or checks that the folder has the same one. Raises OtherRecipe.
+        """Writes the recipe, or checks that the folder's recipe is equal. Raises OtherRecipe if it differs.
 
-        `overwrite` replaces another recipe, and removes the shards that were made by it.
+        If `overwrite` is set, a different recipe is replaced, and the shards that were made with it are removed.
         """
         present = self.recipe()
         if present is None and not overwrite:
             foreign = {self.at(shard.name) for shard in shards} & set(self.fs.find(self.path))
             if foreign:
-                raise OtherRecipe(f"{min(foreign)} is there and was not made by dat; another DST, or --overwrite")
+                raise OtherRecipe(f"{min(foreign)} was not made by dat; use an empty DST, or --overwrite")
         if present is None and self._create(RECIPE_FILE, recipe.to_json().encode()):
             return
         present = present or self.recipe()
@@ -112,24 +112,24 @@ class OutputFolder:
         differences = present.differences(recipe) if present else "none that can be read"
         if not overwrite and self.shard_names():
             raise OtherRecipe(
-                f"{self.address} was made with other settings ({differences}); another DST, or --overwrite"
+                f"{self.address} was made with other settings ({differences}); use an empty DST, or --overwrite"
             )
         if self.shared:
             raise OtherRecipe(f"{self.address} is being written by another job with other settings ({differences})")
         for entry in list(self.entries()):
             if entry.settings != recipe.id:
-                self.remove_file(entry_path(entry.shard))  # first: a shard without an entry does not count
+                self.remove_file(entry_path(entry.shard))  # first: a shard without an entry counts as missing
                 self.remove_file(entry.shard)
         self.write(RECIPE_FILE, recipe.to_json().encode())
 
     def recipe(self) -> Recipe | None:
-        """Returns the recipe of the folder, None where it has none. Raises OtherRecipe for one it cannot read."""
+        """Returns the recipe of the folder, or None if there is none. Raises OtherRecipe if it cannot be read."""
         try:
             return Recipe.from_json(self.fs.cat_file(self.at(RECIPE_FILE)))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise OtherRecipe(f"{self.at(RECIPE_FILE)} is not of this version of dat: {error}") from error
+            raise OtherRecipe(f"{self.at(RECIPE_FILE)} was not written by this version of dat: {error}") from error
 
     def shard_names(self) -> set[str]:
         """Returns the names of all shards in the manifest."""
@@ -137,21 +137,22 @@ class OutputFolder:
         return set(filter(None, (shard_of_entry(path.removeprefix(root)) for path in self.fs.find(root))))
 
     def entries(self) -> Iterator[ManifestEntry]:
-        """Yields all manifest entries that can be read, by name."""
+        """Yields all manifest entries that can be read, sorted by name."""
         return filter(None, map(self.entry, sorted(self.shard_names())))
 
     def entry(self, name: str) -> ManifestEntry | None:
-        """Returns the manifest entry of a shard; None where there is none that can be read."""
+        """Returns the manifest entry of a shard, or None if it is absent or cannot be read."""
         try:
             return ManifestEntry.from_json(self.fs.cat_file(self.at(entry_path(name))))
         except (FileNotFoundError, ValueError):
             return None
 
     def finished_entry(self, shard: Shard, recipe: Recipe, *, hashes: bool = False) -> ManifestEntry | None:
-        """Returns the entry of a shard that is finished; None for a shard that must be made (again).
+        """Returns the manifest entry of a finished shard, or None if the shard must be made (again).
 
-        A shard is finished when the recipe, the source and the file are those of its entry. Source and file are
-        compared by length, and with `hashes` by SHA-256 too. Raises OtherRecipe for a shard of another source.
+        A shard is finished if its manifest entry matches the recipe, the source and the file. Source and file are
+        compared by length, and if `hashes` is set by SHA-256 too. Raises OtherRecipe if the shard was made from a
+        source at a different address.
         """
         entry = self.entry(shard.name)
         if entry is None or entry.settings != recipe.id:
@@ -160,7 +161,7 @@ class OutputFolder:
         if source_bytes != shard.nbytes or ("#" in shard.origin and source != shard.origin):
             if source.partition("#")[0] != shard.address:
                 message = f"{self.at(shard.name)} was made of {source}, now {shard.address}"
-                raise OtherRecipe(f"{message}; another DST, or remove it")
+                raise OtherRecipe(f"{message}; choose an empty DST, or remove the shard")
             return None
         path = self.at(shard.name)
         try:
@@ -174,31 +175,31 @@ class OutputFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[ShardWriter]:
-        """Yields a shard, which takes its name if the block ends well and else leaves nothing. Raises OSError."""
+        """Yields a writer; the shard appears as `name` if the block ends without an error. Raises OSError."""
         if self.local:
             with self._new_file(lambda path: self._rename(path, name)) as file, ShardWriter(file) as writer:
                 yield writer
             return
-        with tempfile.TemporaryFile() as file:  # it has no name: a job that is killed leaves nothing of it
+        with tempfile.TemporaryFile() as file:  # it has no name, so a killed job leaves no file behind
             with ShardWriter(file) as writer:
                 yield writer
             file.flush()
             self.fs.put_file(f"/dev/fd/{file.fileno()}", self.at(name))
 
     def record(self, entry: ManifestEntry) -> None:
-        """Writes the manifest entry of a shard that is finished."""
+        """Writes the manifest entry of a finished shard."""
         self.write(entry_path(entry.shard), entry.to_json())
 
     def has(self, name: str) -> bool:
         return bool(self.fs.exists(self.at(name)))
 
     def remove_file(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file if it exists."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.at(name))
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file as a whole, replacing an older one. Raises OSError."""
+        """Writes a file atomically, replacing an older file of that name. Raises OSError."""
         if not self.local:
             self.fs.pipe_file(self.at(name), content)
             return
@@ -206,9 +207,9 @@ class OutputFolder:
             file.write(content)
 
     def _create(self, name: str, content: bytes) -> bool:
-        """Writes a file unless it exists, and returns whether it did.
+        """Writes a file unless it exists; returns True if it wrote the file.
 
-        Of two jobs that begin at once only one does, but on an object store both.
+        If two jobs begin at the same time, only one of them writes; on an object store both do.
         """
         if not self.local:
             self.write(name, content)
@@ -222,7 +223,7 @@ class OutputFolder:
 
     @contextmanager
     def _new_file(self, publish: Callable[[Path], None]) -> Iterator[IO[bytes]]:
-        """Yields a temporary file of this job, and publishes it when the block has ended well."""
+        """Yields a temporary file of this job; calls `publish` with its path if the block ends without an error."""
         if not self._scratch.is_dir():
             raise OSError(
                 f"{self._scratch} is not on this host: DST must be a folder that all hosts share, or s3://..."
@@ -244,7 +245,7 @@ class OutputFolder:
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Locks a file, which is created if needed, until this process ends; returns None where another one has it."""
+    """Creates a file if needed and locks it until this process ends; returns None if it is locked already."""
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,15 +255,17 @@ def try_lock(path: Path) -> IO[str] | None:
         pass
     except OSError as error:
         file.close()
-        raise OSError(f"{path}: this file system has no locks ({error}); write elsewhere and copy") from error
+        raise OSError(
+            f"{path}: this file system has no locks ({error}); choose a DST on a different one"
+        ) from error
     file.close()
     return None
 
 
 def remove_scratch(lock_path: Path, lock: IO[str]) -> None:
-    """Removes the unfinished files of a job whose lock we hold, and then the lock itself."""
+    """Removes the unfinished files of a job whose lock the caller holds, and then the lock file."""
     folder = lock_path.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():  # a dying worker may have written into it meanwhile; then the lock must stay too
+    if not folder.exists():  # if a dying worker wrote into it meanwhile, the lock must stay
         lock_path.unlink(missing_ok=True)
     lock.close()

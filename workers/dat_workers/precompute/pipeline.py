@@ -1,4 +1,4 @@
-"""The way of one sample through picture decoders, the codec's queue and encoders, each in threads of their own."""
+"""Passes samples through picture decoders, the codec's queue and encoders, which all run in separate threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import encode_indices, encode_picture, replace_sample_tokens, views_of
 
-MAX_VIEW_PIXELS = 2048 * 2048  # of a view that goes through the codec; its picture may be larger
+MAX_VIEW_PIXELS = 2048 * 2048  # limit of a view that the codec computes; the picture itself may be larger
 
 
 @dataclass
@@ -34,14 +34,14 @@ class PendingView:
 
     x: Array
     description: dict[str, Any]  # its entry in views.json
-    original: tuple[str, bytes] | None  # suffix and bytes of the encoded picture, if x is the whole of it
+    original: tuple[str, bytes] | None  # suffix and bytes of the encoded picture, if x is the whole picture
     result: Future[Result]
     indices: Array | None = None  # [h,w], where tokens were replaced
 
 
 @dataclass(frozen=True)
 class PendingSample:
-    """A sample on its way to the `fields` of its output sample; `nbytes` is about the memory it takes meanwhile."""
+    """A sample being processed: the future of its output `fields`, and about how many bytes of memory it takes."""
 
     key: str
     nbytes: int
@@ -49,9 +49,10 @@ class PendingSample:
 
 
 class SamplePipeline:
-    """Makes output samples of source samples; many are on their way at once, so that the codec's batches fill.
+    """Turns source samples into output samples, many at the same time, so that the codec's batches are full.
 
-    `low_priority` gives decoders and encoders only the time that the codec leaves them, on a CPU that they share.
+    With `low_priority`, decoders and encoders run only when the codec does not need the CPU that they share with
+    it.
     """
 
     def __init__(self, discretizer: Discretizer, batcher: Batcher, *, low_priority: bool) -> None:
@@ -63,7 +64,7 @@ class SamplePipeline:
         self._encoders = ThreadPoolExecutor(threads, "encode", initializer)
 
     def submit(self, sample: Sample, recipe: Recipe) -> PendingSample:
-        """Sends a sample on its way; the future raises ValueError or EngineError for one that is not usable."""
+        """Starts to process a sample; the future raises ValueError or EngineError if the sample is not usable."""
         views = self._decoders.submit(self._decode_views, sample, recipe)
         if recipe.replace_fraction:
             views = self._variants.submit(self._make_variants, sample, views, recipe)
@@ -91,7 +92,7 @@ class SamplePipeline:
     ) -> PendingView:
         height, width = x.shape[1:]
         if height * width > MAX_VIEW_PIXELS:
-            limit = f"at most {MAX_VIEW_PIXELS} pixels through the codec: --resize or --crop"
+            limit = f"at most {MAX_VIEW_PIXELS} pixels for the codec; use --resize or --crop"
             raise InvalidInput("picture", f"{width}x{height} = {height * width} pixels", limit)
         outputs = ["indices"] if recipe.replace_fraction or "indices" in recipe.outputs else []
         if "reconstruction" in recipe.outputs and not recipe.replace_fraction:
@@ -117,7 +118,7 @@ class SamplePipeline:
     def _encode_fields(
         self, sample: Sample, pending: Future[list[PendingView]], recipe: Recipe
     ) -> dict[str, bytes]:
-        """Waits for the codec, and returns the fields of the output sample."""
+        """Waits for the codec's results and returns the fields of the output sample."""
         fields: dict[str, bytes] = {}
         views = pending.result()
         for i, view in enumerate(views):
@@ -139,19 +140,19 @@ class SamplePipeline:
         for name, content in sample.fields.items():
             if (name in recipe.keep) if recipe.keep is not None else name != picture:
                 if name in fields:
-                    raise ValueError(f"the field {name}, which is kept, has the name of one that is made")
+                    raise ValueError(f"the kept source field {name} has the name of an output field; see --keep")
                 fields[name] = content
         return fields
 
 
 def lower_priority() -> None:
-    """Lets the codec's threads run before this one: they wait for each other after every layer."""
-    with suppress(OSError):  # on a system whose threads have no priority of their own
+    """Lowers this thread's priority below the codec's threads, which wait for each other after every layer."""
+    with suppress(OSError):  # some systems have no priority per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
-    """Returns about how many bytes x and Q(x) of a sample's views take, from the picture's header alone."""
+    """Estimates from the picture's header how many bytes x and Q(x) of a sample's views take."""
     if recipe.crop is not None:
         return 6 * recipe.views * recipe.crop**2
     try:
@@ -161,5 +162,5 @@ def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
         ):
             warnings.simplefilter("ignore")
             return 6 * recipe.views * image.width * image.height
-    except Exception:  # a picture that is not usable is reported when it is decoded
+    except Exception:  # an unusable picture is reported when it is decoded
         return 0

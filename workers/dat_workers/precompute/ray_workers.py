@@ -1,4 +1,4 @@
-"""Workers as Ray actors: one that ends is started again, and its shards are made again."""
+"""Workers as Ray actors. Ray restarts an actor that ends, and the job makes its unfinished shards again."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ log = logging.getLogger("dat_workers")
 
 LOG_EVERY_S = 30.0
 COUNTS_TIMEOUT_S = 1.0  # the last known counts stand in for those of a worker that does not answer in time
-# OpenMP's threads would spin while they wait, and take the cores from decoders and from other workers
+# Without this setting OpenMP's waiting threads would spin, and take the cores from decoders and the other workers.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class RayWorkers:
-    """Actors in the cluster that RAY_ADDRESS names, or in a Ray of this job's own.
+    """Actors in the cluster that RAY_ADDRESS names, or in a local Ray that this job starts.
 
-    gpus: those of each worker, 0.5 for two workers on one; None means 1 where the cluster has one. Raises the
-    exception of a worker that cannot load its codec.
+    gpus: the number of GPUs of each worker, for example 0.5 for two workers on a GPU; None means 1 if the cluster
+    has GPUs, else 0. Raises the exception of a worker that cannot load its codec.
     """
 
     def __init__(self, codec: str, config: EngineConfig, workers: int, gpus: float | None = None) -> None:
         self.workers = workers
         self._latest: list[Counter[str]] = [Counter()] * workers
         self._of_ended: Counter[str] = Counter()  # the counts of workers that have ended
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: any other process would come first
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, gives all others priority
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
@@ -57,7 +57,7 @@ class RayWorkers:
                 gpus = 1 if present >= 1 and config.device != "cpu" else 0
             if gpus * workers > present and not cluster:
                 raise RuntimeError(
-                    f"{workers} workers ask for {gpus * workers:g} GPUs, and this machine has {present:g}"
+                    f"{workers} workers need {gpus * workers:g} GPUs, but this machine has {present:g}"
                 )
             actor: Any = ray.remote(Worker).options(
                 num_gpus=gpus, num_cpus=1 if cluster and not gpus else 0, max_restarts=-1,
@@ -76,12 +76,12 @@ class RayWorkers:
             raise
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """As `Worker.complete`."""
+        """Returns the recipe with the codec's details filled in, as `Worker.complete` does."""
         completed: Recipe = self._get(self._actors[0].complete.remote(recipe))
         return completed
 
     def ready(self) -> Collection[int]:
-        """Returns the workers that accept shards. Raises what ended a worker that will never accept any."""
+        """Returns the workers that accept shards. Raises the exception of a worker that could not start."""
         for i, first_call in list(self._starting.items()):
             if not self._ray.wait([first_call], timeout=0)[0]:
                 continue
@@ -95,7 +95,7 @@ class RayWorkers:
         return [i for i in range(self.workers) if i not in self._starting]
 
     def submit(self, worker: int, shard: Shard, options: ShardOptions) -> Future[ManifestEntry]:
-        """As `Worker.make_shard`, in its actor; the future may also raise WorkerLost."""
+        """Calls `Worker.make_shard` in a worker's actor and returns the future, which may also raise WorkerLost."""
         actor = self._actors[worker]
         result: Future[ManifestEntry] = Future()
 
@@ -130,7 +130,7 @@ class RayWorkers:
         return sum(self._latest, self._of_ended)
 
     def decode(self, indices: Array) -> Array:
-        """As `Worker.decode`."""
+        """Returns the pictures of tokens, as `Worker.decode` does."""
         pictures: Array = self._get(self._actors[0].decode.remote(indices))
         return pictures
 
@@ -145,7 +145,7 @@ class RayWorkers:
             raise self._plain(error) from None
 
     def _plain(self, error: BaseException) -> BaseException:
-        """Returns the exception that the worker itself raised, or WorkerLost."""
+        """Returns the exception that the worker itself raised, or WorkerLost if the worker ended."""
         exceptions = self._ray.exceptions
         if isinstance(error, exceptions.RayTaskError):
             return error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))

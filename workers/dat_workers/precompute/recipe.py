@@ -1,4 +1,4 @@
-"""The recipe: the settings that decide what is made of every sample of a dataset."""
+"""The recipe: the settings that decide how every sample of a dataset is turned into an output sample."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Recipe:
     >>> Recipe("tiny-f8", crop=224, augment=4, variants=2, replace_fraction=0.1).views
     8
 
-    outputs: which of STORED_FIELDS each sample gets. picture, quality: format of the stored pictures. resize:
-    length of the shorter side, crop: side of the centre crop, in pixels. augment: number of random crops of `crop`
-    pixels that each sample has instead, 0 for none. variants: how often `replace_fraction` of a view's tokens are
-    replaced by random ones. keep: the source's fields that are copied, None for all but the picture. classes: the
-    folders that became `cls`. threads: CPU threads of the engine, because their number decides the order of its
-    additions.
-    Raises InvalidInput for settings that contradict each other.
+    outputs: the members of STORED_FIELDS that each sample gets. picture, quality: format of the stored pictures.
+    resize: length of the shorter side in pixels. crop: side of the centre crop in pixels. augment: number of random
+    crops of `crop` pixels per sample, which replace the centre crop; 0 for none. variants: number of versions of
+    each view, each with a different random replacement of `replace_fraction` of its tokens. keep: the source's
+    fields that are copied, None for all but the picture. classes: the folder names whose positions became `cls`.
+    threads: CPU threads of the engine, because their number decides the order of its additions. Raises InvalidInput
+    for settings that are out of range or contradict each other.
     """
 
     codec: str
@@ -92,7 +92,7 @@ class Recipe:
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that identify the settings: all shards of a folder have the same."""
+        """Twelve hex digits that identify the settings; all shards of a folder have the same id."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
@@ -100,10 +100,14 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Parses `precompute.json`. Raises ValueError for any other text or format."""
+        """Returns the recipe that `text`, the content of a `precompute.json`, describes.
+
+        Raises ValueError if the text is not JSON, if its format is not FORMAT, and if fields are missing or
+        unknown.
+        """
         settings = json.loads(text)
         if not isinstance(settings, dict) or settings.pop("format", None) != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
+            raise ValueError(f"its format is not {FORMAT}")
         known = {field.name for field in fields(cls)}
         if set(settings) != known:
             raise ValueError(f"fields {sorted(set(settings) ^ known)} are missing or unknown")
@@ -111,12 +115,12 @@ class Recipe:
         return cls(**values)
 
     def differences(self, wanted: Recipe) -> str:
-        """Returns the settings that differ in the `wanted` recipe, in words."""
+        """Returns, as text, the settings in which the `wanted` recipe differs from this one, with both values."""
         pairs = ((name, value, asdict(wanted)[name]) for name, value in asdict(self).items())
         return "; ".join(f"{name}: {shown(mine)}, now {shown(now)}" for name, mine, now in pairs if mine != now)
 
     def made_by(self, fingerprint: str, description: dict[str, str], threads: int) -> Recipe:
-        """Returns the recipe with the codec's fingerprint and `Discretizer.describe` filled in."""
+        """Returns a copy with the codec's fingerprint, the description of its engine and its threads filled in."""
         engine = " ".join(filter(None, (description["engine"], description.get("provider"))))
         device = description["device"].partition(":")[0]
         on_cpu = device == "cpu" and engine != "none"

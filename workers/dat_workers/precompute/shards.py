@@ -18,8 +18,9 @@ class ShardReader:
 
     >>> [sample.key for sample in ShardReader(shard)]         # doctest: +SKIP
 
-    `nbytes` and `sha256` are of the bytes read so far; after the last sample they are of the whole source.
-    Iterating raises DamagedShard after the last whole sample of a damaged tar, and OSError.
+    `nbytes` and `sha256` describe the bytes read so far, and after the last sample the whole source. For a damaged
+    tar, iterating yields the samples before the damage and then raises DamagedShard. It raises OSError if the
+    source cannot be read.
     """
 
     def __init__(self, shard: Shard, classes: tuple[str, ...] | None = None) -> None:
@@ -81,10 +82,10 @@ def source_sha256(shard: Shard) -> str:
 
 
 class ShardWriter:
-    """Writes a tar file whose bytes depend on its samples alone: it records no times and no owners.
+    """Writes a tar file whose bytes depend on its samples alone, because it records no times and no owners.
 
-    Used as a context manager. After the block `nbytes` and `sha256` are of the whole file; a block that raises
-    leaves the file as it is, unfinished.
+    It is used as a context manager. After the block, `nbytes` and `sha256` describe the whole file. If the block
+    raises, the file stays unfinished.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -108,7 +109,7 @@ class ShardWriter:
         return self._file.write(data)
 
     def add(self, key: str, fields: dict[str, bytes]) -> None:
-        """Adds one sample, its fields in the order of the dict."""
+        """Adds one sample, with its fields in the order of the dict."""
         for name, content in fields.items():
             member = tarfile.TarInfo(f"{key}.{name}")
             member.size, member.mode = len(content), 0o444

@@ -20,17 +20,18 @@ from dat_workers.errors import InvalidInput
 from dat_workers.system.threads import DaemonThreads
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "hf"}
-# packages whose exceptions do not come from a storage
+# Exceptions of these packages are not errors of a storage.
 NOT_STORAGE = ("builtins", "dat_workers", "numpy", "ray", "torch")
 PICTURES_A_SHARD = 1000
-LOOKUP_THREADS = 16  # each shard takes a request or two to a storage that may be remote
+LOOKUP_THREADS = 16  # each shard needs one or two requests to a storage that may be remote
 
 
 @dataclass(frozen=True)
 class Shard:
     """One source shard: the `address` of a tar, or `files` below `address`, a folder of pictures.
 
-    name: of the output shard, relative to DST. nbytes: of the source, 0 where its storage does not tell.
+    name: the path of the output shard, relative to DST. nbytes: the size of the source, or 0 if its storage does
+    not report sizes.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """All shards, sorted by name. folders: those that were searched. classes: the folders that become `cls`."""
+    """All shards, sorted by name; `folders` were searched for them, and `classes` are folders that become `cls`."""
 
     shards: tuple[Shard, ...]
     folders: tuple[str, ...] = ()
@@ -63,9 +64,9 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     'train-000000.tar'
 
     `source` is a brace pattern, a glob, a folder of shards or of pictures (in folders by class, as torchvision's
-    ImageFolder), or several of these; each is a path or an fsspec address (s3://, gs://, hf://, file://). A shard
-    is named by its path below its folder, or below the folder that all shards have in common. Raises
-    FileNotFoundError, and InvalidInput for anything else.
+    ImageFolder), or several of these; each is a path or an fsspec address (s3://, gs://, hf://, file://). The name
+    of a shard is its path below the searched folder, or below the common folder of all shards. Raises
+    FileNotFoundError if nothing matches, and InvalidInput for a source that is none of these.
     """
     patterns = [source] if isinstance(source, str) else source
     addresses = [address for pattern in patterns for address in matches(pattern)]
@@ -80,7 +81,7 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
         tar_files = {p: size for p, size in files.items() if p.lower().endswith(TAR_SUFFIXES)}
         if not tar_files:
             if len(addresses) > 1:
-                raise InvalidInput("source", path, "a folder with shards, beside other sources")
+                raise InvalidInput("source", path, "folders with shards, if there are several sources")
             return source_of_pictures(fs, path, files, pictures_a_shard)
         folders.append(fs.unstrip_protocol(path))
         for p, size in tar_files.items():
@@ -89,7 +90,9 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
     shards += named_below_common_folder(tars)
     repeated = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
     if repeated:
-        raise InvalidInput("source", repeated[:5], "shards of different names: each gives one of the same name")
+        raise InvalidInput(
+            "source", repeated[:5], "shards of different names: each output shard has its source's name"
+        )
     return Source(tuple(sorted(shards, key=lambda shard: shard.name)), tuple(folders))
 
 
@@ -109,7 +112,7 @@ def matches(pattern: str) -> list[str]:
 
 
 def look_up(address: str) -> tuple[Any, str, dict[str, Any]]:
-    """Returns an address's file system, path, and type and size as its storage tells. Raises FileNotFoundError."""
+    """Returns an address's file system, its path there, and its type and size. Raises FileNotFoundError."""
     fs, path = open_address(address)
     try:
         return fs, path, fs.info(path)
@@ -119,7 +122,7 @@ def look_up(address: str) -> tuple[Any, str, dict[str, Any]]:
 
 @contextmanager
 def naming_address(address: str | Sequence[str]) -> Iterator[None]:
-    """Adds the address to storage errors that omit it, such as missing credentials: they are raised as OSError."""
+    """Raises storage errors that omit the address, such as missing credentials, as OSError with the address."""
     try:
         yield
     except Exception as error:
@@ -131,19 +134,20 @@ def naming_address(address: str | Sequence[str]) -> Iterator[None]:
 
 
 def is_object_store(address: str) -> bool:
-    """Returns whether an address is in an object store, which has no folders."""
+    """Returns True if an address is in an object store, which has no folders."""
     return address.partition("://")[0] in OBJECT_STORES
 
 
 def open_address(address: str) -> tuple[Any, str]:
     """Returns the file system of an address and the path in it.
 
-    Raises InvalidInput for no address at all, which would be the working directory, and if its package is missing.
+    Raises InvalidInput for an empty address, which fsspec would take for the working directory, for an unknown
+    protocol, and if the protocol's package is missing.
     """
     if not address:
         raise InvalidInput("address", "''", "a path or an fsspec address")
     try:
-        # without a cache, because other processes write too and a cached listing may be outdated
+        # No cache is used, because other processes may write too, and a cached listing may be outdated.
         options = {"use_listings_cache": False} if is_object_store(address) else {}
         fs, path = fsspec.core.url_to_fs(address, **options)
         if isinstance(fs, LocalFileSystem):
@@ -182,7 +186,7 @@ def list_files(fs: Any, folder: str) -> dict[str, int]:
 
 
 def named_below_common_folder(tars: dict[str, int]) -> list[Shard]:
-    """Returns shards for addresses and their sizes, named by the paths below the addresses' common folder."""
+    """Returns the shards of `tars` (address: size), named by their paths below the addresses' common folder."""
     folders = [address.split("/")[:-1] for address in tars]
     depth = len(os.path.commonprefix(folders))  # noqa: RUF071 - of lists, so it compares whole names
     return [
@@ -192,7 +196,7 @@ def named_below_common_folder(tars: dict[str, int]) -> list[Shard]:
 
 
 def source_of_pictures(fs: Any, folder: str, files: dict[str, int], pictures_a_shard: int) -> Source:
-    """Divides a folder of pictures into shards; its sub-folders, where it has some, are the classes."""
+    """Divides a folder of pictures into shards; sub-folders, if there are any, are the classes."""
     if pictures_a_shard < 1:
         raise InvalidInput("pictures_a_shard", pictures_a_shard, "1 or more")
     root = folder.rstrip("/") + "/"
@@ -203,7 +207,9 @@ def source_of_pictures(fs: Any, folder: str, files: dict[str, int], pictures_a_s
     classes = tuple(sorted({name.split("/")[0] for name in sizes if "/" in name}))
     if classes and any("/" not in name for name in sizes):
         loose = next(name for name in sizes if "/" not in name)
-        raise InvalidInput("source", loose, f"in a folder of its class, as others are ({classes[0]}/...)")
+        raise InvalidInput(
+            "source", loose, f"pictures in a folder of their class ({classes[0]}/...), like the rest"
+        )
     address, names = fs.unstrip_protocol(folder), list(sizes)
     shards = []
     for i, start in enumerate(range(0, len(names), pictures_a_shard)):

@@ -1,4 +1,4 @@
-"""Cuts the views of a picture that go through Q, and replaces tokens at random, all by the sample's key alone."""
+"""Crops the views of a picture, and replaces tokens at random; the sample's key decides every random draw."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # those of torchvision's RandomResiz
 
 
 def random_of(recipe: Recipe, key: str, *purpose: object) -> np.random.Generator:
-    """Returns random numbers that depend on the seed, the sample's key and the purpose, and on nothing else."""
+    """Returns a random generator that depends only on the recipe's seed, the sample's key and the purpose."""
     text = "/".join(map(str, (recipe.seed, *purpose, key)))
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -30,9 +30,9 @@ def random_of(recipe: Recipe, key: str, *purpose: object) -> np.random.Generator
 def random_crop(recipe: Recipe, key: str, view: int, width: int, height: int) -> dict[str, Any]:
     """Draws crop `view` of a sample: 8 to 100 % of the picture's area, sides 3:4 to 4:3, mirrored half the time.
 
-    As torchvision's RandomResizedCrop and RandomHorizontalFlip draw them (Szegedy et al., 2015, section 6): ten
-    tries, then the largest centre crop within the ratios. Returns the crop as `views.json` stores it: `box` (left,
-    top, width, height), `size` (height, width) and `flip`.
+    The crop is drawn like torchvision's RandomResizedCrop and RandomHorizontalFlip (Szegedy et al., 2015, section
+    6): if ten tries fail, it is the largest centre crop within the ratios. Returns the crop as `views.json` stores
+    it: `box` (left, top, width, height), `size` (height, width) and `flip`.
     """
     assert recipe.crop is not None
     rng = random_of(recipe, key, "crop", view)
@@ -89,9 +89,10 @@ def encode_indices(indices: Array) -> bytes:
 def replace_sample_tokens(
     indices: Array, recipe: Recipe, key: str, view: int, variant: int, codebook_size: int
 ) -> Array:
-    """Replaces `replace_fraction` of the tokens uint16 [h,w] by random other ones ("Random" of Table 8).
+    """Replaces `replace_fraction` of the tokens uint16 [h,w] by different random tokens ("Random" in Table 8).
 
-    Exactly round(fraction·h·w) tokens change; the sample's key, view and variant decide which, and to what.
+    Exactly round(fraction·h·w) tokens change. The sample's key, the view and the variant decide which tokens
+    change, and to which values.
     """
     rng = random_of(recipe, key, "tokens", view, variant)
     flat = indices.reshape(-1).astype(np.int64)

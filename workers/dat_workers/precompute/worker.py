@@ -1,9 +1,9 @@
-"""One codec and the shards that go through it.
+"""Computes output shards with one codec.
 
     reader, in order ─▶ decoders ─▶ the codec's queue (batcher.py) ─▶ encoders ─▶ writer, in order
 
-A worker makes several shards at once, whose samples share the queue, so that batches are full across the ends of
-shards.
+A worker makes several shards at the same time. Their samples share the queue, so that batches stay full when a
+shard ends.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from dat_workers.precompute.shards import ShardReader
 from dat_workers.precompute.sources import Shard
 
 SHARDS_AT_ONCE = 2
-MAX_PENDING_BYTES = 512 << 20  # of the samples of one shard that are on their way, x and Q(x) included
+MAX_PENDING_BYTES = 512 << 20  # limit of the samples of a shard being processed, x and Q(x) included
 CPU_PROVIDER = "CPUExecutionProvider"  # ONNX Runtime's
 WATCHDOG_S = 600.0
-MAX_WAIT_S = 0.1  # how long a batch may wait to be filled: decoders may lag, and nobody waits for a single picture
+MAX_WAIT_S = 0.1  # how long a batch waits to fill; decoders may lag, and no caller waits for a picture
 
 
 class SampleFailed(RuntimeError):
-    """A sample is not usable, and none may be skipped; names the shard and the sample."""
+    """A sample is not usable, and skipping is not allowed; the message names the shard and the sample."""
 
 
 class WorkerLost(RuntimeError):
-    """A worker ended or can compute nothing more before its shard was finished; another one replaces it."""
+    """A worker ended or failed before its shard was finished; a new worker replaces it."""
 
 
 class Stopped(RuntimeError):
@@ -46,7 +46,7 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """The recipe of a job, the address of DST, the name of the job, and whether it skips bad samples."""
+    """The recipe of a job, the address of DST, the name of the job, and whether the job skips unusable samples."""
 
     recipe: Recipe
     dst: str
@@ -55,7 +55,7 @@ class ShardOptions:
 
 
 class Worker:
-    """Holds a codec and makes shards with it, in several threads at once.
+    """Holds a codec and makes shards with it, in several threads at the same time.
 
     >>> worker = Worker("tiny-f8", EngineConfig())              # doctest: +SKIP
     >>> worker.make_shard(shard, options).sha256                    # doctest: +SKIP
@@ -73,7 +73,10 @@ class Worker:
         self._stopping = threading.Event()
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """Fills in what this codec is. Raises InvalidInput for a recipe that the codec cannot follow."""
+        """Returns the recipe with this codec's details filled in.
+
+        Raises InvalidInput if the recipe needs tokens and the codec has none.
+        """
         spec = self.discretizer.spec
         if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
             raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
@@ -84,8 +87,9 @@ class Worker:
     def make_shard(self, shard: Shard, options: ShardOptions) -> ManifestEntry:
         """Makes one output shard, records it in the manifest and returns its entry.
 
-        Samples that are not usable, and the damaged end of a tar, are skipped or raise SampleFailed. Also raises
-        Stopped, OSError, Unhealthy and OutOfMemory; after an exception nothing of the shard is left.
+        Samples that are not usable and the damaged end of a tar are skipped if `options` allow it, and otherwise
+        raise SampleFailed. Also raises Stopped, OSError, Unhealthy and OutOfMemory. After an exception no part of
+        the shard is left in DST.
         """
         folder, recipe = OutputFolder(options.dst, options.job), options.recipe
         reader = ShardReader(shard, recipe.classes)
@@ -93,8 +97,9 @@ class Worker:
         pending: deque[PendingSample] = deque()
         batch = self.discretizer.engine.batch
         max_pending = max(4, (4 * batch + 16) // recipe.views)
-        # On a GPU another number of rows runs another kernel, which may move a near-tie, so all batches are full.
-        # Not where each picture has a size of its own and would be computed over and over to fill a batch.
+        # On a GPU the kernel depends on the number of rows, and may decide a near-tie differently, so all batches
+        # are padded to be full. They are not padded if pictures differ in size, since then a picture would be
+        # repeated to fill a whole batch.
         self.batcher.padded = self.on_gpu and recipe.crop is not None
 
         def skip(key: str, reason: str) -> None:
@@ -155,7 +160,7 @@ class Worker:
         return self.batcher.submit(request).result().outputs["reconstruction"]
 
     def stop(self) -> None:
-        """Ends all work; `make_shard` raises Stopped."""
+        """Ends all work; calls of `make_shard` that are running raise Stopped."""
         self._stopping.set()
         self.batcher.stop()
         self.pipeline.stop()

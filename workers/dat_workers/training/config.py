@@ -11,9 +11,9 @@ from dat_workers.codecs.spec import CodecSpec
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of one run; a resumed run must not change those of `frozen_part`.
+    """The settings of a training run; when a run is resumed, the settings of `frozen_part` must be the same.
 
-    The starts of phases are shares of the run, 0..1. Raises ValueError for a value out of range and for a source
+    Fields named `*_start` are shares of the run, 0..1. Raises ValueError for a value out of range and for a source
     that does not exist.
     """
 
@@ -24,7 +24,7 @@ class TrainConfig:
     batch: int = 32
     crop: int = 64  # pixels a side
     learning_rate: float = 5e-4
-    codebook_start: float = 0.05  # a plain autoencoder is trained before, so that k-means gets settled latents
+    codebook_start: float = 0.05  # before it, a plain autoencoder is trained, so that k-means gets stable latents
     discriminator_start: float = 0.85
     discriminator_weight: float = 0.1
     perceptual: str = "structure"  # or "lpips"
@@ -41,17 +41,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         f = self.spec.factor
         if self.crop % f or self.crop < 4 * f:
-            raise ValueError(f"crop is {self.crop}, must be a multiple of {f} and at least {4 * f}")
+            raise ValueError(f"crop is {self.crop}, but must be a multiple of {f} and at least {4 * f}")
         for name in ("steps", "batch", "pool"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if not 0 <= self.codebook_start <= self.discriminator_start or self.codebook_start >= 1:
             raise ValueError(
                 f"codebook_start is {self.codebook_start} and discriminator_start is {self.discriminator_start}: "
                 "the codebook must start before the end of the run (1), and not after the discriminator"
             )
         if self.perceptual not in ("structure", "lpips"):
-            raise ValueError(f"perceptual is {self.perceptual!r}, must be 'structure' or 'lpips'")
+            raise ValueError(f"perceptual is {self.perceptual!r}, but must be 'structure' or 'lpips'")
         for path in (*self.sources, *self.validation, *([self.init] if self.init else [])):
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
@@ -59,7 +59,7 @@ class TrainConfig:
             raise ValueError("no shards or folders to train on: name at least one")
 
     def frozen_part(self) -> dict[str, object]:
-        """Returns the settings that must equal those of the checkpoint that the run continues."""
+        """Returns the settings that must be the same in the checkpoint from which a run continues."""
         free = {"spec", "sources", "out", "init", "validation", "validation_crop", "device"}
         fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {

@@ -14,11 +14,11 @@ FP32_PREFIXES = ("quantize.", "quant_conv.", "post_quant_conv.")  # fp16 is coar
 
 @torch.no_grad()
 def exported_weights(model: VQGAN, *, half: bool) -> dict[str, Tensor]:
-    """Returns the state dict of the same codec with a centred codebook.
+    """Returns the state dict of `model` with a centred codebook, which computes the same codec.
 
-    With `half` the weights are fp16, except for the codebook and its 1x1 convolutions. Centring moves the latent
-    vectors, the codebook and the decoder's bias by the same vector, which changes nothing but rounding: distances
-    between smaller vectors lose fewer digits, so fewer tokens are near-ties.
+    With `half` the weights are fp16, except for the codebook and its 1x1 convolutions. Centring shifts the latent
+    vectors and the codebook by the same vector, and corrects the decoder's bias. It changes nothing but rounding:
+    distances between smaller vectors lose fewer digits, so fewer tokens are near-ties.
     """
     centred = copy.deepcopy(model).cpu().float()
     codebook = centred.quantize.embedding.weight

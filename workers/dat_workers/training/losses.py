@@ -26,9 +26,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def structure_term(x: Tensor, y: Tensor) -> Tensor:
-    """Returns multi-scale L1 (1, 1/2, 1/4, 1/8) plus 1 - SSIM, in the place of a perceptual term.
+    """Returns multi-scale L1 (1, 1/2, 1/4, 1/8) plus 1 - SSIM, instead of a perceptual term.
 
-    LPIPS needs downloaded weights, this needs none. It is not a perceptual metric and does not claim to be one.
+    Unlike LPIPS it needs no downloaded weights. It is not a perceptual metric.
     """
     total = 1 - ssim(x, y)
     for scale in (1, 2, 4, 8):
@@ -37,7 +37,7 @@ def structure_term(x: Tensor, y: Tensor) -> Tensor:
 
 
 def perceptual_term(kind: str, device: torch.device) -> PerceptualTerm:
-    """Returns `structure` (above) or `lpips`, which needs `pip install lpips` and its weights on this machine.
+    """Returns the term named `kind`: `structure` (see above), or `lpips`, which needs downloaded weights.
 
     Raises RuntimeError if lpips is not installed.
     """
@@ -52,9 +52,10 @@ def perceptual_term(kind: str, device: torch.device) -> PerceptualTerm:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Judges whether each patch is real (Isola et al., 2017): images [N,3,H,W] to logits [N,1,h,w].
+    """Judges whether each patch is real (Isola et al., 2017): maps images [N,3,H,W] to logits [N,1,h,w].
 
-    It has GroupNorm instead of the published BatchNorm, because the batches here are small and of single crops.
+    It has GroupNorm instead of the published BatchNorm, because the batches here are small and consist of single
+    crops.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the hinge form of Eq. 9, as taming-transformers trains it."""
+    """Returns the discriminator's loss: the hinge form of Eq. 9, which taming-transformers uses."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 

@@ -122,7 +122,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.step}: the gradient is not finite; lower --learning-rate")
+            raise FloatingPointError(f"step {self.step}: the gradient is not finite; use a lower --learning-rate")
         self.optimizer.step()
         if adversarial:
             self.discriminator.requires_grad_(True)
@@ -157,7 +157,7 @@ class Trainer:
     # -- scores and samples -------------------------------------------------------------------------------------
 
     def evaluate(self, limit: int | None = None, model: VQGAN | None = None) -> Scores:
-        """Scores the averaged weights, or another model of the same spec, on the first `limit` validation crops."""
+        """Scores `model`, or by default the averaged weights, on the first `limit` validation crops (None: all)."""
         assert self.validation is not None
         return evaluate(model or self.average, self.validation[:limit], self.device, quantize=self.codebook_ready)
 
@@ -185,18 +185,18 @@ class Trainer:
             torch.save(state, file)
 
     def load(self) -> None:
-        """Continues from OUT/checkpoint.pt. Raises ValueError if it was written with settings other than these."""
+        """Loads the state from OUT/checkpoint.pt. Raises ValueError if it was written with different settings."""
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             saved = json.loads(state["config"])
-        except Exception as error:  # torch raises nearly anything for a file that is not its own
+        except Exception as error:  # torch raises many types of exception for a foreign file
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this command ({error!r:.80})") from error
         current = json.loads(json.dumps(self.config.frozen_part()))
         if saved != current:
             differing = {k: (saved.get(k), current[k]) for k in current if saved.get(k) != current[k]}
             raise ValueError(
                 f"{self.checkpoint} was written with other settings, (its, yours): {differing}; "
-                "use the same ones or another --out"
+                "use the same settings, or choose a different --out"
             )
         for name in SAVED_PARTS:
             getattr(self, name).load_state_dict(state[name])
@@ -209,7 +209,7 @@ class Trainer:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[str], None]) -> bool:
-        """Trains until the last step; returns False if a signal ended it first (the checkpoint is written then)."""
+        """Trains until the last step. If a signal ends it earlier, it writes the checkpoint and returns False."""
         config = self.config
         last_save = last_report = started = time.monotonic()
         first_step, seconds_before = self.step, self.seconds
@@ -219,7 +219,7 @@ class Trainer:
         noting = ExitStack()
 
         def note_signal(number: int, frame: FrameType | None) -> None:
-            """Ends the loop after the current step; a second signal acts as it did before the run."""
+            """Ends the loop after the current step; a second signal calls the handler from before the run."""
             self.received_signals.append(number)
             noting.close()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.perturbation import PRESETS, perturb
 
-MIN_AGREEMENT = 0.9999  # in fp32, where kernels that add in another order flip a near-tie now and then
+MIN_AGREEMENT = 0.9999  # in fp32, where a different order of additions sometimes decides a near-tie differently
 MIN_HALF_AGREEMENT = 0.995  # in any precision below fp32
 MIN_FIDELITY = 0.95  # in every precision: an encoder that misses δ, or sees one that is not there, trains on noise
 MIN_PSNR_DB = 80.0  # in fp32, of images decoded from the same tokens: an error of a fortieth of a grey level
@@ -22,7 +22,7 @@ MIN_HALF_PSNR_DB = 40.0  # in any precision below fp32: an error of about one gr
 
 STEP = PRESETS["easyrobust"]  # α = 0.1, l2, from Q(x): the smallest δ in use, 2.6e-4 a pixel at 224²
 STAND_IN_CLASSIFIER = "untrained convolutional classifier, seed 0 (a stand-in for a trained one)"
-NO_TOKEN = -1  # the index of every token of an image whose encoding overflowed: equal to no token
+NO_TOKEN = -1  # stands for each token of an image whose encoding overflowed, and never equals a token
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Agreement:
 
     @property
     def shortfall(self) -> str:
-        """The values that miss their limit at this precision, with the limits; empty if none does."""
+        """The values that miss the limits of this precision, each with its limit; empty if none does."""
         min_agreement = MIN_HALF_AGREEMENT if self.half else MIN_AGREEMENT
         min_psnr_db = MIN_HALF_PSNR_DB if self.half else MIN_PSNR_DB
         misses = []
@@ -56,7 +56,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """The reference's outputs for some images, computed once to compare many engines with. All are on the CPU.
+    """The reference's outputs for some images, computed once and compared with many engines; all are on the CPU.
 
     images fp32 [N,3,H,W] in 0..1; indices int64 [N,h,w]; reconstructions fp32 [N,3,H,W], decoded from them and not
     clipped; gradients fp32 [N,3,H,W] and changed bool [N,h,w], or None if fidelity is not measured.
@@ -70,7 +70,7 @@ class ReferenceOutputs:
 
     @property
     def base(self) -> Tensor:
-        """Q(x) as a trainer receives it, clipped to 0..1: the start of the step, and the place of the gradient."""
+        """Q(x) clipped to 0..1, as a trainer receives it: δ is added to it, and gradients are taken at it."""
         return self.reconstructions.clamp(0, 1)
 
 
@@ -154,8 +154,8 @@ def decode(engine: Engine, indices: Tensor) -> Tensor:
 def stand_in_gradients(images: Tensor) -> Tensor:
     """Returns ∇L of a fixed, untrained convolutional classifier at fp32 images [N,3,H,W].
 
-    The labels are its own answers. What δ looks like depends on the classifier; pass a trained one's gradients with
-    `--gradients`.
+    The labels are the classifier's own predictions. δ depends on the classifier; use `--gradients` to measure with
+    the gradients of a trained classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -45,11 +45,11 @@ class Row:
 
     @property
     def shortfall(self) -> str:
-        """The limits that the engine misses, or why it did not run; empty if it passes."""
+        """The limits that the engine misses, or the reason why it did not run; empty if it passes."""
         return self.agreement.shortfall if self.agreement else self.error or "not run"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the row for JSON, which has null instead of NaN."""
+        """Returns the row as plain JSON types, with None in place of NaN, which JSON does not have."""
         values = asdict(self) | {"shortfall": self.shortfall}
         if self.agreement:
             values["agreement"] = {
@@ -136,7 +136,7 @@ def _images_per_s(engine: Engine, images: torch.Tensor, rounds: int) -> float | 
 
 
 def fastest_passing(rows: Sequence[Row]) -> Row | None:
-    """Returns the fastest of the engines that miss no limit: what the measurement recommends as the default."""
+    """Returns the fastest row that misses no limit, which is the recommended default, or None if all miss one."""
     passing = [row for row in rows if not row.shortfall and row.images_per_s]
     return max(passing, key=lambda row: row.images_per_s or 0, default=None)
 
