@@ -70,7 +70,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     [
         (["--outputs", "pictures"], "outputs: 'pictures' is not usable"),
         (["--augment", "2"], "augment: 2 is not usable; expected a crop"),
-        (["--on-error", "ignore"], "--on-error is 'ignore', must be fail or skip"),
+        (["--on-error", "ignore"], "--on-error is 'ignore', but it must be fail or skip"),
         (["--codec", "no-such-codec"], "no-such-codec"),
         (["--codec", "identity", "--outputs", "indices"], "a codec that has a codebook"),
     ],

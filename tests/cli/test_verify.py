@@ -47,7 +47,7 @@ def test_files_that_hold_no_gradients_are_refused(tmp_path: Path, content: bytes
     file = tmp_path / "g.npy"
     file.write_bytes(content)
     said = run("--gradients", str(file), status=1)
-    assert "is not usable; expected a .npy file of numbers" in said.stderr
+    assert "is not usable; expected a readable .npy file of numbers" in said.stderr
 
 
 def test_command_fails_for_what_was_asked_and_falls_short() -> None:

@@ -224,3 +224,8 @@ def running(tls: ssl.SSLContext | None = None) -> Iterator[Server]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def client_threads() -> set[threading.Thread]:
+    """The threads of all clients of this process, also of those that other tests left to the garbage collector."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("dat-client")}

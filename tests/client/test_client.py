@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from dat_client import Client, InvalidRequest, ProtocolError, Unavailable, UnknownCodec
 
-from .loopback import FINGERPRINT, Server, running
+from .loopback import FINGERPRINT, Server, client_threads, running
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -219,11 +218,6 @@ def test_submit_gives_futures_in_the_order_of_the_calls(server):
     with Client(server.url) as client:
         futures = [client.submit(np.full((1, 3, 8, 8), value, np.uint8)) for value in range(12)]
         assert [int(future.result(20).reconstruction[0, 0, 0, 0]) for future in futures] == list(range(12))
-
-
-def client_threads() -> set[threading.Thread]:
-    """The threads of all clients of this process, also of those that other tests left to the garbage collector."""
-    return {thread for thread in threading.enumerate() if thread.name.startswith("dat-client")}
 
 
 def test_submit_is_bounded_by_max_connections(server, images):

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import tomllib
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pytest
 
 import dat_client
 from dat_client import Client
+
+from .loopback import client_threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 on threads and fork
 
@@ -86,7 +87,8 @@ def test_a_closed_client_stays_closed_in_a_fork(server):
 
 
 def test_threads_end_when_the_client_closes(server, images):
+    before = client_threads()
     with Client(server.url) as client:
         client.submit(images).result(20)
-        assert any(thread.name.startswith("dat-client") for thread in threading.enumerate())
-    assert not any(thread.name.startswith("dat-client") for thread in threading.enumerate())
+        assert client_threads() - before
+    assert client_threads() <= before
