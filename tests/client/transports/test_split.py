@@ -13,6 +13,7 @@ import pytest
 from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError, Unavailable, UnknownCodec
 from dat_client.calls import core
 from dat_client.transports.split import cut, infer
+from tests.client.loopback import client_threads
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -47,12 +48,13 @@ def test_parts_are_in_flight_at_the_same_time(split, server):
 
 
 def test_submitted_calls_do_not_take_the_threads_of_their_parts(server):
+    before = client_threads()
     with Client(server.url, timeout_s=20, max_connections=2, max_in_flight=4) as client:
         futures = [client.submit(numbered(8) + n) for n in range(10)]
         for n, future in enumerate(futures):
             assert np.array_equal(future.result(20).reconstruction, numbered(8) + n)
     assert server.connections <= 2
-    assert not any(thread.name.startswith("dat-client") for thread in threading.enumerate())
+    assert client_threads() <= before
 
 
 @pytest.mark.parametrize("dtype", ["FP16", "FP32", "INT8"])
