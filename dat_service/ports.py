@@ -1,4 +1,4 @@
-"""Finds free TCP ports."""
+"""Finds free TCP ports, and writes the address of a service."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import contextlib
 import socket
 
 BLOCK = 100  # the number of ports that a service reserves: the first one holds the block, the rest are for replicas
+
+
+def http_url(host: str, port: int) -> str:
+    """Returns the URL of a service; IPv6 addresses are put in brackets.
+
+    >>> http_url("::1", 8000)
+    'http://[::1]:8000'
+    """
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def take_block(port: int) -> socket.socket:

@@ -124,10 +124,10 @@ def _print_ready(urls: dict[str, str], seconds: float) -> None:
 def _serve_local(settings: Settings) -> None:
     """Serves one codec in this process until SIGINT or SIGTERM."""
     from dat_service.http.local import LocalServer
+    from dat_service.ports import http_url
 
     started = time.monotonic()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    urls = {settings.codec: f"http://{host}:{settings.port}"}
+    urls = {settings.codec: http_url(settings.host, settings.port)}
     server = LocalServer(settings, on_ready=lambda: _print_ready(urls, time.monotonic() - started))
     server.run()
     if not server.started:

@@ -61,8 +61,8 @@ class RayService:
     @property
     def urls(self) -> dict[str, str]:
         """The address of each codec, in the form that `Client` takes."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return {codec: f"http://{host}:{self.port}{p.rstrip('/')}" for codec, p in self.prefixes.items()}
+        base = ports.http_url(self.host, self.port)
+        return {codec: base + prefix.rstrip("/") for codec, prefix in self.prefixes.items()}
 
     def start(self) -> None:
         """Starts Ray and Serve, and returns when all codecs answer. Raises ServeFailed if that does not succeed."""

@@ -5,20 +5,10 @@ import pytest
 
 from dat_client.calls import core
 from dat_client.errors import InvalidRequest
+from tests.client.calls.discretize_call import call
 
 PNG = b"\x89PNG\r\n\x1a\n...."
 JPEG = b"\xff\xd8\xff\xe0...."
-
-
-def call(images, **kwargs):
-    return core.discretize_call(
-        images,
-        kwargs.pop("gradients", None),
-        kwargs.pop("gradient_dtype", "FP16"),
-        kwargs.pop("outputs", None),
-        kwargs.pop("output_dtype", None),
-        kwargs,
-    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, ">f4"])

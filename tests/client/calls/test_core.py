@@ -4,24 +4,8 @@ import numpy as np
 import pytest
 
 from dat_client import Discretized
-from dat_client.calls import core
-from dat_client.errors import (
-    InvalidRequest,
-)
-
-PNG = b"\x89PNG\r\n\x1a\n...."
-JPEG = b"\xff\xd8\xff\xe0...."
-
-
-def call(images, **kwargs):
-    return core.discretize_call(
-        images,
-        kwargs.pop("gradients", None),
-        kwargs.pop("gradient_dtype", "FP16"),
-        kwargs.pop("outputs", None),
-        kwargs.pop("output_dtype", None),
-        kwargs,
-    )
+from dat_client.errors import InvalidRequest
+from tests.client.calls.discretize_call import call
 
 
 @pytest.mark.parametrize(
