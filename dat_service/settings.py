@@ -33,7 +33,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="Device: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.")
     dtype: EngineDtype = Field(
         "auto",
-        description="Dtype: auto (mixed on CUDA, fp32 elsewhere), fp32, tf32, mixed (fp16 decoder), fp16 or bf16.",
+        description="Dtype of the codec: fp32, tf32, fp16, bf16, mixed (encoder in fp32, decoder in fp16), or auto "
+        "(mixed on CUDA, fp32 elsewhere).",
     )
     tricks: str = Field(
         "auto", description="Optimisations: auto (all on CUDA, none elsewhere), all, none, or e.g. all,-graphs."

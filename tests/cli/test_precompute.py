@@ -106,4 +106,5 @@ def test_a_disk_that_is_full(tmp_path: Path, small_disk: Path) -> None:
     whole = [name for name in left if name.endswith(".tar")]
     assert not [name for name in left if ".precompute-" in name]
     assert len(whole) < 4
-    assert {f"manifest/{name}.json" for name in whole} == {name for name in left if name.startswith("manifest")}
+    # A whole shard without an entry counts as missing: the disk had room for the shard, but not for its entry.
+    assert {f"manifest/{name}.json" for name in whole} >= {name for name in left if name.startswith("manifest")}

@@ -56,7 +56,7 @@ class AdversarialBatch(NamedTuple):
 
 
 class AdversarialLoader:
-    """Iterates over `loader` and adds to each batch its discrete adversarial examples (Algorithm 1, lines 2-5).
+    """Iterates over `loader` and adds discrete adversarial examples to each batch (DAT, Algorithm 1, lines 2-5).
 
         loader = AdversarialLoader(data, client, lambda x, y: F.cross_entropy(model(x), y), model=model, depth=1)
         for batch in loader:
@@ -65,8 +65,8 @@ class AdversarialLoader:
     With `depth=0` this is exactly Algorithm 1: the gradient for a batch is taken at the weights that the batch then
     trains, and the training loop waits for the codec. With `depth=k` the gradient for a batch is taken k training
     steps before the loop receives that batch, so that the codec works while the model trains. The only difference
-    from depth 0 is that the gradient then belongs to weights that are k steps old. Gradients are taken between two
-    training steps, in the thread of the training loop, so the weights never change during an attack.
+    from depth 0 is that the gradient then belongs to weights that are k steps old. Each gradient is computed in the
+    thread of the training loop, between two training steps, so the weights cannot change while it is computed.
 
     Q(x) does not depend on the weights, so it is requested as soon as a batch has been read. While the loop trains
     on one batch, `depth + prefetch` batches after it have already been read from `loader`: the gradient has been

@@ -108,7 +108,7 @@ class _PartialDownload:
         return Path(f"{self.path}.json")
 
     def lock(self) -> None:
-        """Locks the file, because replicas that start together share the folder.
+        """Locks the unfinished download, so that replicas that start together do not both write it.
 
         Raises DownloadError if another process has locked it.
         """

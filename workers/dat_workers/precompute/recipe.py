@@ -100,10 +100,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Returns the recipe that `text`, the content of a `precompute.json`, describes.
+        """Reads a recipe from `text`, the content of a `precompute.json`.
 
-        Raises ValueError if the text is not JSON, if its format is not FORMAT, and if fields are missing or
-        unknown.
+        Raises ValueError if the text is not JSON, if its field "format" is not the number that this version
+        writes, and if fields are missing or unknown.
         """
         settings = json.loads(text)
         if not isinstance(settings, dict) or settings.pop("format", None) != FORMAT:

@@ -88,8 +88,8 @@ class Worker:
         """Makes one output shard, records it in the manifest and returns its entry.
 
         Samples that are not usable and the damaged end of a tar are skipped if `options` allow it, and otherwise
-        raise SampleFailed. Also raises Stopped, OSError, Unhealthy and OutOfMemory. After an exception no part of
-        the shard is left in DST.
+        raise SampleFailed. Also raises Stopped, OSError, Unhealthy and OutOfMemory. After an exception DST holds no
+        part of the shard, or the whole shard without a manifest entry, which counts as missing.
         """
         folder, recipe = OutputFolder(options.dst, options.job), options.recipe
         reader = ShardReader(shard, recipe.classes)
