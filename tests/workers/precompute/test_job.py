@@ -25,7 +25,7 @@ from dat_workers.images.encoded import pixels
 from dat_workers.precompute import JobProgress, OtherRecipe, SampleFailed, pipeline, precompute
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.shards import ShardWriter
+from dat_workers.precompute.shard_writer import ShardWriter
 from dat_workers.precompute.views import random_crop, replace_sample_tokens
 from tests.workers.precompute.shards import (
     as_array,

@@ -17,9 +17,9 @@ from dat_client.wire.tensors import Array
 from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.shards import ShardReader
-from dat_workers.precompute.sources import Shard, Source
 from dat_workers.precompute.views import views_of
+from dat_workers.sources.find import Shard, Source
+from dat_workers.sources.reader import ShardReader
 
 SAMPLES = 64
 SIDE = 224  # pixels of each picture on the page

@@ -19,8 +19,9 @@ from dat_workers.precompute.local_workers import LocalWorkers
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.ray_workers import RayWorkers
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import LOOKUP_THREADS, PICTURES_A_SHARD, Shard, Source, find, naming_address
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, WorkerLost
+from dat_workers.sources.addresses import naming_address
+from dat_workers.sources.find import LOOKUP_THREADS, PICTURES_A_SHARD, Shard, Source, find
 from dat_workers.system.threads import DaemonThreads
 
 log = logging.getLogger("dat_workers")

@@ -14,8 +14,8 @@ from dat_client.wire.tensors import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.sources import Shard
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker
+from dat_workers.sources.find import Shard
 
 
 class LocalWorkers:

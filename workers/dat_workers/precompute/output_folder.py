@@ -33,8 +33,10 @@ from dat_client.dataset_format.manifest import (
     shard_of_entry,
 )
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.shards import ShardWriter, source_sha256
-from dat_workers.precompute.sources import Shard, file_sha256, is_object_store, open_address
+from dat_workers.precompute.shard_writer import ShardWriter
+from dat_workers.sources.addresses import file_sha256, is_object_store, open_address
+from dat_workers.sources.find import Shard
+from dat_workers.sources.reader import source_sha256
 
 JOB_PREFIX = ".precompute-"
 

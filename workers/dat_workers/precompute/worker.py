@@ -22,8 +22,8 @@ from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.pipeline import PendingSample, SamplePipeline
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.precompute.shards import ShardReader
-from dat_workers.precompute.sources import Shard
+from dat_workers.sources.find import Shard
+from dat_workers.sources.reader import ShardReader
 
 SHARDS_AT_ONCE = 2
 MAX_PENDING_BYTES = 512 << 20  # limit of the samples of a shard being processed, x and Q(x) included

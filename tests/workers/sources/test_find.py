@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dat_workers.errors import InvalidInput
-from dat_workers.precompute.sources import find, naming_address
+from dat_workers.sources.addresses import naming_address
+from dat_workers.sources.find import find
 from tests.workers.precompute.shards import encoded, picture, write_shards, write_tar
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dat_workers.precompute.shards import ShardReader, source_sha256
-from dat_workers.precompute.sources import find
+from dat_workers.sources.find import find
+from dat_workers.sources.reader import ShardReader, source_sha256
 from tests.workers.precompute.shards import sample_files, write_shards, write_tar
 
 
