@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dat_client import Client, InvalidDataset
-from dat_client.originals import _pictures_of
 from dat_client.webdataset import load
+from dat_client.webdataset.originals import _pictures_of
 from dat_workers.engines.config import EngineConfig
 from dat_workers.precompute import precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar
