@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from dat_service.ports import BLOCK, free_port
@@ -39,18 +40,20 @@ SERVE = {
 LOOPBACK = "127.0.0.1"  # Serve listens on this address if the service has started its Ray itself
 
 
-def environment(folder: Path, host: str, port: int, first_port: int) -> dict[str, str]:
+def environment(folder: Path, host: str, port: int, first_port: int, prefixes: Iterable[str]) -> dict[str, str]:
     """Returns the environment variables for a Ray that the service starts itself.
 
     Also writes the executable `dat-haproxy` into `folder`, which Ray starts as its HAProxy. HAProxy keeps its files
     in the same folder. `first_port` is the first port for replicas, from the block that ports.take_block reserves.
-    No path and no port is shared with a second service, so that two services can run side by side.
+    `prefixes` are the routes of the codecs (deployments.routes). No path and no port is shared with a second
+    service, so that two services can run side by side.
 
     Replicas listen on the same address as Serve. That address must be LOOPBACK, because otherwise replicas could be
     reached from remote machines. Only dat-haproxy listens on the real `host` and `port`.
     """
     binary = folder / "dat-haproxy"
-    command = shlex.join([sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "--listen", f"{host}:{port}"])
+    own = ",".join([f"{host}:{port}", *prefixes])
+    command = shlex.join([sys.executable, "-m", "dat_service.ray.haproxy_wrapper", "--own", own])
     binary.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     binary.chmod(0o700)
     return SERVE | {

@@ -16,7 +16,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MARK = "# amended by dat-haproxy\n"
@@ -43,6 +43,20 @@ FRONTEND = """\
     http-request deny deny_status 404 if { path -i /-/routes }
     timeout http-request 15s
 """
+
+# What HAProxy says if it answers a request itself. Requests whose headers are malformed, larger than its buffer, or
+# late still get the HTML for 400 and 408 that is compiled into HAProxy 2.8, as no setting replaces it.
+ERRORS = {
+    400: ("Bad Request", "the request is not valid HTTP/1.1"),
+    403: ("Forbidden", "this request is not allowed"),
+    404: ("Not Found", "nothing is served at this path"),
+    408: ("Request Timeout", "the request did not arrive in time"),
+    500: ("Internal Server Error", "HAProxy could not process the request"),
+    501: ("Not Implemented", "HAProxy does not support this request"),
+    502: ("Bad Gateway", "the replica ended the connection before its response was complete"),
+    503: ("Service Unavailable", "no replica can take the request now; try again in 1 s"),
+    504: ("Gateway Timeout", "the replica did not respond in time"),
+}
 
 Amendment = Callable[[str, Path], tuple[str, int]]
 
@@ -77,26 +91,56 @@ def _private_ports(config: str, _: Path) -> tuple[str, int]:
 
 
 def _errors(config: str, folder: Path) -> tuple[str, int]:
-    """Gives the errors of HAProxy itself the same form as those of the app: OIP's error body and Retry-After.
+    """Gives the errors of HAProxy itself the same form as those of the app: OIP's error body, and Retry-After.
 
-    With Ray's own error files, all these errors would have status 500.
+    With Ray's own error files, the errors about a dead or missing replica would all have status 500.
     """
-    messages = {
-        502: ("Bad Gateway", "the replica ended the connection before its response was complete"),
-        503: ("Service Unavailable", "no replica can take the request now; try again in 1 s"),
-        504: ("Gateway Timeout", "the replica did not respond in time"),
-    }
-    found = 0
-    for status, (reason, message) in messages.items():
-        body = json.dumps({"error": message})
-        path = folder / f"dat-{status}.http"
-        path.write_text(
-            f"HTTP/1.1 {status} {reason}\r\nRetry-After: 1\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+    lines = [f"    errorfile {status} {_error_file(folder, status)}\n" for status in ERRORS]
+    config, _ = _replace(r"^    errorfile \d+ .*\n", "", config)
+    return _replace(r"^(defaults\n    mode http\n)", r"\1" + "".join(lines), config)
+
+
+def _error_file(folder: Path, status: int, message: str = "") -> Path:
+    """Writes the response to a request that HAProxy answers itself, and returns the path of its file."""
+    reason, usual_message = ERRORS[status]
+    body = json.dumps({"error": message or usual_message})
+    path = folder / f"dat-{status}{'-path' if message else ''}.http"
+    retry_after = "Retry-After: 1\r\n" if status in (502, 503, 504) else ""
+    path.write_text(
+        f"HTTP/1.1 {status} {reason}\r\n{retry_after}Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+    )
+    return path
+
+
+def _unknown_paths(prefixes: Sequence[str]) -> Amendment:
+    """Returns an amendment that answers requests for which no application is known; see `amend` for `prefixes`.
+
+    A HAProxy that has just started knows no application yet, and one whose service is stopping knows none any more.
+    Ray's own answer to such a request is a 404 in plain text, which a trainer would take for a wrong address.
+    """
+    if prefixes:
+        where = f"; the codecs are at {', '.join(prefixes)}"
+        own_path = (
+            ""
+            if "/" in prefixes
+            else f" if {{ path {' '.join(prefixes)} }} || {{ path_beg {'/ '.join(prefixes)}/ }}"
         )
-        config, n = _replace(rf"^    errorfile {status} .*$", f"    errorfile {status} {path}", config)
-        found += n
-    return config, int(found == len(messages))
+    else:
+        where, own_path = "", " if { path_sub /v1/ /v2/ } || { path_end /v2 }"
+
+    def unknown_paths(config: str, folder: Path) -> tuple[str, int]:
+        busy = _error_file(folder, 503, "no codec is served at this path now: it is starting, stopping, or unknown")
+        missing = _error_file(folder, 404, f"nothing is served at this path{where}")
+        rules = (
+            f"    http-request return status 503 errorfile {busy}{own_path}\n"
+            f"    http-request return status 404 errorfile {missing}\n"
+        )
+        return _replace(
+            r"^(backend default_backend\n)    http-request return status 404 .*\n", rf"\1{rules}", config
+        )
+
+    return unknown_paths
 
 
 def _methods(config: str, _: Path) -> tuple[str, int]:
@@ -130,16 +174,19 @@ def _servers(config: str, _: Path) -> tuple[str, int]:
 AMENDMENTS: tuple[Amendment, ...] = (_frontend, _private_ports, _errors, _methods, _servers)
 
 
-def amend(config: str, folder: Path, listen: str | None = None) -> tuple[str, list[str]]:
+def amend(
+    config: str, folder: Path, listen: str | None = None, prefixes: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """Returns Ray's configuration with all amendments that fit it, and the names of the amendments that do not fit.
 
     Error pages are written into `folder`. HAProxy listens on `listen`, which is HOST:PORT, or on Serve's own
-    address if `listen` is None. A configuration that is already amended is returned unchanged.
+    address if `listen` is None. `prefixes` are the routes of all codecs of this service, such as "/tiny-f8"; they
+    are unknown, and empty, on a shared cluster. A configuration that is already amended is returned unchanged.
     """
     if config.startswith(MARK):
         return config, []
     missing = []
-    for amendment in (*AMENDMENTS, *([_listen(listen)] if listen else [])):
+    for amendment in (*AMENDMENTS, _unknown_paths(prefixes), *([_listen(listen)] if listen else [])):
         amended, found = amendment(config, folder)
         if found:
             config = amended
@@ -157,22 +204,38 @@ def binary() -> str:
     return str(get_haproxy_binary())
 
 
-def prepare(haproxy: str, path: Path, listen: str | None = None) -> None:
-    """Amends the configuration file at `path`, or leaves it unchanged and prints the reason on stderr."""
+def prepare(haproxy: str, path: Path, listen: str | None = None, prefixes: Sequence[str] = ()) -> None:
+    """Amends the configuration file at `path`, or leaves it unchanged and prints the reason on stderr.
+
+    The other parameters are those of `amend`.
+    """
     try:
         config = path.read_text()
-        amended, missing = amend(config, path.parent, listen)
+        amended, missing = amend(config, path.parent, listen, prefixes)
         new = path.with_suffix(".amended")
         new.write_text(amended)
-        checked = subprocess.run([haproxy, "-c", "-f", str(new)], capture_output=True, text=True, timeout=20)
-        if checked.returncode:
-            warn(f"HAProxy rejects the amended configuration, so Ray's own is used: {checked.stderr[-500:]}")
+        refusal = _refusal(haproxy, new)
+        if refusal:
+            warn(f"HAProxy rejects the amended configuration, so Ray's own is used: {refusal}")
             return
         if missing:
             warn(f"these amendments do not fit this Ray's configuration: {', '.join(missing)}")
         new.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         warn(f"the configuration could not be amended, so Ray's own is used: {error}")
+
+
+def _refusal(haproxy: str, path: Path) -> str:
+    """Returns what HAProxy says against a configuration file; "" if it accepts the file.
+
+    The check takes a few milliseconds. On a machine too busy to end it within 20 s, the file counts as accepted:
+    Ray's own configuration is the greater risk.
+    """
+    try:
+        checked = subprocess.run([haproxy, "-c", "-f", str(path)], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return ""
+    return checked.stderr[-500:] if checked.returncode else ""
 
 
 def warn(text: str) -> None:
@@ -180,14 +243,19 @@ def warn(text: str) -> None:
 
 
 def main() -> None:
-    """Amends the configuration file, then runs HAProxy with Ray's arguments, which follow `--listen HOST:PORT`."""
+    """Amends the configuration file, then runs HAProxy with Ray's arguments.
+
+    They follow the two arguments `--own HOST:PORT,/PREFIX,/PREFIX` of a service that has a Ray of its own.
+    """
     haproxy = binary()
     arguments = sys.argv[1:]
-    listen = None
-    if arguments[:1] == ["--listen"]:
-        listen, arguments = arguments[1], arguments[2:]
+    listen: str | None = None
+    prefixes: list[str] = []
+    if arguments[:1] == ["--own"]:
+        listen, *prefixes = arguments[1].split(",")
+        arguments = arguments[2:]
     if "-f" in arguments:
-        prepare(haproxy, Path(arguments[arguments.index("-f") + 1]), listen)
+        prepare(haproxy, Path(arguments[arguments.index("-f") + 1]), listen, prefixes)
     # Otherwise, HAProxy would outlive the actor that started it and keep its port, which its successor needs.
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     os.execv(haproxy, [haproxy, *arguments])

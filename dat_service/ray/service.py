@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _check_cached_client_alive, _disconnect, _get_global_client
 
 from dat_service import ports
 from dat_service.processes import descendants, end, mentioning
@@ -48,7 +51,7 @@ class RayService:
         self.settings = {s.codec: s for s in settings}
         self.host, self.port = settings[0].host, settings[0].port
         self.own_cluster = not os.environ.get("RAY_ADDRESS")
-        self.prefixes: dict[str, str] = {}
+        self.prefixes = deployments.routes(list(self.settings), alone=self.own_cluster)
         self._replica_class = replica_class
         self._variables: dict[str, str] = {}  # variables that were added to this process's environment
         self._running: list[str] = []  # names of the applications that this service has started
@@ -91,7 +94,6 @@ class RayService:
                 # if Serve already ran on that cluster, it keeps its own address, whatever the settings say
                 client: Any = _get_global_client()
                 self.host, self.port = client.http_config.host, client.http_config.port
-            self.prefixes = deployments.routes(list(self.settings), alone=self.own_cluster)
             self.update()
         except ServeFailed:
             raise
@@ -229,7 +231,7 @@ class RayService:
                 self._running = []
                 if self.own_cluster:
                     failures.clear()
-                    serve.shutdown()  # type: ignore[no-untyped-call]
+                    _shut_down_serve()
         finally:
             ours |= self._processes()
             ray.shutdown()
@@ -255,7 +257,9 @@ class RayService:
         if self.own_cluster:
             self._block = ports.take_block(self.port)
             first_port = self._block.getsockname()[1] + 1
-            variables |= haproxy.environment(Path(self._folder.name), self.host, self.port, first_port)
+            variables |= haproxy.environment(
+                Path(self._folder.name), self.host, self.port, first_port, self.prefixes.values()
+            )
             variables |= deployments.REPLICA
             # With Ray's default of 15, all other processes would have priority.
             variables["RAY_worker_niceness"] = "0"
@@ -266,6 +270,30 @@ class RayService:
             variables["RAY_enable_metrics_collection"] = "0"
         # variables that the operator has set already keep their values
         return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def _shut_down_serve(timeout_s: float = 30.0) -> None:
+    """Ends Serve's actors, HAProxy among them, and returns when its controller has ended.
+
+    serve.shutdown() does the same, but it waits inside a call to the controller, and when the controller ends, Ray
+    prints that this call failed and will be repeated. Logs a warning if the controller does not end in time.
+    """
+    client: Any = _check_cached_client_alive()[0]
+    if client is None:  # Serve was not started, or its Ray has ended
+        return
+    client.shutdown_cached_handles()
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(ray.exceptions.RayActorError):  # it has ended already
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=timeout_s)
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            break
+        time.sleep(0.05)
+    else:
+        log.warning("Ray Serve's controller did not end within %g s", timeout_s)
+    _disconnect()  # type: ignore[no-untyped-call]
 
 
 def shared(settings: Settings, replicas: int) -> int:

@@ -36,7 +36,7 @@ def cluster() -> Iterator[dict[str, str]]:
     folder = Path(tempfile.mkdtemp(prefix="dat-ray-"))  # not pytest's: a socket's path is at most 107 bytes
     port, serve_port = free_port(), free_port()
     block = take_block(serve_port)
-    environment = os.environ | haproxy.environment(folder, "127.0.0.1", serve_port, block.getsockname()[1] + 1)
+    environment = os.environ | haproxy.environment(folder, "127.0.0.1", serve_port, block.getsockname()[1] + 1, ())
     # what joins a cluster has to know its token, which is Ray's default
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process = subprocess.Popen(

@@ -57,7 +57,7 @@ def test_no_update_begins_once_it_stops(rays: list[str], monkeypatch: pytest.Mon
     """`stop` waits for a running call to Serve, and no call is made after it."""
     service = RayService(Settings(codec="identity"))
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("ray.serve.shutdown", lambda: None)
+    monkeypatch.setattr("dat_service.ray.service._shut_down_serve", lambda: None)
     stopping = threading.Thread(target=service.stop)
     with service._changes:
         stopping.start()

@@ -26,8 +26,8 @@ from dat_service.ray.haproxy_wrapper import MARK, amend, binary, prepare
 from tests.conftest import free_port
 
 
-def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> Path:
-    """Writes Ray Serve's configuration for one application with one replica.
+def ray_config(folder: Path, port: int, replica: int | None, *, prefix: str = "/", fallback: int = 1) -> Path:
+    """Writes Ray Serve's configuration for one application with one replica, or with replica=None for none.
 
     A health check fails after 500 ms. With 100 ms, the checks of a stand-in that shares a busy machine with other
     tests failed twice in a row now and then, and HAProxy cut off the request that it was answering.
@@ -50,13 +50,14 @@ def ray_config(folder: Path, port: int, replica: int, *, fallback: int = 1) -> P
     )
     backend = BackendConfig(
         name="http-toy",
-        path_prefix="/",
+        path_prefix=prefix,
         app_name="toy",
-        servers=[ServerConfig("SERVE_REPLICA__toy-codec-1", "127.0.0.1", replica)],
+        servers=[ServerConfig("SERVE_REPLICA__toy-codec-1", "127.0.0.1", replica or 1)],
         fallback_server=ServerConfig("SERVE_PROXY_ACTOR-1", "127.0.0.1", fallback),
     )
-    api = HAProxyApi(config, {"http-toy": backend}, config_file_path=str(folder / "haproxy.cfg"))
-    api.set_backend_configs({"http-toy": backend})
+    backends = {} if replica is None else {"http-toy": backend}
+    api = HAProxyApi(config, backends, config_file_path=str(folder / "haproxy.cfg"))
+    api.set_backend_configs(backends)
     api._generate_config_file_internal()
     return folder / "haproxy.cfg"
 
@@ -288,7 +289,7 @@ def test_requests_on_a_replica_that_died_end_at_once(tmp_path: Path, replica: St
 
 def test_listens_where_it_is_told(tmp_path: Path, replica: StandInReplica) -> None:
     port, other = free_port(), free_port()
-    with running(ray_config(tmp_path, port, replica.server_port), other, "--listen", f"127.0.0.1:{other}"):
+    with running(ray_config(tmp_path, port, replica.server_port), other, "--own", f"127.0.0.1:{other},/"):
         assert get(other)[0] == 200
         assert not listens(port)
 

@@ -52,9 +52,14 @@ def test_installed_version_is_supported() -> None:
 
 def test_private_functions_have_the_signatures_that_are_used() -> None:
     from ray.serve._private.client import ServeControllerClient
-    from ray.serve.context import _get_global_client
+    from ray.serve._private.controller import ServeController
+    from ray.serve.context import _check_cached_client_alive, _disconnect, _get_global_client
 
     inspect.signature(_get_global_client).bind()
+    inspect.signature(_check_cached_client_alive).bind()
+    inspect.signature(_disconnect).bind()
+    inspect.signature(ServeControllerClient.shutdown_cached_handles).bind(None)
+    inspect.signature(ServeController.graceful_shutdown).bind(None, wait=False)
     waiting = inspect.signature(ServeControllerClient._wait_for_application_running)
     assert list(waiting.parameters) == ["self", "name", "timeout_s"]
     assert waiting.parameters["timeout_s"].default == -1  # without a limit
@@ -66,7 +71,7 @@ def test_ray_reads_the_variables_that_are_set(tmp_path: Path) -> None:
     from ray.serve._private import constants
 
     source = inspect.getsource(constants)
-    names = haproxy.environment(tmp_path, "127.0.0.1", 8000, 30000)
+    names = haproxy.environment(tmp_path, "127.0.0.1", 8000, 30000, ["/"])
     assert len(names) > 15
     assert [name for name in names if f'"{name}"' not in source] == []
 
