@@ -127,9 +127,11 @@ def http_call(module: str, batch: Images, *, as_json: bool = False, **env: str) 
     with peer(module, **env) as port:
         connections = Connections(f"http://127.0.0.1:{port}", connect_timeout_s=5, limit=1)
         headers["Content-Length"] = str(sum(map(len, body)))
+        most_bytes = 2 * batch.nbytes + 1000  # base64 adds a third
 
         def call() -> memoryview:
-            reply = connections.request("POST", "/echo", headers, body, time.monotonic() + CALL_TIMEOUT_S)
+            deadline = time.monotonic() + CALL_TIMEOUT_S
+            reply = connections.request("POST", "/echo", headers, body, deadline, most_bytes)
             if reply.status != 200:
                 raise RuntimeError(f"status {reply.status}: {bytes(reply.body[:200])!r}")
             return memoryview(reply.body)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class Server(ThreadingHTTPServer):
         self.ready_after = 0
         self.prefix = ""
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
+        self.raw: Callable[[BinaryIO, bytes, int], None] | None = None  # writes an answer, given the honest one
         self.release = threading.Event()
         self.entered = threading.Semaphore(0)
         self.timing = ""  # the Server-Timing of its answers
@@ -176,6 +177,10 @@ class Handler(BaseHTTPRequestHandler):
         )
         chunks, length = wire.encode_response(**answer, model_version="1")
         data = b"".join(chunks)
+        if server.raw is not None:
+            server.raw(self.wfile, data, length)
+            self.close_connection = True
+            return
         if fault in ("chunked", "chunk of negative length"):
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")

@@ -194,10 +194,11 @@ def test_an_answer_without_the_default_outputs_is_refused(client, server, images
 
 @pytest.mark.parametrize("value", [10**400, -1, 1.5, "half", [0.5]])
 @pytest.mark.parametrize("max_in_flight", [1, 2])
-def test_a_share_of_tokens_that_is_none_is_left_out(server, images, value, max_in_flight):
+def test_a_share_of_tokens_that_is_none_is_refused(server, images, value, max_in_flight):
     server.change = lambda answer: {**answer, "parameters": {"tokens_changed": value}}
-    with Client(server.url, max_in_flight=max_in_flight) as client:
-        assert client.discretize(images).tokens_changed is None
+    says = r"tokens_changed: .* must be a number in 0\.\.1"
+    with Client(server.url, max_in_flight=max_in_flight) as client, pytest.raises(ProtocolError, match=says):
+        client.discretize(images)
 
 
 def test_one_client_in_many_threads_mixes_nothing_up(server):

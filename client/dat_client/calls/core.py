@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from dat_client import wire
 from dat_client.calls.arrays import Kind, images_tensor, indices_tensor
-from dat_client.calls.checks import choice, is_number
+from dat_client.calls.checks import choice
 from dat_client.calls.gradients import gradient_tensors
-from dat_client.errors import ProtocolError, WireError, invalid, shown
-from dat_client.wire.messages import Buffer
-from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS, default_outputs
+from dat_client.errors import invalid
+from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS
 
 #: torch.Tensor if the caller passed tensors, else numpy.ndarray.
 Array: TypeAlias = Any
@@ -171,41 +170,13 @@ def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None)
     return checked
 
 
-def read_response(call: Call, body: Buffer, header_length: str | None) -> wire.Response:
-    """Decodes the response in a body and checks that it answers `call`.
-
-    Raises ProtocolError if the body is not a response, if its id is not that of the call, if a requested output is
-    missing, or if an output has a shape that does not fit the call's inputs.
-    """
-    try:
-        response = wire.decode_response(body, header_length)
-    except WireError as error:
-        raise ProtocolError(f"the answer is not an inference response: {error}") from error
-    if response.id != call.id:
-        raise ProtocolError(f"the answer belongs to request {shown(response.id)}, not to {call.id}")
-    has_attack = "gradients" in call.inputs or bool(call.parameters.get("replace_fraction"))
-    requested = call.outputs or default_outputs(has_attack)
-    missing = set(requested) - set(response.outputs)
-    if missing:
-        raise ProtocolError(f"the answer lacks {', '.join(sorted(missing))}")
-    for name, array in response.outputs.items():
-        if name not in OUTPUTS:
-            continue
-        axes = 3 if name.endswith("indices") else 4
-        shape = call.image_shape if axes == 4 else None
-        if array.ndim != axes or len(array) != call.batch or (shape and array.shape != shape):
-            expected = shown(list(shape)) if shape else f"{axes} axes, the first of length {call.batch}"
-            raise ProtocolError(f"{name}: the answer has shape {list(array.shape)}, expected {expected}")
-    return response
-
-
 def discretized(call: Call, response: wire.Response) -> Discretized:
-    """Returns the contents of a response that `read_response` has checked, with arrays of the call's kind."""
+    """Returns the contents of a response that `answers.read_response` has checked, as arrays of the call's kind."""
     return Discretized(
         codec=response.model_name,
         fingerprint=fingerprint_of(response),
         tokens_changed=tokens_changed_of(response),
-        **{name: call.kind.restore(array) for name, array in response.outputs.items() if name in OUTPUTS},
+        **{name: call.kind.restore(array) for name, array in response.outputs.items()},
     )
 
 
@@ -221,4 +192,4 @@ def fingerprint_of(response: wire.Response) -> str | None:
 def tokens_changed_of(response: wire.Response) -> float | None:
     """Returns the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x); None if the server sends none."""
     value: Any = response.parameters.get("tokens_changed")
-    return float(value) if is_number(value) and 0 <= value <= 1 else None
+    return None if value is None else float(value)

@@ -19,7 +19,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    HTTPSConnection,
+    LineTooLong,
+    UnknownProtocol,
+)
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,9 +35,9 @@ import numpy as np
 from dat_client.errors import ProtocolError
 from dat_client.wire.headers import TIMEOUT_MS
 
-MAX_REPLY_BYTES = 4 << 30
-_BLOCK = 1 << 18  # the most bytes read at once from a reply without a length, and sent at once over TLS
-_BUFFER = 1 << 16
+MOST_ERROR_BYTES = 1 << 16  # of the body of an error, only so many bytes are read
+_BLOCK = 1 << 18  # the most bytes that are sent at once over TLS
+_BUFFER = 1 << 16  # the most bytes that are read at once from a reply without a length
 
 # A host that was cut off sends nothing. Without these options a call would wait for its answer until the deadline.
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
@@ -46,7 +53,7 @@ class Reply:
 
     status: int
     headers: Mapping[str, str]
-    body: bytearray | memoryview
+    body: bytes | bytearray | memoryview
 
     def header(self, name: str) -> str | None:
         """Returns the value of a header, or None if the reply lacks it. The case of `name` does not matter."""
@@ -81,23 +88,26 @@ class Connections:
         headers: Mapping[str, str],
         buffers: Sequence[bytes | memoryview],
         deadline: float,
+        most_bytes: int,
     ) -> Reply:
         """Sends one request and returns its whole reply.
 
         `deadline` is a time of time.monotonic(); the time left until then is sent to the server (X-Dat-Timeout-Ms).
-        If a reused connection ends before the first byte of the reply, the request is sent again at once over a new
-        connection. Raises OSError or http.client.HTTPException if no whole reply arrives, and ProtocolError if
-        repeating cannot help: TLS fails, or the reply has more than MAX_REPLY_BYTES.
+        `most_bytes` is the largest body that a reply of status 200 may have. Of the body of any other reply, the
+        first MOST_ERROR_BYTES are returned. If a reused connection ends before the first byte of the reply, the
+        request is sent again at once over a new connection. Raises OSError or http.client.HTTPException if no whole
+        reply arrives, and ProtocolError if repeating cannot help: TLS fails, or the head or the body of the reply
+        is longer than is allowed.
         """
         if not self._slots.acquire(timeout=time_left(deadline, "before a connection was requested")):
             raise TimeoutError(f"timed out while {self._all_in_use} (max_connections)")
         try:
-            request = (deadline, method, target, headers, buffers)
+            request = (method, target, headers, buffers)
             connection = self._pop_idle()
             if connection is not None:
                 with suppress(Unanswered):
-                    return self._exchange(connection, *request)
-            return self._exchange(self._connect(deadline), *request)
+                    return self._exchange(connection, most_bytes, deadline, *request)
+            return self._exchange(self._connect(deadline), most_bytes, deadline, *request)
         finally:
             self._slots.release()
 
@@ -130,15 +140,22 @@ class Connections:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return connection
 
-    def _exchange(self, connection: HTTPConnection, deadline: float, *request: Any) -> Reply:
+    def _exchange(self, connection: HTTPConnection, most_bytes: int, deadline: float, *request: Any) -> Reply:
         """Sends a request and returns its reply. Then keeps the connection for a later request, or closes it."""
         reusable = False
         try:
             sent = _send_request(connection, deadline, *request)
             response = _begin_reply(connection, deadline)
-            body = _read_body(response)
-            response.read()  # nothing is left to read; http.client takes this as the end of the response
-            reusable = sent and not response.will_close
+            if response.status == 200:
+                body, is_whole = _read_body(response, most_bytes)
+                if not is_whole:
+                    size = f"more than {most_bytes}" if response.length is None else response.length
+                    raise ProtocolError(f"the reply has {size} bytes, must have at most {most_bytes}")
+            else:
+                body, is_whole = _read_body(response, MOST_ERROR_BYTES)
+            if is_whole:
+                response.read()  # nothing is left to read; http.client takes this as the end of the response
+            reusable = is_whole and sent and not response.will_close
             return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
         finally:
             if not reusable:
@@ -185,7 +202,11 @@ def _send_request(
 
 
 def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
-    """Reads the status line and the headers of the reply. Raises Unanswered if the connection ends before them."""
+    """Reads the status line and the headers of the reply.
+
+    Raises Unanswered if the connection ends before them, and ProtocolError for a head that no server of ours sends:
+    http.client takes 100 headers and 65,536 bytes a line.
+    """
 
     def timed_response(sock: Any, **arguments: Any) -> HTTPResponse:
         return HTTPResponse(_DeadlineReader(sock, deadline), **arguments)  # type: ignore[arg-type]
@@ -195,6 +216,11 @@ def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
         return connection.getresponse()
     except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
         raise Unanswered(str(error)) from error
+    except HTTPException as error:
+        # Only these cannot be the beginning of a good head that was cut off. Too many headers have no class.
+        if isinstance(error, LineTooLong | UnknownProtocol) or type(error) is HTTPException:
+            raise ProtocolError(f"the head of the reply is not valid: {error}") from error
+        raise
 
 
 def _send(sock: socket.socket, buffers: Sequence[bytes | memoryview], deadline: float) -> bool:
@@ -223,28 +249,29 @@ def _events(sock: socket.socket, mask: int, timeout_s: float) -> int:
     return events[0][1] if events else 0
 
 
-def _read_body(response: HTTPResponse) -> bytearray | memoryview:
+def _read_body(response: HTTPResponse, most_bytes: int) -> tuple[bytes | bytearray | memoryview, bool]:
+    """Returns the body and True, or the beginning of a body that has more than `most_bytes`, and False.
+
+    Never holds more than `most_bytes` and one buffer. Raises ConnectionError for a body that ends too early.
+    """
     length = response.length
     if length is None:
         grown = bytearray()
         try:
-            while block := response.read(_BLOCK):
+            while block := response.read(min(_BUFFER, most_bytes + 1 - len(grown))):
                 grown += block
-                _check_size(len(grown))
+                if len(grown) > most_bytes:
+                    return grown[:most_bytes], False
         except ValueError as error:  # http.client passes the negative length of a chunk to read()
             raise ConnectionError(f"the length of a chunk in the reply is not valid: {error}") from error
-        return grown
-    _check_size(length)
+        return grown, True
+    if length > most_bytes:
+        return (b"" if response.status == 200 else response.read(most_bytes)), False
     body = np.empty(length, np.uint8).data  # unlike a bytearray, it is not filled with zeros first
     received = response.readinto(body) if length else 0
     if received < length:
         raise ConnectionError(f"IncompleteRead: only {received} of the reply's {length} bytes were received")
-    return body
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_REPLY_BYTES:
-        raise ProtocolError(f"the reply has at least {size} bytes; the limit is {MAX_REPLY_BYTES}")
+    return body, True
 
 
 class _DeadlineReader(io.RawIOBase):

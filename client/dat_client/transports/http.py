@@ -11,7 +11,8 @@ from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from dat_client import errors, wire
-from dat_client.calls.core import Call, Exchange, new_id, read_response
+from dat_client.calls.answers import MOST_JSON_BYTES, most_reply_bytes, read_response
+from dat_client.calls.core import Call, Exchange, new_id
 from dat_client.errors import DatError, ProtocolError, Unavailable, invalid, shown
 from dat_client.transports.base import Question
 from dat_client.transports.connections import Connections, Reply
@@ -76,7 +77,7 @@ class HttpTransport:
     def prepare(self, call: Call) -> Callable[[float, int], Exchange]:
         """Encodes the call once and returns `attempt(deadline, number)`, which sends it and returns its answer."""
         buffers, header_length = call.encode()
-        size = sum(map(len, buffers))
+        size, most_bytes = sum(map(len, buffers)), most_reply_bytes(call)
         call_headers = {
             "Content-Type": "application/octet-stream",
             HEADER_LENGTH: str(header_length),
@@ -87,7 +88,7 @@ class HttpTransport:
         def attempt(deadline: float, number: int) -> Exchange:
             begun_s = time.perf_counter()
             attempt_headers = {**call_headers, ATTEMPT: str(number)}
-            reply = self._send("POST", "infer", attempt_headers, buffers, deadline)
+            reply = self._send("POST", "infer", attempt_headers, buffers, deadline, most_bytes)
             seconds = time.perf_counter() - begun_s
             timing = parse_server_timing(reply.header(SERVER_TIMING))
             response = read_response(call, reply.body, reply.header(HEADER_LENGTH))
@@ -102,7 +103,7 @@ class HttpTransport:
         `metadata` or `server_metadata` is not a JSON object, and the exceptions of `_send`.
         """
         question_headers = {REQUEST_ID: new_id(), ATTEMPT: str(number)}
-        reply = self._send("GET", question, question_headers, (), deadline)
+        reply = self._send("GET", question, question_headers, (), deadline, MOST_JSON_BYTES)
         try:
             answer = json.loads(bytes(reply.body))
         except (ValueError, RecursionError):
@@ -121,20 +122,28 @@ class HttpTransport:
         headers: Mapping[str, str],
         buffers: Sequence[bytes | memoryview],
         deadline: float,
+        most_bytes: int,
     ) -> Reply:
-        """Sends a request and returns its reply if the status is 2xx.
+        """Sends a request and returns its reply, of at most `most_bytes`, if the status is 200.
 
-        Raises the exception of `error_of` for any other status, and Unavailable if no whole reply arrives.
+        Raises the exception of `error_of` for any other status, Unavailable if no whole reply arrives, and
+        ProtocolError for a reply that is too long or compressed.
         """
         try:
             path = self._prefix + self._paths[target]
-            reply = self._connections.request(method, path, {**self._headers, **headers}, buffers, deadline)
+            all_headers = {**self._headers, **headers}
+            reply = self._connections.request(method, path, all_headers, buffers, deadline, most_bytes)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.address(target)}: {error}") from error
         except (HTTPException, OSError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise Unavailable(f"{self.address(target)}: {cause}", cause=cause) from error
         refusal = error_of(reply, self.address(target))
         if refusal is not None:
             raise refusal
+        if (encoding := reply.header("content-encoding") or "identity") != "identity":
+            problem = f"Content-Encoding is {shown(encoding)}, though the request accepts identity alone"
+            raise ProtocolError(f"{self.address(target)}: {problem}; is there a proxy that compresses?")
         return reply
 
     def close(self) -> None:
@@ -143,13 +152,19 @@ class HttpTransport:
 
 
 def error_of(reply: Reply, url: str) -> DatError | None:
-    """Returns the exception that corresponds to the status of a reply, or None if the status is 2xx."""
+    """Returns the exception that corresponds to the status of a reply, or None if the status is 200.
+
+    No other status is a success: the service sends none, and 206 for example says that a part is missing.
+    """
     status = reply.status
-    if 200 <= status < 300:
+    if status == 200:
         return None
     if 300 <= status < 400:
         location = shown(reply.header("location") or "elsewhere")
         return errors.ProtocolError(f"{url}: {status}: the server redirects to {location}; use that address")
+    if not 400 <= status < 600:
+        problem = "no inference service answers with this status; check the URL, and the proxies on the way"
+        return errors.ProtocolError(f"{url}: {status}: {problem}")
     body = wire.decode_error(reply.body)
     own_status = status if body else None  # an answer without OIP's error body comes from a proxy
     text = body.error if body else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))

@@ -181,15 +181,25 @@ def decode_request(
     return Request(inputs, optional(header, "id", str), parameters, outputs, binary_default)
 
 
-def decode_response(body: Buffer, header_length: int | str | None = None) -> Response:
-    """Decodes the body of an inference response, as `decode_request` does that of a request; raises WireError."""
-    header, rest = _split(body, header_length)
+def decode_response(
+    body: Buffer,
+    header_length: int | str | None = None,
+    *,
+    max_json_bytes: int | None = None,
+    max_strings: int | None = None,
+) -> Response:
+    """Decodes the body of an inference response, as `decode_request` does that of a request; raises WireError.
+
+    `max_json_bytes` is the largest size that the JSON part may have, because parsed JSON takes many times the
+    memory of its text; None sets no limit.
+    """
+    header, rest = _split(body, header_length, max_json_bytes)
     model_name = optional(header, "model_name", str)
     if model_name is None:
         malformed("the key is missing", "model_name")
     return Response(
         model_name,
-        _decode_tensors(header, "outputs", rest),
+        _decode_tensors(header, "outputs", rest, max_strings),
         optional(header, "model_version", str),
         optional(header, "id", str),
         get_parameters(header),
@@ -252,11 +262,15 @@ def _encode(header: dict[str, Any], tail: list[bytes | memoryview]) -> Encoded:
     return [text, *tail], len(text)
 
 
-def _split(body: Buffer, header_length: int | str | None) -> tuple[dict[str, Any], memoryview]:
+def _split(
+    body: Buffer, header_length: int | str | None, max_json_bytes: int | None = None
+) -> tuple[dict[str, Any], memoryview]:
     view = memoryview(body).cast("B")
     length = len(view) if header_length is None else _header_length(header_length)
     if length > len(view):
         malformed("the JSON part is longer than the body", HEADER_LENGTH, length, len(view))
+    if max_json_bytes is not None and length > max_json_bytes:
+        malformed("the JSON part is too long; tensors were to be sent as binary data", None, length, max_json_bytes)
     return parse(view[:length]), view[length:]
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dat_client import Client, Overloaded, Unavailable, wire
-from dat_client.calls.core import Call, Exchange, read_response
+from dat_client.calls.answers import read_response
+from dat_client.calls.core import Call, Exchange
 from dat_client.transports.base import Question, Transport
 from tests.client.loopback import FINGERPRINT, identity
 

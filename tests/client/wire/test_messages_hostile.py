@@ -191,3 +191,14 @@ def test_headers_with_any_values_raise_nothing_but_wire_error(data):
     text = json.dumps(header).encode()
     with contextlib.suppress(WireError):
         wire.decode_request(text + BODY[LENGTH:], len(text))
+
+
+def test_the_json_part_of_a_response_may_be_limited():
+    chunks, length = wire.encode_response("c", {"q": np.zeros(3, np.uint8)})
+    body = b"".join(chunks)
+    assert wire.decode_response(body, length, max_json_bytes=length).model_name == "c"
+    with pytest.raises(WireError, match=f"JSON part is too long.*got {length}, limit {length - 1}"):
+        wire.decode_response(body, length, max_json_bytes=length - 1)
+    chunks, length = wire.encode_response("c", {"b": np.array([b"1", b"2"], object)})
+    with pytest.raises(WireError, match="too many elements, got 2, limit 1"):
+        wire.decode_response(b"".join(chunks), length, max_strings=1)
