@@ -6,7 +6,8 @@
     │   ├── TooLarge                  it has more bytes or images than the server takes 413
     │   └── WireError                 the message violates the protocol                 400, 422
     ├── Unauthorized                  the API key is missing or wrong                   401, 403
-    ├── Unavailable                   no valid answer arrived: repeating may help       408, 5xx, network
+    ├── Unavailable                   no valid answer arrived: repeating may help       408, 5xx, network, and e.g.
+    │   │                             404 in other words than the service's
     │   └── Overloaded                the server is full: repeat it later               429, 503
     ├── ProtocolError                 the answer does not follow the protocol
     └── InvalidDataset (ValueError)   a folder was not written by `dat precompute`, is damaged or lacks data

@@ -166,20 +166,44 @@ def error_of(reply: Reply, url: str) -> DatError | None:
         problem = "no inference service answers with this status; check the URL, and the proxies on the way"
         return errors.ProtocolError(f"{url}: {status}: {problem}")
     body = wire.decode_error(reply.body)
-    own_status = status if body else None  # an answer without OIP's error body comes from a proxy
-    text = body.error if body else shown(bytes(reply.body[:200]).decode("utf-8", "replace"))
-    message = f"{url}: {status}: {text}"
+    if body is None:
+        return _error_of_other_server(reply, url)
+    message = f"{url}: {status}: {body.error}"
     pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
     if status == 429 or (status == 503 and pause_s is not None):
-        return errors.Overloaded(message, cause=message, status=own_status, retry_after_s=pause_s)
+        return errors.Overloaded(message, cause=message, status=status, retry_after_s=pause_s)
     if status == 408 or status >= 500:
-        return errors.Unavailable(message, cause=message, status=own_status)
+        return errors.Unavailable(message, cause=message, status=status)
     if status in (401, 403):
         return errors.Unauthorized(f"{message} (check the api_key of the Client)", status=status)
-    if status == 404 and not body:
-        return errors.ProtocolError(f"{message}: the address has no inference service; check the URL")
     kinds: dict[int, type[errors.InvalidRequest]] = {404: errors.UnknownCodec, 413: errors.TooLarge}
     kind = kinds.get(status, errors.InvalidRequest)
-    if not body:
-        return kind(message, status=status)
     return kind(message, field=body.field, value=body.value, limit=body.limit, status=status)
+
+
+# With these statuses a proxy refuses the request itself, whoever stands behind the proxy.
+REFUSED_BY_PROXIES: dict[int, type[DatError]] = {
+    400: errors.InvalidRequest, 401: errors.Unauthorized, 403: errors.Unauthorized, 411: errors.InvalidRequest,
+    413: errors.TooLarge, 414: errors.InvalidRequest, 415: errors.InvalidRequest, 422: errors.InvalidRequest,
+    426: errors.InvalidRequest, 431: errors.InvalidRequest,
+}  # fmt: skip
+
+
+def _error_of_other_server(reply: Reply, url: str) -> DatError:
+    """Returns the exception for an answer that lacks OIP's error body, so that a proxy or another server gave it.
+
+    While a service is restarted or moved, what stands in front of it or takes its port may answer anything, for
+    example 404. That says nothing about the service, so it counts as a lost connection and is repeated.
+    """
+    status, server = reply.status, reply.header("server")
+    name = f"a server that calls itself {shown(server)}" if server else "a server without a name"
+    text = bytes(reply.body[:200]).decode("utf-8", "replace")
+    start = f"begins with {shown(text)}" if text else "is empty"
+    message = f"{url}: {status} from {name}, not from an inference service; its answer {start}"
+    if status in REFUSED_BY_PROXIES:
+        return REFUSED_BY_PROXIES[status](message, status=status)
+    pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
+    if status == 429 or (status == 503 and pause_s is not None):
+        return errors.Overloaded(message, cause=message, retry_after_s=pause_s)
+    message += "; if the service is running, check the URL"
+    return errors.Unavailable(message, cause=message)

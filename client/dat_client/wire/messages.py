@@ -218,12 +218,16 @@ def encode_error(message: str, field: str | None = None, value: Any = None, limi
 
 
 def decode_error(body: Buffer) -> ErrorBody | None:
-    """Decodes the body of an error answer; returns None if it is not OIP's `{"error": ...}`. Never raises."""
+    """Decodes the body of an error answer; returns None if it is not OIP's `{"error": ...}`. Never raises.
+
+    Other members than `error` and this service's `field`, `value` and `limit` show that it is not: web frameworks
+    write `{"status": 404, "error": "Not Found", ...}`.
+    """
     try:
         parsed = parse(memoryview(body).cast("B"))
     except WireError:
         return None
-    if not isinstance(parsed.get("error"), str):
+    if not isinstance(parsed.get("error"), str) or not parsed.keys() <= {"error", "field", "value", "limit"}:
         return None
     field = parsed.get("field")
     field = field if isinstance(field, str) else None

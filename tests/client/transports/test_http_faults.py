@@ -8,7 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from dat_client import Client, InvalidRequest, Overloaded, ProtocolError, TooLarge, Unauthorized, Unavailable
+from dat_client import (
+    Client,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnknownCodec,
+)
 from dat_client.transports import retry
 
 TRANSIENT = [
@@ -26,6 +35,8 @@ TRANSIENT = [
     "status 429",
     "status 503 0.01",
     "plain 502",
+    "plain 404",
+    "plain 405",
     "chunk of negative length",
 ]
 
@@ -96,7 +107,6 @@ def test_full_for_too_long_is_overloaded(client, server, images):
         ("status 403", Unauthorized),
         ("status 413", TooLarge),
         ("status 422", InvalidRequest),
-        ("plain 404", ProtocolError),
         ("plain 307", ProtocolError),
         ("plain 413", TooLarge),
         ("plain 200", ProtocolError),
@@ -106,6 +116,25 @@ def test_full_for_too_long_is_overloaded(client, server, images):
 def test_what_is_wrong_is_not_repeated(client, server, images, fault, kind):
     server.every = fault
     with pytest.raises(kind):
+        client.discretize(images)
+    assert len(server.paths) == 1
+
+
+def test_404_of_another_server_that_stays_is_named(server, images):
+    server.every = "plain 404"
+    with Client(server.url, timeout_s=0.3) as client, pytest.raises(Unavailable) as caught:
+        client.discretize(images)
+    assert caught.value.attempts > 2
+    for part in (
+        f"last: {server.url}/v2/models/tiny-f8/infer: 404 from a server",
+        "'<html>proxy</html>'",
+        "check the URL",
+    ):
+        assert part in str(caught.value)
+
+
+def test_unknown_codec_is_not_repeated(server, images):
+    with Client(server.url, "nonsense") as client, pytest.raises(UnknownCodec):
         client.discretize(images)
     assert len(server.paths) == 1
 
