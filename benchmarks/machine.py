@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dat_service.bench.timing import clock_for
-from dat_workers.engines.torch.network import tf32
+from dat_workers.engines.torch.precision import arithmetic
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,7 +63,7 @@ def matmul_peak(device: torch.device, precision: str, side: int | None = None) -
     """Returns the FLOP/s of a large square matrix product (8192 on a GPU, 1024 on a CPU); 2 FLOP a multiply-add."""
     n = side or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device).to(PRECISIONS[precision]) for _ in range(2))
-    with tf32(precision == "tf32"):
+    with arithmetic(tf32=precision == "tf32"):
         return 2 * n**3 / _fastest(device, lambda: a @ b)
 
 

@@ -34,7 +34,8 @@ from benchmarks.codec.contestants import Candidate, candidates
 from benchmarks.codec.report import show_cell, show_steps
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
-from dat_workers.engines.factory import disable_tf32, pick_device
+from dat_workers.engines.factory import pick_device
+from dat_workers.engines.torch.precision import fix_arithmetic
 from dat_workers.errors import one_line
 from dat_workers.system.files import write_atomically
 
@@ -103,7 +104,7 @@ def run(a: argparse.Namespace, command: str) -> int:
         torch.cuda.set_device(device)  # CUDA events belong to the current device
     if a.out and (a.out.suffix == ".png" or not a.out.absolute().parent.is_dir()):
         raise ValueError(f"out is {str(a.out)!r}, must be a FILE.json in an existing folder")
-    disable_tf32()
+    fix_arithmetic()
     defaults = DEFAULTS[device.type]
     batches, sizes = a.batch or defaults["batch"], a.size or defaults["size"]
     operations = [name.strip() for name in a.operations.split(",")]

@@ -20,7 +20,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create, engine_dtype_pairs
-from dat_workers.engines.torch.network import tf32
+from dat_workers.engines.torch.precision import arithmetic
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -96,7 +96,7 @@ def taming_candidate(precision: str, device: torch.device) -> Candidate:
         def mode() -> AbstractContextManager[Any]:
             if precision in HALF:
                 return torch.autocast(device.type, HALF[precision])
-            return tf32(True) if precision == "tf32" else nullcontext()
+            return arithmetic(tf32=True) if precision == "tf32" else nullcontext()
 
         @torch.inference_mode()
         def encode(images: Tensor) -> Tensor:

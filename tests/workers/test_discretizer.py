@@ -174,14 +174,6 @@ def test_overflow_is_an_error_and_never_a_picture(half: str, says: str) -> None:
         broken.discretize(np.zeros((2, 3, 16, 16), np.uint8))
 
 
-def test_fp32_is_not_tf32() -> None:
-    """By default cuDNN computes fp32 convolutions in TF32; the flag exists without a GPU, too."""
-    torch.backends.cudnn.allow_tf32 = True
-    Discretizer.from_store("tiny-f8", EngineConfig(device="cpu"))
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
-
-
 def test_large_pictures_take_the_blockwise_attention_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     from dat_workers.codecs.networks import vqgan
 

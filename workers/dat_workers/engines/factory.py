@@ -7,6 +7,7 @@ import torch
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import ENGINE_DTYPES, FP32_ENGINES, EngineConfig
+from dat_workers.engines.torch.precision import fix_arithmetic
 
 
 def engine_dtype_pairs(cuda: bool) -> list[tuple[str, str]]:
@@ -29,12 +30,6 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def disable_tf32() -> None:
-    """Switches TF32 off in this process, as its 10 bits of mantissa are too few for δ; cuDNN uses it by default."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def create(config: EngineConfig, model: VQGAN) -> Engine:
     """Creates the configured engine for `model`; `auto` is the fastest engine that needs no optional package.
 
@@ -44,7 +39,7 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
     PyTorch's number of threads is not changed, because it applies to the whole process. Raises ValueError for a
     device that does not exist and for settings that exclude each other, and RuntimeError if a package is missing.
     """
-    disable_tf32()
+    fix_arithmetic()
     name, dtype, tricks = config.engine, config.dtype, config.tricks
     if name == "auto":
         on_cpu = pick_device(config.device).type == "cpu"

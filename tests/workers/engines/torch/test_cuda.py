@@ -28,9 +28,10 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.device_copies import DeviceBatch, run_on_device
-from dat_workers.engines.factory import create, disable_tf32
+from dat_workers.engines.factory import create
 from dat_workers.engines.torch.engine import TorchEngine
 from dat_workers.engines.torch.graphs import SIZES
+from dat_workers.engines.torch.precision import fix_arithmetic
 from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.errors import EngineError
 from dat_workers.perturbation import Step
@@ -75,7 +76,7 @@ def discretizer(made: Engine, spec: CodecSpec = TOY) -> Discretizer:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Tensor]:
     """TOY in fp32 on the CPU: latents, tokens and pictures of five images."""
-    disable_tf32()
+    fix_arithmetic()
     model, x = random_model(TOY), images(5)
     with torch.inference_mode():
         z = model.latents(x * 2 - 1)
@@ -106,7 +107,7 @@ def test_other_precisions_are_near(dtype: str, far: float, tricks: str, referenc
     assert (tokens == reference["tokens"]).float().mean() > 0.5  # random weights: near-ties are everywhere
     pictures = made.decode(reference["tokens"].cuda()).cpu()
     assert (pictures - reference["pictures"]).abs().max() < far * reference["pictures"].abs().max()
-    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -24,6 +24,7 @@ from dat_workers.engines.torch.network import (
     FoldedUpsample,
     build,
 )
+from dat_workers.engines.torch.precision import arithmetic
 from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.verify.agreement import compare
 from tests.workers.engines.test_parity import random_codec
@@ -149,29 +150,20 @@ def test_tf32_is_refused_where_there_is_none() -> None:
         create(EngineConfig("torch", device="cpu", dtype="tf32"), VQGAN(TOY))
 
 
-def test_tf32_is_allowed_inside_and_not_after() -> None:
-    with network.tf32(True):
-        assert torch.backends.cudnn.allow_tf32
-        with network.tf32(False):
-            assert not torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32
-
-
 def test_fp32_layers_switch_tf32_off_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = build(VQGAN(TOY), "tf32", Tricks())
-    plain, allowed = F.conv2d, []
+    plain, used = F.conv2d, []
 
     def conv2d(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
-        allowed.append((weight, torch.backends.cudnn.allow_tf32))
+        used.append((weight, torch.backends.cudnn.conv.fp32_precision))
         return plain(x, weight, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "conv2d", conv2d)
-    with network.tf32(True), torch.inference_mode():
+    with arithmetic(tf32=True), torch.inference_mode():
         fast.latents(torch.rand(1, 3, 16, 16))
     exact = {id(fast.encoder.conv_in.weight), id(fast.encoder.conv_out.weight), id(fast.quant_conv.weight)}
-    assert len(allowed) > 10
-    assert all(tf32 == (id(weight) not in exact) for weight, tf32 in allowed)
+    assert len(used) > 10
+    assert all(precision == ("ieee" if id(weight) in exact else "tf32") for weight, precision in used)
 
 
 def test_reference_engine_knows_no_tricks() -> None:

@@ -12,6 +12,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, mark_non_finite, rows_at_once
 from dat_workers.engines.torch import network
 from dat_workers.engines.torch.graphs import SIZES, GraphedFunction
+from dat_workers.engines.torch.precision import arithmetic
 from dat_workers.engines.torch.tricks import Tricks
 
 
@@ -73,14 +74,18 @@ class TorchEngine(Engine):
         """Makes the engine's device current, because Triton launches on the current device, not on the tensors'."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
+    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        cuda = self.device.type == "cuda"
+        return arithmetic(tf32=self.dtype == "tf32") if cuda else contextlib.nullcontext()
+
     @torch.inference_mode()
     def _encode(self, images: Tensor) -> Tensor:
-        with network.tf32(self.dtype == "tf32"):
+        with self._arithmetic():
             z = self.model.latents(images.mul(2).sub_(1))
         return mark_non_finite(self.model.quantize.nearest(z), z)
 
     @torch.inference_mode()
     def _decode(self, indices: Tensor) -> Tensor:
-        with network.tf32(self.dtype == "tf32"):
+        with self._arithmetic():
             images = self.model.pictures(self.model.quantize.lookup(indices.clamp(min=0)))
         return images.float().add_(1).div_(2)

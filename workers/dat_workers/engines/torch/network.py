@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,6 +24,7 @@ from dat_workers.codecs.networks.vqgan import (
     Upsample,
     swish,
 )
+from dat_workers.engines.torch.precision import arithmetic
 from dat_workers.engines.torch.tricks import Tricks
 
 DTYPES = {
@@ -58,24 +58,13 @@ def needs_fp32(name: str, precision: str) -> bool:
     return any(f"{name}.".startswith(f"{layer}.") for layer in listed)
 
 
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Allows or forbids TF32 inside the block, which rounds the factors of fp32 products to 10 bits of mantissa."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
     """Returns `model` as a network of `precision` (fp32, tf32, mixed, fp16, bf16) with `tricks`.
 
     The result is `model` itself if neither requires a change, and a copy otherwise. It has the interface of a
     VQGAN: it maps images fp32 in -1..1 to latents fp32, and latents fp32 to images of its own dtype. For the
-    precision tf32 the caller must run the result inside `tf32(True)`; the layers of FP32_LAYERS switch TF32 off for
-    themselves.
+    precision tf32 the caller must run the result inside `arithmetic(tf32=True)`; the layers of FP32_LAYERS switch
+    TF32 off for themselves.
     """
     if precision == "fp32" and replace(tricks, graphs=False, overlap=False) == Tricks():
         return model
@@ -100,7 +89,7 @@ def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> 
             continue
         for part in faster.modules():
             if isinstance(part, Convolution):
-                part.exact = exact
+                part.exact = exact and precision == "tf32"
         setattr(module, name, faster.requires_grad_(False).eval())
 
 
@@ -139,13 +128,13 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(weight.detach().to(dtype).contiguous(memory_format=order))
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype))
         self.stride, self.padding, self.nhwc, self.out = stride, padding, nhwc, dtype
-        self.exact = False
+        self.exact = False  # whether to switch TF32 off, which only the precision tf32 switches on
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         if self.nhwc:
             x = x.contiguous(memory_format=torch.channels_last)
-        with tf32(False) if self.exact else contextlib.nullcontext():
+        with arithmetic(tf32=False) if self.exact else contextlib.nullcontext():
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).to(self.out)
 
 
