@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from dat_client.wire.tensors import Array
 from dat_workers.batching.fair_queue import FairQueue
 from dat_workers.batching.parts import Batch, Part, QueuedRequest, Result, device_batch, resolve
-from dat_workers.batching.recovery import is_device_lost, run_in_parts
+from dat_workers.batching.recovery import run_in_parts
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.device_copies import DeviceBatch
+from dat_workers.engines.device_errors import is_device_lost
 from dat_workers.errors import DeadlinePassed, EngineError, Full, Unhealthy
 from dat_workers.request import CodecRequest
 

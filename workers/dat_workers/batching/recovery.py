@@ -9,26 +9,8 @@ import torch
 from dat_client.wire.tensors import Array
 from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.device_errors import is_out_of_memory
 from dat_workers.errors import OutOfMemory
-
-# Errors are recognised by their text, because ONNX Runtime's exceptions are not RuntimeErrors.
-DEVICE_LOST = ("CUDA error", "CUDA failure")
-NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_device_lost(error: object) -> bool:
-    """Returns True if the device cannot be used again: CUDA errors are permanent, but a lack of memory is not."""
-    if not isinstance(error, Exception) or is_out_of_memory(error):
-        return False
-    accelerator_error = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_LOST)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns True if the error says that the GPU or the host ran out of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
-        return True
-    return any(text in str(error) for text in NO_MEMORY)
 
 
 def run_in_parts(

@@ -26,5 +26,5 @@ def test_padding_is_at_most_a_quarter(n: int, expected: list[int]) -> None:
 
 
 def test_a_shape_without_a_graph_is_simply_run() -> None:
-    double = GraphedFunction(lambda x: x * 2, pool=None)
+    double = GraphedFunction(lambda x: x * 2, memory=None)
     assert torch.equal(double(torch.ones(3, 2)), torch.full((3, 2), 2.0))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import logging
+import traceback
 
 import torch
 from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, mark_non_finite, rows_at_once
+from dat_workers.engines.device_errors import ran_out_of_memory
 from dat_workers.engines.torch import network
-from dat_workers.engines.torch.graphs import SIZES, GraphedFunction
+from dat_workers.engines.torch.graphs import SIZES, CaptureMemory, GraphedFunction
 from dat_workers.engines.torch.precision import arithmetic
 from dat_workers.engines.torch.tricks import Tricks
+from dat_workers.errors import OutOfMemory, one_line
+
+log = logging.getLogger("dat_workers")
 
 
 class TorchEngine(Engine):
@@ -43,22 +50,57 @@ class TorchEngine(Engine):
         # depends on the batch size there, which would make an image's tokens depend on the rest of its batch.
         self.batch = SIZES[-1] if cuda else 1
         self.model = network.build(model, self.dtype, self.tricks).to(device).eval().requires_grad_(False)
-        pool = torch.cuda.graph_pool_handle() if self.tricks.graphs else None
-        self._run_encode = GraphedFunction(self._encode, pool)
-        self._run_decode = GraphedFunction(self._decode, pool)
+        memory = CaptureMemory.on(device) if self.tricks.graphs else None
+        self._run_encode = GraphedFunction(self._encode, memory)
+        self._run_decode = GraphedFunction(self._decode, memory)
 
     def warm_up(self, side: int) -> None:
-        """Captures the CUDA graphs for images of `side` x `side`, if graphs are on. Raises the errors of CUDA."""
-        factor = self.model.spec.factor
-        if not self.tricks.graphs or side % factor:
+        """Captures the CUDA graphs for images of `side` x `side`, if graphs are on. Raises the errors of CUDA.
+
+        If there is too little memory for a batch size, that size is left out, and `batch` becomes smaller. Raises
+        OutOfMemory if there is too little for a single image.
+        """
+        if not self.tricks.graphs or side % self.model.spec.factor:
             return
         with self._device_context():
             for size in reversed(SIZES):  # largest first, so that the smaller graphs reuse its memory
                 if size > rows_at_once(self, side * side):
                     continue
-                self._run_encode.capture(torch.full((size, 3, side, side), 0.5, device=self.device))
-                indices_shape = (size, side // factor, side // factor)
-                self._run_decode.capture(torch.zeros(indices_shape, dtype=torch.int64, device=self.device))
+                try:
+                    self._capture(size, side)
+                except Exception as error:
+                    if not ran_out_of_memory(error):
+                        raise
+                    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the attempt
+                    self._lower_batch(size, side, one_line(error))
+
+    def _shapes(self, size: int, side: int) -> tuple[torch.Size, torch.Size]:
+        """Returns the shapes of `size` images of `side` x `side`, and of their indices."""
+        tokens = side // self.model.spec.factor
+        return torch.Size((size, 3, side, side)), torch.Size((size, tokens, tokens))
+
+    def _capture(self, size: int, side: int) -> None:
+        images, indices = self._shapes(size, side)
+        self._run_encode.capture(torch.full(images, 0.5, device=self.device))
+        self._run_decode.capture(torch.zeros(indices, dtype=torch.int64, device=self.device))
+
+    def _lower_batch(self, size: int, side: int, reason: str) -> None:
+        """Makes batches so small that fewer than `size` images of `side` x `side` are computed together."""
+        if size == 1:
+            raise OutOfMemory(
+                f"not enough memory on {self.device} for one image of {side} x {side} with CUDA graphs: {reason}; "
+                "use a GPU with more free memory, or --tricks all,-graphs"
+            )
+        images, indices = self._shapes(size, side)
+        self._run_encode.forget(images)
+        self._run_decode.forget(indices)
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.batch = -(-(size // 2) * side * side // (224 * 224))
+        log.warning(
+            "no memory on %s for %d images of %d x %d at once (%s); from now on at most %d are computed at once",
+            self.device, size, side, side, reason, rows_at_once(self, side * side),
+        )  # fmt: skip
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

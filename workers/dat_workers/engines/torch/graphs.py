@@ -13,6 +13,23 @@ from torch import Tensor
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # the batch sizes for which graphs are captured
 
 
+@dataclass(frozen=True)
+class CaptureMemory:
+    """What all functions of an engine are captured with: a memory pool, and a stream.
+
+    The stream must be one and the same, because the allocator never gives a block of one stream to another: graphs
+    that were captured on two streams share a pool, but no memory.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> CaptureMemory:
+        """Returns a new pool and a new stream on a CUDA device."""
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class Captured:
     """A captured graph, with the tensors that it reads and writes."""
@@ -25,16 +42,15 @@ class Captured:
 class GraphedFunction:
     """Replays a graph of `function` if one was captured for the shape of its input, else calls the function.
 
-    Graphs share the memory of `pool`. This is safe because they run one after the other on one stream, and the
-    input of a graph is copied into place just before its replay. The output tensor of each graph is kept alive, so
-    that no other graph writes to it, and is copied out before the next replay.
+    Graphs share `memory`. This is safe because they run one after the other on one stream, and the input of a graph
+    is copied into place just before its replay. The output tensor of each graph is kept alive, so that no other
+    graph writes to it, and is copied out before the next replay.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], pool: Any) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], memory: CaptureMemory | None) -> None:
         self.function = function
-        self.pool = pool
+        self.memory = memory
         self._captured: dict[torch.Size, Captured] = {}
-        self._stream: Any = None
 
     @torch.inference_mode()
     def capture(self, example: Tensor) -> None:
@@ -44,20 +60,22 @@ class GraphedFunction:
         """
         if example.shape in self._captured:
             return
+        assert self.memory is not None
         gc.collect()  # if a graph of a different engine were freed during the capture, it would fail
-        input = example.clone()
-        if self._stream is None:  # torch.cuda.graph's default stream is on the first device used
-            self._stream = torch.cuda.Stream(input.device)  # type: ignore[no-untyped-call]
-        stream = self._stream
+        input, stream = example.clone(), self.memory.stream
         stream.wait_stream(torch.cuda.current_stream(input.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled and cuDNN plans here, outside of the capture
                 self.function(input)
         torch.cuda.current_stream(input.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.memory.pool, stream=stream, capture_error_mode="thread_local"):
             output = self.function(input)
         self._captured[example.shape] = Captured(graph, input, output)
+
+    def forget(self, shape: torch.Size) -> None:
+        """Drops the graph for inputs of this shape, if there is one."""
+        self._captured.pop(shape, None)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Tensor:

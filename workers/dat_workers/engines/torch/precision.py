@@ -30,7 +30,8 @@ def _tf32_settings(tf32: bool) -> list[Setting]:
     if not HAS_FP32_PRECISION:
         return [(backends.cudnn, "allow_tf32", tf32), (backends.cuda.matmul, "allow_tf32", tf32)]
     value = "tf32" if tf32 else "ieee"
-    return [(backends.cudnn.conv, "fp32_precision", value), (backends.cuda.matmul, "fp32_precision", value)]
+    convolutions: Any = getattr(backends.cudnn, "conv")  # noqa: B009  PyTorch's annotations lack it
+    return [(convolutions, "fp32_precision", value), (backends.cuda.matmul, "fp32_precision", value)]
 
 
 def _cuda_settings(tf32: bool) -> list[Setting]:
