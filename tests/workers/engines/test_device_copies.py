@@ -1,13 +1,17 @@
-"""Batches on a device; the overlapped copies need CUDA and are tested in engines/torch/test_cuda.py."""
+"""Batches on a device; that overlapped copies mix nothing up needs CUDA and is tested in torch/test_cuda.py."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dat_workers.engines import device_copies
 from dat_workers.engines.device_copies import DeviceBatch, run_on_device
+from tests.workers.engines.torch.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
 
@@ -57,3 +61,33 @@ def test_an_error_comes_out_as_it_is() -> None:
 
     with pytest.raises(RuntimeError, match="no such kernel"):
         list(run_on_device(CPU, [DeviceBatch({"x": [np.zeros(1)]}, compute)]))
+
+
+def test_pinned_memory_and_waiting_belong_to_the_device_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cuda:1, pinned memory that is taken while cuda:0 is current would open a context there."""
+    cuda = FakeCuda(monkeypatch)
+    pinned_on: list[int] = []
+    waits: list[bool] = []
+
+    def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        pinned_on.append(cuda.current_device)
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def event(**options: bool) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda stream: None, synchronize=lambda: waits.append(options["blocking"]))
+
+    monkeypatch.setattr(device_copies, "pinned_empty", pinned_empty)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    to = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: to(tensor, "cpu"))
+    device_copies.copy_streams.cache_clear()
+    batches = [DeviceBatch({"x": [np.full(2, i)]}, lambda given: {"y": given["x"] + 1}) for i in range(3)]
+    results = []
+    for result in run_on_device(torch.device("cuda:1"), [*batches, None], overlap=True):
+        assert cuda.current_device == 0  # the consumer's
+        results.append(result["y"].tolist())
+    assert results == [[1, 1], [2, 2], [3, 3]]
+    assert pinned_on == [1] * 6  # an input and a result of each batch
+    assert waits == [True] * 3
+    device_copies.copy_streams.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Copies:
     """Results in pinned memory, which are complete once the event `done` has happened."""
 
     results: dict[str, Tensor]
-    done: torch.cuda.Event
+    done: Any  # torch.cuda.Event
 
     def wait(self) -> dict[str, Array]:
         """Waits for the copies and returns the results in ordinary memory, because pinned memory is scarce."""
@@ -64,36 +65,47 @@ def run_on_device(
 def _run_overlapped(device: torch.device, batches: Iterable[DeviceBatch | None]) -> Iterator[dict[str, Array]]:
     """Yields results as `run_on_device` does, but copies the next batch while the device computes the current one.
 
-    No buffer is reused too early: a device tensor that a second stream reads is recorded on that stream, and
-    PyTorch's allocator reuses pinned memory only after the copies from or to it have finished.
+    The consumer's current device stays as it is while it works on the results.
     """
-    upload, download = copy_streams(device)
     outstanding: Copies | None = None
-    computing = torch.cuda.current_stream(device)
     for batch in batches:
         previous, outstanding = outstanding, None
         if batch is not None:
-            inputs = {}
-            with torch.cuda.stream(upload):
-                for name, parts in batch.arrays.items():
-                    inputs[name] = pinned(parts).to(device, non_blocking=True)
-            computing.wait_stream(upload)
-            for tensor in inputs.values():
-                tensor.record_stream(computing)
-            tensors = batch.compute(inputs)
-            download.wait_stream(computing)
-            results = {}
-            with torch.cuda.stream(download):
-                for name, tensor in tensors.items():
-                    tensor.record_stream(download)
-                    results[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                    results[name].copy_(tensor, non_blocking=True)
-                outstanding = Copies(results, download.record_event())
-            del batch, inputs, tensors, results
+            with torch.cuda.device(device):  # pinned memory would open a context on the current device
+                outstanding = _start(device, batch)
+            del batch
         if previous is not None:
             yield previous.wait()
     if outstanding is not None:
         yield outstanding.wait()
+
+
+def _start(device: torch.device, batch: DeviceBatch) -> Copies:
+    """Starts the copies and the computation of a batch; `device` must be the current device.
+
+    No buffer is reused too early: a device tensor that a second stream reads is recorded on that stream, and
+    PyTorch's allocator reuses pinned memory only after the copies from or to it have finished.
+    """
+    upload, download = copy_streams(device)
+    computing = torch.cuda.current_stream(device)
+    inputs = {}
+    with torch.cuda.stream(upload):
+        for name, parts in batch.arrays.items():
+            inputs[name] = pinned(parts).to(device, non_blocking=True)
+    computing.wait_stream(upload)
+    for tensor in inputs.values():
+        tensor.record_stream(computing)
+    tensors = batch.compute(inputs)
+    download.wait_stream(computing)
+    results = {}
+    done: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # by default, waiting spins
+    with torch.cuda.stream(download):
+        for name, tensor in tensors.items():
+            tensor.record_stream(download)
+            results[name] = pinned_empty(tensor.shape, tensor.dtype)
+            results[name].copy_(tensor, non_blocking=True)
+        done.record(download)
+    return Copies(results, done)
 
 
 @cache
@@ -112,6 +124,11 @@ def joined(parts: Sequence[Array], device: torch.device) -> Tensor:
 def pinned(parts: Sequence[Array]) -> Tensor:
     """Joins copies of the parts in pinned memory, which the GPU can read without the CPU's help."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    staged = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, parts[0].dtype)).dtype, pin_memory=True)
+    staged = pinned_empty(shape, torch.from_numpy(np.empty(0, parts[0].dtype)).dtype)
     np.concatenate(parts, out=staged.numpy())
     return staged
+
+
+def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialised tensor in pinned memory."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
