@@ -56,6 +56,9 @@ def application(
 ) -> Application:
     """Returns the application of one codec; each of its replicas reserves `gpus` and `cpus` from Ray."""
     deployment_options = options(settings, gpus=gpus, cpus=cpus, surge=surge)
+    if not gpus:
+        # Ray does not hide the GPUs of a node from an actor that reserves none, and `auto` would use the first.
+        settings = settings.model_copy(update={"device": "cpu"})
     if environment:
         deployment_options["ray_actor_options"]["runtime_env"] = {"env_vars": environment}
     deployment = serve.deployment(**deployment_options)(serve.ingress()(replica))

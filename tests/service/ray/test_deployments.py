@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dat_service.cli.main import app
 from dat_service.ray.autoscale import ByQueuedImages
-from dat_service.ray.deployments import build, gpus_of, options, replica_range, routes
+from dat_service.ray.deployments import application, build, gpus_of, options, replica_range, routes
 from dat_service.ray.service import RayService, ServeFailed, shared
 from dat_service.settings import Settings, SettingsError
 from tests.conftest import free_port
@@ -50,6 +50,16 @@ def test_gpus_of_a_replica(settings: dict[str, Any], present: float, gpus: float
 def test_gpus_that_ray_cannot_give(settings: dict[str, Any], present: float, why: str) -> None:
     with pytest.raises(SettingsError, match=why):
         gpus_of(Settings(**settings), present)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "device"),
+    [({"gpus": 0}, 0, "cpu"), ({}, 0, "cpu"), ({}, 1, "auto"), ({"gpus": 0.5, "device": "cuda"}, 0.5, "cuda")],
+)
+def test_a_replica_without_gpus_takes_none(settings: dict[str, Any], gpus: float, device: str) -> None:
+    """Since Ray 2.60 such an actor sees all GPUs of its node, and `auto` would use the first of them."""
+    bound = application(Settings(**settings), gpus=gpus, cpus=1)._bound_deployment
+    assert Settings(**bound.init_args[0]).device == device
 
 
 def test_range_of_replicas() -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from dat_client.dataset_format.manifest import ManifestEntry
@@ -55,6 +56,11 @@ class RayWorkers:
             present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
             if gpus is None:
                 gpus = 1 if present >= 1 and config.device != "cpu" else 0
+            if not gpus:
+                if config.device.startswith("cuda"):
+                    raise RuntimeError(f"device is {config.device!r}, but each worker reserves 0 GPUs")
+                # Ray does not hide a node's GPUs from an actor that reserves none, and `auto` would use the first.
+                config = replace(config, device="cpu")
             if gpus * workers > present and not cluster:
                 raise RuntimeError(
                     f"{workers} workers need {gpus * workers:g} GPUs, but this machine has {present:g}"
