@@ -45,13 +45,14 @@ def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.conste
         offsets = (image * pixels + p)[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         n = tl.minimum(end - start, BLOCK_P).to(tl.float32)
-        rough = tl.sum(x, 0) / n
+        rough = tl.div_rn(tl.sum(x, 0), n)  # "/" divides to within 2 ulp only
         deviation = tl.where(mask, x - rough[None, :], 0.0)
-        rest = tl.sum(deviation, 0) / n  # the rounding error of the mean
+        rest = tl.div_rn(tl.sum(deviation, 0), n)  # the rounding error of the mean
         total = count + n
         delta = rough + rest - mean
-        mean += delta * (n / total)
-        m2 += tl.sum(deviation * deviation, 0) - n * rest * rest + delta * delta * (count * (n / total))
+        share = tl.div_rn(n, total)
+        mean += delta * share
+        m2 += tl.sum(deviation * deviation, 0) - n * rest * rest + delta * delta * (count * share)
         count = total
     at = (image * tl.num_programs(0) + part) * channels + c
     tl.store(mean_ptr + at, mean, mask=c < channels)
@@ -76,12 +77,12 @@ def _merge(
     total = pixels * GROUP_SIZE * 1.0  # not .to(), because Triton specialises pixels = 1 to a Python int
     origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # a value close to all the means
     shifted = tl.where(mask, means - origin, 0.0)
-    shift = tl.sum(tl.sum(n * shifted, 1), 0) / total
+    shift = tl.div_rn(tl.sum(tl.sum(n * shifted, 1), 0), total)
     deviation = tl.where(mask, shifted - shift, 0.0)
-    variance = (tl.sum(tl.sum(m2, 1), 0) + tl.sum(tl.sum(n * deviation * deviation, 1), 0)) / total
+    variance = tl.div_rn(tl.sum(tl.sum(m2, 1), 0) + tl.sum(tl.sum(n * deviation * deviation, 1), 0), total)
     at = image * tl.num_programs(1) + group
     tl.store(group_mean_ptr + at, origin + shift)
-    tl.store(group_rstd_ptr + at, 1.0 / tl.sqrt_rn(variance + eps))
+    tl.store(group_rstd_ptr + at, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
 
 @triton.jit
