@@ -128,13 +128,15 @@ def import_checkpoint(
     store = CodecStore()
     store.path(name)  # refuses an unsafe name before a gigabyte is read
     known = REGISTRY.get(name)
-    loaded = read_checkpoint(checkpoint, known.source_member if known else None)
+    loaded = read_checkpoint(checkpoint, known)
     spec = known or infer_spec(loaded.tensors, name)
     check_weights(spec, loaded.tensors, str(checkpoint))
     with checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     fingerprint = store.add(spec, loaded.tensors, Origin.now(checkpoint.name, digest), replace=force)
     typer.echo(f"dropped: {', '.join(loaded.dropped) or 'nothing'}")
+    if loaded.converted:
+        typer.echo(f"converted: {loaded.conversion}")
     _print_installed(store, name, fingerprint)
 
 

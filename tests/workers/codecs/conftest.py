@@ -123,6 +123,7 @@ class Source:
     status: int = 200
     content_type: str = "application/octet-stream"
     drop_after: list[int] = field(default_factory=list)  # for each request: bytes sent before hanging up
+    announces_length: bool = True
     redirect_to: str | None = None
     requests: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
@@ -144,7 +145,8 @@ class Source:
         body = self.body[start:] if status in (200, 206) else b"no"
         handler.send_response(status)
         handler.send_header("Content-Type", self.content_type)
-        handler.send_header("Content-Length", str(len(body)))
+        if self.announces_length:
+            handler.send_header("Content-Length", str(len(body)))
         if self.etag:
             handler.send_header("ETag", self.etag)
         if status == 206:

@@ -134,6 +134,16 @@ def test_part_longer_than_the_source_is_dropped(source: Any, path: Path) -> None
     assert fetch(source, path) == SHA
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_file_larger_than_the_codec_can_need(source: Any, path: Path, announced: bool) -> None:
+    source.body, source.announces_length = BODY, announced
+    with pytest.raises(DownloadError, match=r"the file has \d+ bytes or more; the limit is 100000 bytes"):
+        download(source.url, path, largest_bytes=100_000)
+    assert not path.exists()
+    assert path.with_name("file.part").stat().st_size == 0
+    assert download(source.url, path, largest_bytes=len(BODY)) == SHA
+
+
 @pytest.mark.parametrize("status", [403, 404, 410, 416])
 def test_final_statuses(source: Any, path: Path, status: int) -> None:
     source.status = status

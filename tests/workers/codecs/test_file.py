@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,44 @@ def test_non_finite_and_wrong_types_are_refused(path: Path, spec: CodecSpec, wei
     weights["decoder.conv_in.bias"] = torch.zeros(32, dtype=torch.float64)
     with pytest.raises(CodecError, match=r"decoder\.conv_in\.bias \(torch\.float64\)"):
         file.write(path, spec, weights, ORIGIN)
+
+
+@pytest.mark.parametrize(("entry", "word"), [(0.0, "zero"), (0.25, "equal")])
+def test_codebook_of_equal_entries(
+    path: Path, spec: CodecSpec, weights: dict[str, Tensor], entry: float, word: str
+) -> None:
+    dead = {**weights, "quantize.embedding.weight": torch.full((64, 4), entry)}
+    with pytest.raises(CodecError, match=rf"all 64 entries of the codebook are {word}, so every picture"):
+        file.write(path, spec, dead, ORIGIN)
+    assert not path.exists()
+    # A file that another version wrote is refused when it is read.
+    from safetensors.torch import save_file
+
+    metadata = {
+        "spec": json.dumps(spec.to_dict()),
+        "fingerprint": file.fingerprint(spec, dead),
+        "origin": json.dumps({"source": "", "sha256": "", "date": ""}),
+    }
+    save_file(dead, path, metadata)
+    with pytest.raises(CodecError, match=rf"toy\.safetensors: all 64 entries of the codebook are {word}"):
+        file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook_size": 1}, "codebook_size is 1, but must be a whole number from 2 to 65536"),
+        ({"codebook_size": 65537}, "codebook_size is 65537, but must be a whole number from 2 to 65536"),
+        ({"num_res_blocks": 10**9}, "num_res_blocks is 1000000000, but must be a whole number from 1 to 64"),
+        ({"ch": 32 * 10**9}, "ch is 32000000000, but must be a whole number from 1 to 4096"),
+        ({"ch": True}, "ch is True, but must be a whole number from 1 to 4096"),
+        ({"ch_mult": (1,) * 13}, "but must hold 1 to 12 whole numbers from 1 to 4096"),
+        ({"ch_mult": (1.5,)}, "but must hold 1 to 12 whole numbers from 1 to 4096"),
+    ],
+)
+def test_geometry_has_limits(spec: CodecSpec, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CodecError, match=message):
+        CodecSpec.from_dict(spec.to_dict() | changes)
 
 
 def test_full_disk_leaves_nothing_and_keeps_the_old_file(

@@ -24,7 +24,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from dat_workers.codecs.checkpoint import load_published
+from dat_workers.codecs.checkpoint import largest_checkpoint, load_published
 from dat_workers.codecs.file import Origin
 from dat_workers.codecs.registry import get
 from dat_workers.codecs.spec import CodecError
@@ -62,7 +62,9 @@ class _AttemptFailed(Exception):
         self.status = status
 
 
-def download(url: str, path: Path, progress: ProgressCallback | None = None) -> str:
+def download(
+    url: str, path: Path, progress: ProgressCallback | None = None, largest_bytes: int | None = None
+) -> str:
     """Downloads `url` to `path` and returns the file's sha256 (hex); creates `path` only when the file is complete.
 
     >>> download("https://example.org/last.ckpt", Path("last.ckpt"))  # doctest: +SKIP
@@ -71,7 +73,8 @@ def download(url: str, path: Path, progress: ProgressCallback | None = None) -> 
     or call continues from there with Range and If-Range (RFC 9110, 13.1.5), or restarts the download from the
     beginning if the file at the address has changed. Attempts are repeated with exponential backoff. Raises
     DownloadError, with the address and the HTTP status, after ATTEMPTS attempts in a row without a new byte and for
-    errors that a retry cannot fix; raises CodecError if the disk is full.
+    errors that a retry cannot fix, such as a file of more than `largest_bytes` bytes; raises CodecError if the disk
+    is full.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(url, "only http and https addresses can be downloaded")
@@ -79,7 +82,7 @@ def download(url: str, path: Path, progress: ProgressCallback | None = None) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a+b") as file:
-            partial = _PartialDownload(url, part, file, progress)
+            partial = _PartialDownload(url, part, file, progress, largest_bytes)
             partial.lock()
             partial.complete()
             os.fsync(file.fileno())
@@ -102,6 +105,7 @@ class _PartialDownload:
     path: Path
     file: IO[bytes]
     progress: ProgressCallback | None
+    largest_bytes: int | None = None
 
     @property
     def validator_path(self) -> Path:
@@ -173,7 +177,11 @@ class _PartialDownload:
             self.receive(response, received, total)
 
     def receive(self, response: Response, received: int, total: int | None) -> None:
-        """Appends the response's bytes to the file. Raises _AttemptFailed if the connection drops."""
+        """Appends the response's bytes to the file.
+
+        Raises _AttemptFailed if the connection drops, and DownloadError if the file is larger than `largest_bytes`.
+        """
+        self.check_size(total)
         if total is not None and total - received > _free_bytes(self.path):
             raise _disk_full(self.path, total - received)
         while True:
@@ -187,11 +195,21 @@ class _PartialDownload:
                 break
             if not received and chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
                 raise DownloadError(self.url, "the server sent a web page instead of a file", response.status)
+            self.check_size(received + len(chunk))
             self.file.write(chunk)
             received += len(chunk)
         self.file.flush()
         if total is not None and received != total:
             raise _AttemptFailed(f"the connection ended after {received} of {total} bytes")
+
+    def check_size(self, nbytes: int | None) -> None:
+        if self.largest_bytes is not None and nbytes is not None and nbytes > self.largest_bytes:
+            self.file.truncate(0)
+            problem = (
+                f"the file has {nbytes} bytes or more; the limit is {self.largest_bytes} bytes, the most that a "
+                "checkpoint of this codec can need; nothing was kept"
+            )
+            raise DownloadError(self.url, problem)
 
     def size(self) -> int:
         self.file.flush()
@@ -287,7 +305,7 @@ def pull(name: str, store: CodecStore, progress: ProgressCallback | None = None,
     if source is None:
         raise CodecError(f"codec {name!r} has no address to download from; its status is: {store.status(name)}")
     path = store.home / "downloads" / f"{name}.download"
-    digest = download(source, path, progress)
+    digest = download(source, path, progress, largest_checkpoint(spec))
     try:
         hashes = _read_hashes(store)
         if hashes.get(source, digest) != digest:

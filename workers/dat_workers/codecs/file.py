@@ -111,7 +111,10 @@ def check_shapes(spec: CodecSpec, shapes: Mapping[str, Sequence[int]], where: st
 
 
 def check_weights(spec: CodecSpec, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises CodecError as `check_shapes` does, and for weights that are not finite or not of STORED_DTYPES."""
+    """Raises CodecError as `check_shapes` does, and for weights with which no codec can work.
+
+    These are weights that are not finite or not of STORED_DTYPES, and a codebook whose entries are all equal.
+    """
     check_shapes(spec, {name: tensor.shape for name, tensor in tensors.items()}, where)
     wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in STORED_DTYPES]
     if wrong:
@@ -119,6 +122,13 @@ def check_weights(spec: CodecSpec, tensors: Mapping[str, Tensor], where: str) ->
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CodecError(f"{where}: {len(broken)} weights hold NaN or infinity: {_enumerate(broken)}")
+    codebook = tensors.get("quantize.embedding.weight")
+    if codebook is not None and bool((codebook == codebook[:1]).all()):
+        entry = "zero" if not bool(codebook.any()) else "equal"
+        raise CodecError(
+            f"{where}: all {len(codebook)} entries of the codebook are {entry}, so every picture would become the "
+            "same; at least two entries must differ. Was the codec saved before it was trained?"
+        )
 
 
 def geometry(spec: CodecSpec) -> dict[str, Any]:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dat_client.errors import shown
+
 ARCHITECTURES = ("vqgan", "identity")
+
+# The limits of a geometry. Without them, a file of a few bytes could describe a network that no memory holds.
+LIMITS = {
+    "ch": (1, 4096),
+    "num_res_blocks": (1, 64),
+    "resolution": (1, 65536),
+    "z_channels": (1, 4096),
+    "codebook_size": (2, 65536),  # indices are uint16, and a single entry would make every picture the same
+    "latent_dim": (1, 4096),
+}
+MOST_LEVELS = 12
 
 
 class CodecError(ValueError):
@@ -46,21 +59,25 @@ class CodecSpec:
             )
         if self.architecture == "identity":
             return
-        for field in ("ch", "num_res_blocks", "resolution", "z_channels", "codebook_size", "latent_dim"):
+        for field, (low, high) in LIMITS.items():
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise CodecError(f"codec {self.name!r}: {field} is {value!r}, but must be a positive whole number")
-        if not self.ch_mult or any(m < 1 for m in self.ch_mult):
-            raise CodecError(f"codec {self.name!r}: ch_mult is {self.ch_mult!r}, but must hold positive numbers")
+            if type(value) is not int or not low <= value <= high:
+                raise CodecError(
+                    f"codec {self.name!r}: {field} is {shown(value)}, "
+                    f"but must be a whole number from {low} to {high}"
+                )
+        low, high = 1, LIMITS["ch"][1]
+        if not 1 <= len(self.ch_mult) <= MOST_LEVELS or any(
+            type(m) is not int or not low <= m <= high for m in self.ch_mult
+        ):
+            raise CodecError(
+                f"codec {self.name!r}: ch_mult is {shown(self.ch_mult)}, but must hold 1 to {MOST_LEVELS} whole "
+                f"numbers from {low} to {high}"
+            )
         if any(self.ch * m % 32 for m in (1, *self.ch_mult)):
             raise CodecError(
                 f"codec {self.name!r}: ch={self.ch} with ch_mult={self.ch_mult} gives numbers of channels that are "
                 "not multiples of 32, the number of groups of every GroupNorm; choose ch as a multiple of 32"
-            )
-        if self.codebook_size > 65536:
-            raise CodecError(
-                f"codec {self.name!r}: codebook_size is {self.codebook_size}, but must be at most 65536, because "
-                "indices are uint16"
             )
 
     @property

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import pickletools
 import re
+import tarfile
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -101,6 +102,8 @@ def unpickle(path: Path, where: str) -> object:
     `where` is the name of the file in errors. Raises CodecError for a damaged file, and for a file that names
     anything outside ALLOWED; the error lists the names that are not allowed.
     """
+    if kind := _other_kind(path):
+        raise CodecError(f"{where} is not a checkpoint that can be read: it is {kind}")
     with safe_globals(_STAND_INS):
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_can_map(path))
@@ -112,9 +115,44 @@ def unpickle(path: Path, where: str) -> object:
                     f"{where} was refused: its pickle names {', '.join(sorted(names))}, which no published codec "
                     "needs. Nothing in it was run"
                 ) from error
-            # torch surrounds the reason of an UnpicklingError with advice to load the file unsafely
-            reason = str(error.__context__ or error).strip().partition("\n")[0] or type(error).__name__
-            raise CodecError(f"{where} is not a checkpoint that can be read: {reason}") from error
+            raise CodecError(f"{where} is not a checkpoint that can be read: {_reason(error)}") from error
+
+
+# The first bytes of files that people take for checkpoints.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed with xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"<": "a web page or XML; download the checkpoint again",
+}
+
+
+def _other_kind(path: Path) -> str:
+    """Says what a file is, and what to do, if it is known not to be a checkpoint; else returns an empty string."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if kind := next((kind for start, kind in _OTHER_KINDS.items() if head.startswith(start)), ""):
+        return kind
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist()):
+                return "a TorchScript archive, which holds a program; import a checkpoint that `torch.save` wrote"
+        return ""
+    if head.startswith(b"PK"):
+        return "a zip archive whose end is missing; fetch the file again"
+    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as archive_of_tar:
+        if archive_of_tar.next() is not None:
+            return "a tar archive; unpack it first, or import a checkpoint that `torch.save` wrote"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of what torch reports, without its advice to load the file without the safe mode."""
+    first = str(error.__context__ or error).strip().partition("\n")[0]
+    sentences = [s for s in re.split(r"(?<=[.!?]) +", first) if "weights_only" not in s and "torch.load" not in s]
+    return " ".join(sentences) or type(error).__name__
 
 
 def _can_map(path: Path) -> bool:
