@@ -34,6 +34,7 @@ from benchmarks.codec.contestants import Candidate, candidates
 from benchmarks.codec.report import show_cell, show_steps
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.registry import REGISTRY
+from dat_workers.engines.config import ENGINE_DTYPES
 from dat_workers.engines.factory import pick_device
 from dat_workers.engines.torch.precision import fix_arithmetic
 from dat_workers.errors import one_line
@@ -77,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, help="CPU threads [all cores]")
     parser.add_argument("--steps", action="store_true", help="predict, and on CUDA measure, each trick")
-    parser.add_argument("--steps-dtype", default="fp16", choices=("fp16", "bf16"), help="dtype for --steps [fp16]")
+    dtypes = [dtype for dtype in ENGINE_DTYPES if dtype != "auto"]
+    parser.add_argument("--steps-dtype", default="mixed", choices=dtypes, help="dtype for --steps [mixed]")
     parser.add_argument("--out", type=Path, help="write FILE.json, and beside it the plot FILE.png")
     return parser
 
@@ -134,9 +136,7 @@ def run(a: argparse.Namespace, command: str) -> int:
     }
     started = time.monotonic()
     for i, size in enumerate(sizes):
-        pool, results["reference"] = make_pool(
-            model, a.images, size, min(max(batches), MOST_JUDGED), weights, device
-        )
+        pool, results["reference"] = make_pool(model, a.images, size, min(max(batches), MOST_JUDGED), weights)
         for j, batch in enumerate(batches):
             results["cells"].append(run_cell(model, chosen, pool, batch, plan))
             print(show_cell(results["cells"][-1]), flush=True)
@@ -184,9 +184,7 @@ def load(codec: str, geometry: str | None) -> tuple[VQGAN, str]:
         return VQGAN(REGISTRY[name]).eval().requires_grad_(False), RANDOM
 
 
-def make_pool(
-    model: VQGAN, sources: list[Path] | None, size: int, count: int, weights: str, device: torch.device
-) -> tuple[Pool, str]:
+def make_pool(model: VQGAN, sources: list[Path] | None, size: int, count: int, weights: str) -> tuple[Pool, str]:
     """Returns up to `count` images with the reference's tokens, and its name; or noise, and the reason for it."""
     reason = weights
     if weights != RANDOM:
@@ -194,7 +192,7 @@ def make_pool(
             from dat_workers.images.crops import sample_crops
 
             images = torch.from_numpy(sample_crops(sources, size, count))
-            tokens, name = true_tokens(model, images, device)
+            tokens, name = true_tokens(model, images)
             return Pool(images, tokens), name
         except (ImportError, RuntimeError) as error:
             if sources:
@@ -208,7 +206,8 @@ def make_pool(
 def peaks(device: torch.device, chosen: Sequence[Candidate]) -> dict[str, float | None]:
     """Returns the FLOP/s of a large matrix product by precision; None if the device lacks that arithmetic."""
     found: dict[str, float | None] = {}
-    for precision in sorted({c.precision for c in chosen} & set(machine.PRECISIONS)):
+    precisions = {p for c in chosen for p in (("fp32", "fp16") if c.precision == "mixed" else (c.precision,))}
+    for precision in sorted(precisions & set(machine.PRECISIONS)):
         try:
             found[precision] = machine.matmul_peak(device, precision)
         except RuntimeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,17 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.codec import roofline
 from benchmarks.codec.contestants import Candidate, Codec, engine_candidate
-from dat_service.bench.timing import Timing, clock_for, cpu_clock, ratio, time_in_turns
+from dat_service.bench.timing import Timing, clock_for, cpu_clock, groups_with_baseline, ratio, time_in_turns
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.device_errors import free_cached_memory
 from dat_workers.engines.factory import create
 from dat_workers.errors import one_line
+from dat_workers.verify.agreement import reference_engine
 
 OPERATIONS = ("q", "encode", "decode", "host")
+AT_ONCE_ON_CUDA = 2  # contestants beside the baseline
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,42 @@ class Pool:
     tokens: Tensor | None
 
 
-def true_tokens(model: VQGAN, images: Tensor, device: torch.device) -> tuple[Tensor, str]:
-    """Returns the tokens of uint8 [n,3,H,W] by taming's modules in fp32 (or else ours), and the engine's name."""
+def true_tokens(model: VQGAN, images: Tensor) -> tuple[Tensor, str]:
+    """Returns the tokens of uint8 [n,3,H,W] by the reference on the CPU, or else by our fp32, and its name."""
     try:
-        engine = create(EngineConfig("reference", str(device)), copy.deepcopy(model))
+        engine = reference_engine(copy.deepcopy(model))
     except RuntimeError:
-        engine = create(EngineConfig("torch", str(device), "fp32"), copy.deepcopy(model))
+        engine = create(EngineConfig("torch", "cpu", "fp32"), copy.deepcopy(model))
     parts = torch.split(images.float().div_(255), 1)
-    return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts]), f"{engine.name} fp32"
+    return torch.cat([engine.encode(part) for part in parts]), f"{engine.name} fp32 on the CPU"
 
 
 def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: int, plan: Plan) -> dict[str, Any]:
     """Returns the results of all contestants for batches of that size, ready for JSON.
 
-    Every cell builds them again, because graphs and compiled code fit one shape and memory is counted from zero. A
-    contestant that fails to build or to run is listed with its error and does not stop the others.
+    Every cell builds them again, because graphs and compiled code fit one shape and memory is counted from zero. On
+    CUDA a few are built at a time, because each holds 10 GB or more; the baseline runs beside all of them, and its
+    first results count. A contestant that fails to build or to run is listed with its error and does not stop the
+    others.
     """
     torch.compiler.reset()  # otherwise the limit on recompilations silently leaves later shapes uncompiled
+    by_name = {candidate.name: candidate for candidate in candidates}
+    first = plan.baseline if plan.baseline in by_name else next(iter(by_name))
+    at_once = AT_ONCE_ON_CUDA if plan.device.type == "cuda" else len(by_name)
+    results: dict[str, dict[str, Any]] = {}
+    for group in groups_with_baseline(list(by_name), first, at_once):
+        for row in _run_group(model, [by_name[name] for name in group], pool, batch, plan):
+            results.setdefault(row["contestant"], row)
+        free_cached_memory()
+    baseline = next((name for name in [first, *by_name] if "error" not in results[name]), None)
+    size = pool.images.shape[2]
+    return {"size": size, "batch": batch, "baseline": baseline, "results": [results[name] for name in by_name]}
+
+
+def _run_group(
+    model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: int, plan: Plan
+) -> list[dict[str, Any]]:
+    """Builds, judges and times some contestants in turns; the first that can be built is their baseline."""
     host = pool.images.repeat(-(-batch // len(pool.images)), 1, 1, 1)[:batch]
     images = host.to(plan.device).float().div_(255)
     size = images.shape[2]
@@ -92,7 +113,7 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
             if pool.tokens is not None:
                 judged = pool.tokens[:batch]
                 row["token_agreement"] = float((tokens[: len(judged)].cpu() == judged).double().mean())
-    baseline = plan.baseline if plan.baseline in built else next(iter(built), None)
+    baseline = next(iter(built), None)
     for operation in plan.operations:
         calls = _calls(operation, built, images, host, indices, model)
         plan.report(f"{batch} of {size}²: timing {operation} of {len(calls)} contestants")
@@ -102,13 +123,11 @@ def run_cell(model: VQGAN, candidates: Sequence[Candidate], pool: Pool, batch: i
             result = rates(timing, batch)
             if baseline in timings and (times := ratio(timing, timings[baseline])):
                 result["times_baseline"] = {"median": times.median, "low": times.low, "high": times.high}
-            peak = plan.peaks.get(rows[name]["precision"])
-            if operation != "host" and peak and not timing.error:
-                result["share_of_peak"] = result["images_per_s"] * _flop(model, size, operation) / peak
+            least_s = least_seconds(model, size, operation, rows[name]["precision"], plan.peaks)
+            if least_s and not timing.error:
+                result["share_of_peak"] = result["images_per_s"] * least_s
             rows[name][operation] = result
-    built.clear()
-    gc.collect()
-    return {"size": size, "batch": batch, "baseline": baseline, "results": list(rows.values())}
+    return list(rows.values())
 
 
 def rates(timing: Timing, images: int) -> dict[str, Any]:
@@ -147,15 +166,29 @@ def _calls(
     return {name: call(name, codec) for name, codec in built.items() if operation != "host" or codec.engine}
 
 
-def _flop(model: VQGAN, size: int, operation: str) -> int:
-    counted = roofline.flop(model.spec, size)
-    return sum(counted.values()) if operation == "q" else counted[operation]
+def least_seconds(
+    model: VQGAN, size: int, operation: str, precision: str, peaks: Mapping[str, float | None]
+) -> float | None:
+    """Returns the seconds for the FLOP of one image at the peaks of matrix products; None if a peak is not known.
+
+    `mixed` has two: the encoder is fp32, the decoder fp16.
+    """
+    halves = {"encode": "fp32", "decode": "fp16"} if precision == "mixed" else {}
+    seconds = 0.0
+    for half, flop in roofline.flop(model.spec, size).items():
+        if operation in ("q", half):
+            peak = peaks.get(halves.get(half, precision))
+            if not peak:
+                return None
+            seconds += flop / peak
+    return seconds or None
 
 
 def run_steps(model: VQGAN, pool: Pool, batch: int, dtype: str, plan: Plan) -> dict[str, Any]:
     """Predicts, and on CUDA measures, each trick of the torch engine alone, all of them, and all but each.
 
-    The prediction is for Q from device to device. The measurement adds `host`, which shows the copies.
+    The prediction is for Q from device to device; there is one with all tricks for every dtype besides. The
+    measurement adds `host`, which shows the copies.
     """
     tricks = roofline.TRICKS
     settings = {"none": (), **{t: (t,) for t in tricks}, "all": tricks}
@@ -163,18 +196,26 @@ def run_steps(model: VQGAN, pool: Pool, batch: int, dtype: str, plan: Plan) -> d
     cuda = plan.device.type == "cuda"
     limits = roofline.H200
     if cuda:
-        half = plan.peaks.get(dtype) or machine.matmul_peak(plan.device, dtype)
+        half = "bf16" if dtype == "bf16" else "fp16"
+        peaks = {p: plan.peaks.get(p) or machine.matmul_peak(plan.device, p) for p in (half, "tf32", "fp32")}
         limits = roofline.Limits(
-            half,
-            machine.matmul_peak(plan.device, "fp32"),
+            peaks[half],
+            peaks["tf32"],
+            peaks["fp32"],
             machine.bandwidth(plan.device),
             machine.launch_s(plan.device),
             "this GPU, measured in this run",
         )
     size = pool.images.shape[2]
-    predicted = {s: batch / roofline.predict(model.spec, size, batch, on, limits) for s, on in settings.items()}
+
+    def predicted_rate(dtype: str, on: Sequence[str]) -> float:
+        return batch / roofline.predict(model.spec, size, batch, on, limits, dtype)
+
+    predicted = {setting: predicted_rate(dtype, on) for setting, on in settings.items()}
     rows = [{"tricks": setting, "predicted_images_per_s": rate} for setting, rate in predicted.items()]
+    by_dtype = {d: predicted_rate(d, tricks) for d in roofline.DTYPES}
     steps = {"size": size, "batch": batch, "dtype": dtype, "limits": vars(limits), "rows": rows}
+    steps["predicted_by_dtype"] = by_dtype
     if not cuda:
         return steps | {"not_measured": "no CUDA"}
     runners = [engine_candidate("torch", dtype, plan.device, setting) for setting in settings]

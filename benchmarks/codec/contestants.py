@@ -39,7 +39,7 @@ class Candidate:
     """A contestant by name. `build(model, shape of the batches)` may raise, and the error is then listed."""
 
     name: str
-    precision: str  # of most of its arithmetic; selects the peak that it is compared with
+    precision: str  # selects the peak that it is compared with; `mixed` is compared with two
     build: Callable[[VQGAN, torch.Size], Codec]
 
 
@@ -82,7 +82,7 @@ def engine_candidate(engine: str, dtype: str, device: torch.device, tricks: str 
         return Codec(encode, decode, built)
 
     suffix = "" if tricks == "auto" else f" tricks={tricks}"
-    return Candidate(f"{engine} {dtype}{suffix}", "fp16" if dtype == "mixed" else dtype, build)
+    return Candidate(f"{engine} {dtype}{suffix}", dtype, build)
 
 
 def taming_candidate(precision: str, device: torch.device) -> Candidate:

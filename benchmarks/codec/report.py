@@ -82,5 +82,7 @@ def show_steps(steps: dict[str, Any]) -> str:
             ]
         rows.append([r["tricks"], f"{predicted:.4g}", f"{predicted / none:.2f}", *shown])
     title = f"\nsteps: torch {steps['dtype']}, batch {steps['batch']}, {steps['size']} x {steps['size']}"
-    why = [f"not measured: {steps['not_measured']}"] if "not_measured" in steps else []
+    by_dtype = ", ".join(f"{dtype} {per_s:.4g}" for dtype, per_s in steps["predicted_by_dtype"].items())
+    why = [f"predicted Q/s with all tricks: {by_dtype}; split is not built"]
+    why += [f"not measured: {steps['not_measured']}"] if "not_measured" in steps else []
     return "\n".join([title, f"predicted for {steps['limits']['source']} (roofline.py)", aligned(rows), *why])

@@ -2,30 +2,37 @@
 
     dat bench codec --codec tiny-f8 --batch 16
 
-Every engine, with every dtype, discretizes the same batch, and all of them take turns. As in a replica of the
-service, the images are uint8 in host memory before and after. The results are compared with those of the engine
-`reference`, which runs taming-transformers' own modules. `python -m benchmarks.codec` also measures the peers of
-this project, and which share of the chip's peak speed each contestant reaches.
+Every engine, with every dtype, discretizes the same batch, and they take turns; on CUDA only a few at a time, each
+time beside the reference, because of their memory. As in a replica of the service, the images are uint8 in host
+memory before and after. The results are compared with those of the engine `reference`, which runs
+taming-transformers' own modules; its tokens are those of a CPU. `python -m benchmarks.codec` also measures the
+peers of this project, and which share of the chip's peak speed each contestant reaches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dat_service.bench.timing import Timing, ratio, time_in_turns
+from dat_client.wire.tensors import Array
+from dat_service.bench.timing import Timing, groups_with_baseline, ratio, time_in_turns
 from dat_workers.codecs.store import CodecStore, load_model
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.device_errors import free_cached_memory
 from dat_workers.engines.factory import create, engine_dtype_pairs, pick_device
 from dat_workers.errors import InvalidInput, one_line
 from dat_workers.images.crops import sample_crops
+from dat_workers.verify.agreement import reference_engine
 
 REFERENCE = "reference fp32"
+TRUE = "reference fp32 on the CPU"
+AT_ONCE_ON_CUDA = 2  # engines beside the reference; each holds 10 GB or more with its CUDA graphs
 PHOTOGRAPHS = 16  # the number of distinct photographs in a batch; larger batches repeat them
 
 
@@ -78,32 +85,44 @@ def measure(
     crops = sample_crops(pictures, size, min(batch, PHOTOGRAPHS))
     images = np.resize(crops, (batch, *crops.shape[1:]))
     file = CodecStore().load(codec)
-    discretizers: dict[str, Discretizer] = {}
-    tokens: dict[str, np.ndarray] = {}
-    errors: dict[str, str] = {}
-    for engine, dtype in pairs:
-        name = f"{engine} {dtype}"
-        report(f"building {name}")
+    names = {f"{engine} {dtype}": EngineConfig(engine, device, dtype) for engine, dtype in pairs}
+    cuda = pick_device(device).type == "cuda"
+    tokens: dict[str, Array] = {}
+    if cuda and REFERENCE in names:
+        report("computing the reference's tokens on the CPU")
         try:
-            built = create(EngineConfig(engine, device, dtype), load_model(file))
-            discretizer = Discretizer(file.spec, file.fingerprint, built)
-            discretizer.warm_up(size)
-            tokens[name] = discretizer.discretize(images, outputs=["indices"])["indices"]
-            discretizers[name] = discretizer
-        except Exception as error:  # such as a missing package or too little memory; the other pairs still run
-            errors[name] = one_line(error)
-    report(f"timing {len(discretizers)} engines")
-    timings = time_in_turns(
-        {name: lambda d=d: d.discretize(images) for name, d in discretizers.items()},  # type: ignore[misc]
-        rounds=rounds,
-        warmup=1,
-    )
-    rows = [row(name, timing, timings.get(REFERENCE), tokens, batch) for name, timing in timings.items()]
-    return rows + [Row(name, error=error) for name, error in errors.items()]
+            reference = Discretizer(file.spec, file.fingerprint, reference_engine(load_model(file)))
+            indices = reference.discretize(crops, outputs=["indices"])["indices"]
+            tokens[TRUE] = np.resize(indices, (batch, *indices.shape[1:]))
+        except RuntimeError as error:
+            report(f"no token agreement: {one_line(error)}")
+    rows: dict[str, Row] = {}
+    for group in groups_with_baseline(list(names), REFERENCE, AT_ONCE_ON_CUDA if cuda else len(names)):
+        ready: dict[str, Discretizer] = {}
+        for name in group:
+            report(f"building {name}")
+            try:
+                ready[name] = Discretizer(file.spec, file.fingerprint, create(names[name], load_model(file)))
+                ready[name].warm_up(size)
+                tokens[name] = ready[name].discretize(images, outputs=["indices"])["indices"]
+            except Exception as error:  # such as a missing package or too little memory; the other pairs still run
+                ready.pop(name, None)
+                rows[name] = Row(name, error=one_line(error))
+        report(f"timing {len(ready)} engines")
+        calls = {name: partial(discretizer.discretize, images) for name, discretizer in ready.items()}
+        timings = time_in_turns(calls, rounds=rounds, warmup=1)
+        expected = tokens.get(TRUE, tokens.get(REFERENCE))
+        for name, timing in timings.items():
+            rows.setdefault(name, row(name, timing, timings.get(REFERENCE), tokens[name], expected, batch))
+        del ready, calls
+        free_cached_memory()
+    return [row for row in rows.values() if not row.error] + [row for row in rows.values() if row.error]
 
 
-def row(name: str, timing: Timing, reference: Timing | None, tokens: dict[str, np.ndarray], batch: int) -> Row:
-    """Returns the result of one engine, compared with the reference if the reference was measured too."""
+def row(
+    name: str, timing: Timing, reference: Timing | None, tokens: Array, expected: Array | None, batch: int
+) -> Row:
+    """Returns the result of one engine, compared with the reference's timing and tokens if there are any."""
     if timing.error:
         return Row(name, error=timing.error)
     times = ratio(timing, reference) if reference else None
@@ -111,7 +130,7 @@ def row(name: str, timing: Timing, reference: Timing | None, tokens: dict[str, n
         name,
         tuple(batch / seconds for seconds in timing.seconds),
         times.median if times else None,
-        float((tokens[name] == tokens[REFERENCE]).mean()) if REFERENCE in tokens else None,
+        None if expected is None else float((tokens == expected).mean()),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,18 @@ def time_in_turns(
         name: Timing((), 0, errors[name]) if name in errors else Timing(tuple(seconds[name]), calls[name])
         for name in contestants
     }
+
+
+def groups_with_baseline(names: Sequence[str], baseline: str, size: int) -> list[list[str]]:
+    """Splits contestants into groups of up to `size`, each with the baseline besides, if it is among them.
+
+    >>> groups_with_baseline(["a", "base", "b", "c"], "base", 2)
+    [['base', 'a', 'b'], ['base', 'c']]
+    """
+    first = [baseline] if baseline in names else []
+    others = [name for name in names if name != baseline]
+    parts = [others[i : i + size] for i in range(0, len(others), size)]
+    return [first + part for part in parts or [[]]]
 
 
 def ratio(timing: Timing, baseline: Timing) -> Ratio | None:

@@ -140,14 +140,43 @@ def test_flop_of_the_published_codec() -> None:
 
 def test_the_roofline_counts_the_same_flop_and_no_trick_costs() -> None:
     counted = sum(roofline.flop(VQ_F8, 224).values())
-    kernels = roofline.kernels(VQ_F8, 224, ())
-    assert sum(k.flop for k in kernels) == pytest.approx(counted, rel=0.001)
-    none = roofline.predict(VQ_F8, 224, 64, (), roofline.H200)
-    everything = roofline.predict(VQ_F8, 224, 64, roofline.TRICKS, roofline.H200)
-    least = 64 * counted * 4 / 9 / roofline.H200.half
-    assert least < everything < none
-    for trick in roofline.TRICKS:
-        assert roofline.predict(VQ_F8, 224, 64, (trick,), roofline.H200) <= none
+    for dtype in roofline.DTYPES:
+        kernels = roofline.kernels(VQ_F8, 224, (), dtype)
+        assert sum(k.flop for k in kernels) == pytest.approx(counted, rel=0.001)
+        none = roofline.predict(VQ_F8, 224, 64, (), roofline.H200, dtype)
+        everything = roofline.predict(VQ_F8, 224, 64, roofline.TRICKS, roofline.H200, dtype)
+        least = 64 * counted * 4 / 9 / roofline.H200.half
+        assert least < everything < none
+        if dtype in ("fp16", "bf16"):  # in fp32, convolutions take NCHW as it is, and the norms copy NHWC
+            for trick in roofline.TRICKS:
+                assert roofline.predict(VQ_F8, 224, 64, (trick,), roofline.H200, dtype) <= none
+
+
+def test_the_roofline_knows_which_half_is_fp32() -> None:
+    """By hand for an H200: the encoder's 172 GFLOP at 0.7 · 67 TFLOP/s are 3.7 ms, so `mixed` is below 270 Q/s."""
+    rates = {d: 64 / roofline.predict(VQ_F8, 224, 64, roofline.TRICKS, roofline.H200, d) for d in roofline.DTYPES}
+    assert rates["fp32"] < rates["mixed"] < rates["split"] < rates["fp16"] == rates["bf16"]
+    assert 165 <= rates["mixed"] <= 215
+    assert rates["mixed"] < rates["tf32"] < rates["fp16"]
+    work = {d: roofline.kernels(VQ_F8, 224, roofline.TRICKS, d) for d in ("mixed", "split", "fp16")}
+    fp32 = sum(k.flop for k in work["mixed"] if k.arithmetic.unit == "fp32")
+    assert fp32 == pytest.approx(roofline.flop(VQ_F8, 224)["encode"], rel=0.03)
+    assert sum(k.flop for k in work["split"] if k.arithmetic.products == 3) == pytest.approx(fp32, rel=0.05)
+    assert sum(k.flop for k in work["fp16"] if k.arithmetic.unit == "fp32") < 0.02 * fp32
+
+
+def test_the_share_of_the_peak_of_mixed_has_two_peaks() -> None:
+    model = load_model("tiny-f8")
+    flop = roofline.flop(model.spec, 64)
+    peaks = {"fp32": 1e12, "fp16": 8e12, "bf16": None}
+    least = {o: cell.least_seconds(model, 64, o, "mixed", peaks) for o in cell.OPERATIONS}
+    assert least["encode"] == pytest.approx(flop["encode"] / 1e12)
+    assert least["decode"] == pytest.approx(flop["decode"] / 8e12)
+    assert least["q"] == pytest.approx(flop["encode"] / 1e12 + flop["decode"] / 8e12)
+    assert least["host"] is None
+    assert cell.least_seconds(model, 64, "q", "fp32", peaks) == pytest.approx(sum(flop.values()) / 1e12)
+    assert cell.least_seconds(model, 64, "q", "bf16", peaks) is None
+    assert engine_candidate("torch", "mixed", CPU).precision == "mixed"
 
 
 def test_peaks_are_measured() -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dat_service.cli.main import app
+from dat_workers.engines.config import EngineConfig
 from dat_workers.verify.agreement import Agreement
 from dat_workers.verify.survey import Row
 
@@ -35,6 +36,23 @@ def test_command_passes_and_writes_json(tmp_path: Path) -> None:
     assert (row["engine"], row["dtype"], row["default"], row["shortfall"]) == ("cpu", "fp32", True, "")
     assert row["agreement"]["token_agreement"] == 1
     assert row["images_per_s"] > 0
+
+
+def test_the_reference_runs_on_the_cpu_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU cuDNN may compute fp32 convolutions by transforms, which round more than what is to be judged."""
+    created: list[tuple[str, str]] = []
+
+    class Enough(Exception):
+        pass
+
+    def create(config: EngineConfig, model: object) -> None:
+        created.append((config.engine, config.device))
+        raise Enough
+
+    monkeypatch.setattr("dat_workers.verify.agreement.create", create)
+    monkeypatch.setattr("dat_workers.engines.factory.create", create)
+    CliRunner().invoke(app, ["codecs", "verify", "tiny-f8", "--device", "cuda", "--crop", "64", "--limit", "1"])
+    assert created == [("reference", "cpu")]
 
 
 def test_what_cannot_be_here_does_not_fail_what_can() -> None:

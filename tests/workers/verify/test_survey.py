@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from torch import Tensor
 
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.codecs.store import load_model
+from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
 from dat_workers.engines.identity import IdentityEngine
@@ -30,6 +34,26 @@ def test_the_table_names_the_layer_and_the_default(images: Tensor) -> None:
     assert rows[1].agreement is not None
     assert rows[1].agreement.non_finite == 1
     assert rows[0].images_per_s
+
+
+def test_there_is_one_engine_at_a_time(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA graphs each engine holds 10 GB or more."""
+    alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+    most = 0
+
+    def create_and_count(config: EngineConfig, model: VQGAN) -> Engine:
+        nonlocal most
+        engine = create(config, model)
+        alive.add(engine)
+        most = max(most, len(alive))
+        return engine
+
+    model = load_model("tiny-f8")
+    expected = reference_outputs(create(EngineConfig("reference", device="cpu"), model), images[:1])
+    monkeypatch.setattr(survey_module, "create", create_and_count)
+    rows = survey(model, expected, device="cpu", engines=["torch"], dtypes=["fp32", "mixed", "bf16"], rounds=1)
+    assert [row.images_per_s is not None for row in rows] == [True] * 3
+    assert most == 1
 
 
 def test_the_fastest_that_passes_is_chosen() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from dat_client.wire.tensors import Array
 from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
-from dat_workers.engines.device_errors import is_out_of_memory
+from dat_workers.engines.device_errors import free_cached_memory, is_out_of_memory
 from dat_workers.errors import OutOfMemory
 
 
@@ -21,8 +19,8 @@ def run_in_parts(
     Yields each group with its results or its own error. If memory ran out, there are two groups, each with half the
     rows; after any other error each request is a group of its own. A group that fails is not computed again.
     """
-    if is_out_of_memory(error) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if is_out_of_memory(error):
+        free_cached_memory()
     compute = discretizer.compute(parts[0].queued.request.task)
     groups = halves(parts) if is_out_of_memory(error) else [[part] for part in parts]
     for group in groups:

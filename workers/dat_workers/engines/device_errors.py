@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from dat_workers.errors import OutOfMemory
@@ -57,3 +59,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+def free_cached_memory() -> None:
+    """Returns the memory of objects that are no longer used to the GPU, such as the graphs of a dropped engine."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -11,7 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, rows_at_once
+from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.factory import create
 from dat_workers.perturbation import PRESETS, perturb
 
 MIN_AGREEMENT = 0.9999  # in fp32, where a different order of additions sometimes decides a near-tie differently
@@ -72,6 +75,15 @@ class ReferenceOutputs:
     def base(self) -> Tensor:
         """Q(x) clipped to 0..1, as a trainer receives it: δ is added to it, and gradients are taken at it."""
         return self.reconstructions.clamp(0, 1)
+
+
+def reference_engine(model: VQGAN) -> Engine:
+    """Returns the published modules in fp32 on the CPU, with which all engines are compared.
+
+    On a GPU, cuDNN may compute their convolutions by transforms (Winograd, FFT) whose rounding errors are larger
+    than those of the engines to be judged. Raises RuntimeError if taming-transformers is not installed.
+    """
+    return create(EngineConfig("reference", "cpu"), model)
 
 
 def reference_outputs(

@@ -18,6 +18,7 @@ import torch
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine
 from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.device_errors import free_cached_memory
 from dat_workers.engines.factory import create, engine_dtype_pairs
 from dat_workers.errors import one_line
 from dat_workers.verify.agreement import Agreement, ReferenceOutputs, compare_outputs
@@ -72,46 +73,50 @@ def survey(
     """Returns a row for every engine and dtype, or for the named ones.
 
     An engine that cannot be created or run has a row with its error. `report` receives a line before each step.
+    There is one engine at a time, because with its CUDA graphs each holds 10 GB or more.
     """
-    default = create(EngineConfig(device=device), copy.deepcopy(model))
-    cuda = default.device.type == "cuda"
+    engine = create(EngineConfig(device=device), copy.deepcopy(model))
+    default = (engine.name, engine.dtype)
+    cuda = engine.device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(default.device)  # CUDA events and graphs belong to the current device
-    rows: dict[str, Row] = {}
-    ready: dict[str, Engine] = {}
-    for name, dtype in _pairs(default, engines, dtypes):
-        row = Row(name, dtype, (name, dtype) == (default.name, default.dtype))
+        torch.cuda.set_device(engine.device)  # CUDA events and graphs belong to the current device
+    del engine
+    rows = []
+    for name, dtype in _pairs(default, cuda, engines, dtypes):
+        row = Row(name, dtype, (name, dtype) == default)
         if dtype == "tf32" and not cuda:
-            rows[row.name] = replace(row, error="not measured: TF32 needs CUDA")
+            rows.append(replace(row, error="not measured: TF32 needs CUDA"))
             continue
-        report(f"comparing {row.name}")
+        report(f"comparing and timing {row.name}")
+        free_cached_memory()
         try:
-            engine = create(EngineConfig(name, device, dtype), copy.deepcopy(model))
-            engine.warm_up(expected.images.shape[2])
-            agreement = compare_outputs(engine, expected)
-            overflow = None
-            if agreement.non_finite:
-                layer = find_overflow(model, expected.images, expected.indices, device=device, dtype=dtype)
-                overflow = str(layer) if layer else "no layer, when they run one by one"
+            rows.append(_measured(row, model, expected, device, rounds))
         except Exception as error:
-            rows[row.name] = replace(row, error=one_line(error))
-            continue
-        ready[row.name] = engine
-        rows[row.name] = replace(row, agreement=agreement, overflow=overflow)
-    if ready:
-        report(f"timing {len(ready)} engines")
-    timed = expected.images[: TIMED_IMAGES["cuda" if cuda else "cpu"]]
-    speeds = {name: _images_per_s(engine, timed, rounds) for name, engine in ready.items()}
-    return [replace(row, images_per_s=speeds.get(row.name)) for row in rows.values()]
+            rows.append(replace(row, error=one_line(error)))
+    return rows
 
 
-def _pairs(default: Engine, engines: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the (engine, dtype) pairs to survey; `auto` stands for the default's."""
-    names = [default.name if name == "auto" else name for name in engines]
-    chosen_dtypes = [default.dtype if dtype == "auto" else dtype for dtype in dtypes]
+def _measured(row: Row, model: VQGAN, expected: ReferenceOutputs, device: str, rounds: int) -> Row:
+    """Returns the row with the results of its engine, which is created here and dropped at the end."""
+    engine = create(EngineConfig(row.engine, device, row.dtype), copy.deepcopy(model))
+    engine.warm_up(expected.images.shape[2])
+    agreement = compare_outputs(engine, expected)
+    overflow = None
+    if agreement.non_finite:
+        layer = find_overflow(model, expected.images, expected.indices, device=device, dtype=row.dtype)
+        overflow = str(layer) if layer else "no layer, when they run one by one"
+    timed = expected.images[: TIMED_IMAGES[engine.device.type]]
+    return replace(row, agreement=agreement, overflow=overflow, images_per_s=_images_per_s(engine, timed, rounds))
+
+
+def _pairs(
+    default: tuple[str, str], cuda: bool, engines: Sequence[str], dtypes: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Returns the (engine, dtype) pairs to survey; `auto` stands for those of `default`."""
+    names = [default[0] if name == "auto" else name for name in engines]
+    chosen_dtypes = [default[1] if dtype == "auto" else dtype for dtype in dtypes]
     if names and chosen_dtypes:
         return [(name, dtype) for name in names for dtype in chosen_dtypes]
-    cuda = default.device.type == "cuda"
     available = engine_dtype_pairs(cuda)
     if names or chosen_dtypes:
         available.append(("reference", "fp32"))

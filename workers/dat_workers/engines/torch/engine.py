@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import logging
 import traceback
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, mark_non_finite, rows_at_once
-from dat_workers.engines.device_errors import ran_out_of_memory
+from dat_workers.engines.device_errors import free_cached_memory, ran_out_of_memory
 from dat_workers.engines.torch import network
 from dat_workers.engines.torch.graphs import SIZES, CaptureMemory, GraphedFunction
 from dat_workers.engines.torch.precision import arithmetic
@@ -94,8 +93,7 @@ class TorchEngine(Engine):
         images, indices = self._shapes(size, side)
         self._run_encode.forget(images)
         self._run_decode.forget(indices)
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_cached_memory()
         self.batch = -(-(size // 2) * side * side // (224 * 224))
         log.warning(
             "no memory on %s for %d images of %d x %d at once (%s); from now on at most %d are computed at once",
