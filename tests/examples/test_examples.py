@@ -278,7 +278,7 @@ def test_precomputed(service: str, tmp_path: Path) -> None:
     """Views that `dat precompute --augment 2` would store, with Q of the service that trains from them."""
     from dat_client import Client
     from dat_client.webdataset import view_of
-    from tests.client.precomputed import encoded, write_pair
+    from tests.client.webdataset.precomputed import encoded, write_pair
 
     def augmented(number: int, x: Image.Image) -> dict[str, bytes]:
         views = [

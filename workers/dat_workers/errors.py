@@ -57,6 +57,10 @@ class Full(RuntimeError):
         self.value, self.limit, self.retry_after_s = value, limit, retry_after_s
         super().__init__(f"{value}, {limit}; try again in {retry_after_s} s")
 
+    def __reduce__(self) -> tuple[type[Full], tuple[str, str, int]]:
+        """Makes it picklable; by default pickle passes only the message to the constructor."""
+        return type(self), (self.value, self.limit, self.retry_after_s)
+
 
 class DeadlinePassed(RuntimeError):
     """The caller's deadline has passed; the rest of the request is not computed."""

@@ -3,13 +3,77 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Self
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+from dat_client.errors import shown
 
 FORMAT = 1  # the value of "format" in precompute.json
 RECIPE_FILE = "precompute.json"
 MANIFEST_FOLDER = "manifest"
-SOURCE_KEYS = ("name", "bytes", "sha256")
+
+
+class Rule(NamedTuple):
+    """Decides which values a field of a JSON object may have; `limit` describes them in error messages."""
+
+    limit: str
+    holds: Callable[[Any], bool]
+
+
+def _integer(least: int) -> Rule:
+    return Rule(f"an integer of at least {least}", lambda value: type(value) is int and value >= least)
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.limit}, or null", lambda value: value is None or rule.holds(value))
+
+
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+TEXTS = Rule(
+    "a list of texts", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)
+)
+NUMBER = Rule("a number", lambda value: type(value) in (int, float))
+OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+LIST = Rule("a list", lambda value: isinstance(value, list))
+
+SETTINGS = {
+    "codec": TEXT, "fingerprint": TEXT, "engine": TEXT, "device": TEXT, "dtype": TEXT, "tricks": TEXT,
+    "threads": _integer(0), "outputs": TEXTS, "picture": TEXT, "quality": _integer(1),
+    "resize": _optional(_integer(1)), "crop": _optional(_integer(1)), "augment": _integer(0),
+    "replace_fraction": NUMBER, "variants": _integer(1), "seed": _integer(0), "keep": _optional(TEXTS),
+    "classes": _optional(TEXTS), "pictures_a_shard": _optional(_integer(1)),
+}  # fmt: skip
+ENTRY = {
+    "shard": TEXT, "samples": _integer(0), "bytes": _integer(0), "sha256": TEXT, "settings": TEXT,
+    "skipped": LIST, "source": OBJECT,
+}  # fmt: skip
+SKIPPED = {"key": TEXT, "reason": TEXT}
+SOURCE = {"name": TEXT, "bytes": _integer(0), "sha256": TEXT}
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text. Raises ValueError if it is not JSON, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
+
+
+def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
+    """Raises ValueError if `record` is not an object that has all fields of `rules`, with values they allow."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{shown(record)} is not a JSON object")
+    for name, rule in rules.items():
+        if name not in record:
+            raise ValueError(f"{name} is missing")
+        if not rule.holds(record[name]):
+            raise ValueError(f"{name} is {shown(record[name])}, must be {rule.limit}")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if one of the settings of a recipe has a wrong type; settings may be absent."""
+    check_fields(settings, {name: rule for name, rule in SETTINGS.items() if name in settings})
 
 
 @dataclass(frozen=True)
@@ -38,21 +102,28 @@ class ManifestEntry:
         record |= {
             "bytes": record.pop("nbytes"),
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
-            "source": dict(zip(SOURCE_KEYS, self.source, strict=True)),
+            "source": dict(zip(SOURCE, self.source, strict=True)),
         }
         return (json.dumps(record, indent=1) + "\n").encode()
 
     @classmethod
-    def from_json(cls, text: bytes) -> Self:
-        """Parses a manifest entry. Raises ValueError if `text` is not the JSON of one."""
-        try:
-            record = json.loads(text)
-            record["skipped"] = tuple((sample["key"], sample["reason"]) for sample in record["skipped"])
-            record["nbytes"] = record.pop("bytes")
-            record["source"] = tuple(record["source"][key] for key in SOURCE_KEYS)
-            return cls(**{field.name: record[field.name] for field in fields(cls)})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a manifest entry ({type(error).__name__}: {error})") from error
+    def from_json(cls, text: bytes, shard: str | None = None) -> Self:
+        """Parses the manifest entry of `shard`, or of any shard if that is None.
+
+        Raises ValueError if `text` is not the JSON of one.
+        """
+        record = parsed_json(text)
+        check_fields(record, ENTRY)
+        check_fields(record["source"], SOURCE)
+        for sample in record["skipped"]:
+            check_fields(sample, SKIPPED)
+        if shard is not None and record["shard"] != shard:
+            raise ValueError(f"it is the entry of {shown(record['shard'])}, not of {shard}")
+        return cls(
+            record["shard"], record["samples"], record["bytes"], record["sha256"], record["settings"],
+            tuple((sample["key"], sample["reason"]) for sample in record["skipped"]),
+            (record["source"]["name"], record["source"]["bytes"], record["source"]["sha256"]),
+        )  # fmt: skip
 
 
 def entry_path(shard: str) -> str:

@@ -44,7 +44,10 @@ class DamagedShard(Exception):
 
     def __init__(self, reason: str, key: str) -> None:
         self.key = key
-        super().__init__(reason)
+        super().__init__(reason, key)  # pickle calls the constructor with these again
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Readable(Protocol):

@@ -12,6 +12,8 @@ source as it was cut for Q. Shuffling and the methods of the pipeline are webdat
 
     stored.py      what DST holds: its recipe and its manifest
     samples.py     reads, joins and decodes the samples of one DataLoader worker
+    shares.py      which samples each rank and worker reads
+    pipeline.py    webdataset's pipeline, with a length
     originals.py   finds x in the source
 """
 
@@ -21,10 +23,9 @@ import os
 from typing import Any
 
 try:
-    import webdataset as wds
-
     from dat_client.dataset_format.views import prepared, view_of
-    from dat_client.webdataset.originals import address, locate_sources, made_from_pictures
+    from dat_client.webdataset.originals import Originals, address
+    from dat_client.webdataset.pipeline import Pipeline
     from dat_client.webdataset.samples import Samples
     from dat_client.webdataset.stored import read_manifest, read_settings
 except ImportError as error:
@@ -44,7 +45,7 @@ def load(
     source: str | os.PathLike[str] | None = None,
     image: bool = False,
     tokens: bool = False,
-    label: str = "cls",
+    label: str | None = "cls",
     view: str | int = "random",
     shuffle: int = 0,
     seed: int = 0,
@@ -55,20 +56,28 @@ def load(
         load(dst, image=True)         # (x, x̂, label), x as `--outputs image` stored it
         load(dst, source=src)         # (x, x̂, label), x cut from the source as it was cut for Q
         load(dst, tokens=True)        # (indices, label), for `client.decode` in the training process
+        load(dst, label=None)         # x̂ alone; (x, x̂) with `image` or `source`; indices alone with `tokens`
 
     x and x̂ are uint8 tensors [3,H,W], indices are int32 tensors [h,w], and the label is an int. An epoch yields
-    every sample once. Whole shards are assigned to ranks (torchrun, torch.distributed) and DataLoader workers, in
-    each epoch in the same way. Some ranks may therefore have fewer batches in an epoch than others; use `.repeat()`
-    or `.with_epoch(n)` to give all ranks the same number.
+    every sample once. Ranks (torchrun, torch.distributed) and the DataLoader workers of a rank share the samples,
+    in each epoch in the same way: whole shards are dealt where there is one for each of them, and samples
+    otherwise, in which case each of them reads all shards of its rank. Some ranks may have fewer batches in an
+    epoch than others; use `.repeat()` or `.with_epoch(n)` to give all ranks the same number.
+
+    `len(load(dst))` is the number of samples of this rank in an epoch, from the manifest (views count if `view` is
+    `all`). A DataLoader computes its own length, in batches, from it. That is exact with up to one worker; with w
+    workers an epoch may have up to w - 1 batches more, because each worker ends with a batch that is not full (or
+    leaves it out if `drop_last` is set).
 
     Args:
         dst: the folder or fsspec address that `dat precompute` wrote. Shards without a manifest entry are not read.
         source: the data from which `dst` was made, which may have moved: a folder of shards or of pictures, an
             fsspec address, a brace pattern or a glob. A sample's original is found by shard name and key. Samples
-            of the source that `dat precompute` skipped are not yielded.
+            of the source that `dat precompute` skipped are not yielded; of samples with the same key in a shard, or
+            of pictures that differ only in their suffix, the first is the one that it used.
         image: True to yield x as it is stored in `dst`; it cannot be combined with `source`.
         tokens: True to yield indices instead of x̂.
-        label: the name of the field that holds the label, an integer as text.
+        label: the name of the field that holds the label, an integer as text; None to yield no label.
         view: which of a sample's views to yield. `random` draws one at random in each epoch, `all` yields each view
             as a separate sample, and an int yields the view of that number, from 0.
         shuffle: how many encoded samples to hold in memory for shuffling; the order of the shards is then shuffled
@@ -76,8 +85,9 @@ def load(
         seed: the seed for the order and for `random` views. Each pass over the returned object is a new epoch with
             a new order.
 
-    Raises InvalidDataset if `dst` or `source` is damaged or lacks the requested data, and OSError. Faults of single
-    samples are raised during iteration, with the names of the shard and the sample.
+    Raises InvalidDataset if `dst` or `source` is damaged or lacks the requested data, and OSError. The first sample
+    is checked at once. Faults of other samples are raised during iteration, with the names of the shard and the
+    sample.
     """
     if view not in ("random", "all") and not (type(view) is int and view >= 0):
         raise InvalidDataset(f"view: must be 'random', 'all' or the number of a view, got {shown(view)}")
@@ -95,8 +105,12 @@ def load(
     if len(recipes) > 1:
         message = f"{os.fspath(dst)}: has shards of {len(recipes)} different settings; let dat precompute finish"
         raise InvalidDataset(message)
-    sources = None if source is None else locate_sources(source, manifest, made_from_pictures(settings))
     counts = {shard: int(entry["samples"]) for shard, entry in manifest.items()}
+    if not any(counts.values()):
+        message = f"{os.fspath(dst)}: its {len(counts)} shards hold no sample; its manifest says why"
+        raise InvalidDataset(message)
+    originals = None if source is None else Originals.locate(source, manifest, settings)
     field = INDICES_FIELD if tokens else str(settings["picture"])
-    samples = Samples(address(dst), settings, counts, sources, image, field, label, view, max(0, shuffle), seed)
-    return wds.FluidWrapper(samples)
+    samples = Samples(address(dst), settings, counts, originals, image, field, label, view, max(0, shuffle), seed)
+    samples.check_first_sample()
+    return Pipeline(samples)

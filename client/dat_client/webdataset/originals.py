@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Self
 
 from fsspec.core import url_to_fs
 
@@ -25,7 +27,7 @@ def address(folder: str | os.PathLike[str]) -> str:
     return (text if "://" in text else os.path.abspath(os.path.expanduser(text))).rstrip("/")
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def read_shard(url: str) -> Generator[Sample, None, None]:
     """Yields the samples of a shard, plain or compressed.
 
     Raises InvalidDataset if the shard is damaged, and OSError if it cannot be read.
@@ -38,9 +40,55 @@ def read_shard(url: str) -> Iterator[Sample]:
             raise InvalidDataset(f"{url}: not a whole tar file ({error}); copy or make it again") from error
 
 
-def made_from_pictures(settings: Mapping[str, Any]) -> bool:
-    """Returns True if the dataset was made from a folder of pictures, False if it was made from shards."""
-    return bool(settings.get("pictures_a_shard"))
+@dataclass(frozen=True)
+class Originals:
+    """Finds the original pictures of a dataset's samples in the source.
+
+    Attributes:
+        sources: for each shard of the dataset, the address of its source: a shard, or a folder of pictures.
+        pictures: True if the dataset was made from a folder of pictures.
+        skipped: how many samples of each key the manifest lists as skipped; used for folders of pictures only.
+    """
+
+    sources: Mapping[str, str]
+    pictures: bool
+    skipped: Mapping[str, int]
+
+    @classmethod
+    def locate(
+        cls, source: str | os.PathLike[str], manifest: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> Self:
+        """Finds the source of each shard of the manifest in `source`, as `locate_sources` does."""
+        pictures = bool(settings.get("pictures_a_shard"))
+        skipped = Counter(sample["key"] for entry in manifest.values() for sample in entry["skipped"])
+        return cls(locate_sources(source, manifest, pictures), pictures, skipped if pictures else {})
+
+    def finder(self, shard: str) -> Callable[[str], bytes]:
+        """Returns a function that returns the encoded original of a sample of `shard`, given the sample's key.
+
+        A source shard is read only once, from front to back, so keys must be requested in the shard's order. Where
+        the source has a key twice, the first one is meant: `dat precompute` skips the others. The function raises
+        InvalidDataset if the source has no sample of that key, or if it has no picture or several, and OSError.
+        """
+        if self.pictures:
+            return partial(self._picture_in_folder, self.sources[shard])
+        return partial(_picture_in_shard, self.sources[shard], read_shard(self.sources[shard]), shard)
+
+    def _picture_in_folder(self, origin: str, key: str) -> bytes:
+        folder, _, last = key.rpartition("/")
+        url = f"{origin}/{folder}".rstrip("/")
+        names = _pictures_of(url).get(last, [])
+        if not names:
+            raise InvalidDataset(f"source: sample {key} is not in {origin}")
+        if len(names) - 1 > self.skipped.get(key, 0):
+            raise InvalidDataset(
+                f"source: {len(names)} files of {url} have the key {key}, and {self.skipped.get(key, 0)} of them "
+                "are listed as skipped in the manifest, so it is not known which one Q(x) was made from: rename or "
+                "remove what was added, or let dat precompute finish"
+            )
+        fs, path = url_to_fs(f"{url}/{names[0]}")
+        content: bytes = fs.cat_file(path)
+        return content
 
 
 def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], pictures: bool) -> dict[str, str]:
@@ -74,48 +122,27 @@ def locate_sources(source: str | os.PathLike[str], manifest: Mapping[str, Any], 
     return found
 
 
-def picture_finder(origin: str, pictures: bool) -> Callable[[str], bytes | None]:
-    """Returns a function that finds the encoded original picture of a sample by the sample's key.
-
-    The function returns None if the source has no sample of that key. `origin` is an address from `locate_sources`.
-    A shard is read only once, from front to back, so keys must be requested in the shard's order. The function
-    raises InvalidDataset if a sample has no picture or several, and OSError.
-    """
-    if pictures:
-        return partial(_picture_in_folder, origin)
-    samples = read_shard(origin)
-
-    def picture_in_shard(key: str) -> bytes | None:
-        sample = next((sample for sample in samples if sample.key == key), None)
-        if sample is None:
-            return None
-        try:
-            return sample.fields[picture_field(sample.fields)]
-        except ValueError as error:
-            raise InvalidDataset(f"{origin}, sample {key}: {error}") from error
-
-    return picture_in_shard
-
-
-def _picture_in_folder(origin: str, key: str) -> bytes | None:
-    folder, _, last = key.rpartition("/")
-    url = f"{origin}/{folder}".rstrip("/")
-    names = _pictures_of(url).get(last, [])
-    if len(names) > 1:
-        raise InvalidDataset(f"source: {len(names)} files of {url} have the key {key}, must be one: rename some")
-    if not names:
-        return None
-    fs, path = url_to_fs(f"{url}/{names[0]}")
-    content: bytes = fs.cat_file(path)
-    return content
+def _picture_in_shard(origin: str, samples: Iterator[Sample], shard: str, key: str) -> bytes:
+    """Reads `samples` up to the one of this key, and returns its picture."""
+    sample = next((sample for sample in samples if sample.key == key), None)
+    if sample is None:
+        raise InvalidDataset(f"source: sample {key} is not in {origin}, or not in the order of {shard}")
+    try:
+        return sample.fields[picture_field(sample.fields)]
+    except ValueError as error:
+        raise InvalidDataset(f"{origin}, sample {key}: {error}") from error
 
 
 @lru_cache(maxsize=1)  # keys come folder by folder, and one folder may hold the pictures of many shards
 def _pictures_of(url: str) -> dict[str, list[str]]:
-    """Returns the file names of the pictures in a folder, grouped by the last part of their key."""
+    """Returns the file names of the pictures in a folder, grouped by the last part of their key and sorted."""
     fs, path = url_to_fs(url)
     found: dict[str, list[str]] = {}
-    for name in map(posixpath.basename, fs.ls(path, detail=False)):
-        if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
+    for info in fs.ls(path, detail=True):
+        name = posixpath.basename(info["name"])
+        if not name.lower().endswith(PICTURE_SUFFIXES) or name.startswith("."):
+            continue
+        # A link of a local folder has the type "other".
+        if info["type"] == "file" or (info["type"] != "directory" and fs.isfile(info["name"])):
             found.setdefault(key_and_suffix(name)[0], []).append(name)
-    return found
+    return {key: sorted(names) for key, names in found.items()}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def read_damaged(path: Path) -> tuple[list[str], DamagedShard]:
                 keys.append(sample.key)
         assert not file.read()  # so that the whole file can be hashed
     return keys, caught.value
+
+
+def test_a_damaged_shard_is_named_across_processes() -> None:
+    error = DamagedShard("damaged shard: truncated header", "0004")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.key) == (DamagedShard, "damaged shard: truncated header", "0004")
 
 
 def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:

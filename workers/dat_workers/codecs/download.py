@@ -50,8 +50,11 @@ class DownloadError(CodecError):
 
     def __init__(self, url: str, problem: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {problem}" + (f" (HTTP status {status})" if status is not None else ""))
-        self.url = url
-        self.status = status
+        self.url, self.problem, self.status = url, problem, status
+
+    def __reduce__(self) -> tuple[type[DownloadError], tuple[str, str, int | None]]:
+        """Makes it picklable; by default pickle passes only the message to the constructor."""
+        return type(self), (self.url, self.problem, self.status)
 
 
 class _AttemptFailed(Exception):

@@ -22,6 +22,11 @@ class CodecNotFound(CodecError):
         similar = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(similar)}?" if similar else f"known codecs: {', '.join(names)}"
         super().__init__(f"unknown codec {name!r}; {hint}")
+        self.name, self.known_names = name, names
+
+    def __reduce__(self) -> tuple[type[CodecNotFound], tuple[str, list[str]]]:
+        """Makes it picklable; by default pickle passes only the message to the constructor."""
+        return type(self), (self.name, self.known_names)
 
 
 _LATENT_DIFFUSION = "https://ommer-lab.com/files/latent-diffusion"
