@@ -7,18 +7,15 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from typer import Option
 
 from dat_service.cli.errors import FAILED, command_errors
 from dat_service.cli.options import setting
-from dat_service.ray.signals import requested_by_signals, updates_ignored
 from dat_service.settings import Settings, SettingsError, make_settings
-
-if TYPE_CHECKING:
-    from dat_service.ray.service import RayService
+from dat_service.signals import STOP, Requests, handled_signals, requested_by_signals
 
 
 @command_errors("dat serve")
@@ -50,7 +47,7 @@ def serve(
 ) -> None:
     """Serve codecs over HTTP until Ctrl-C.
 
-    On Ray, SIGHUP loads the codecs again from the folder of installed codecs. Every setting in
+    SIGHUP loads the codecs again from the folder of installed codecs. Every setting in
     dat_service/settings.py can also be set by an environment variable, such as DAT_PORT or DAT_MAX_IMAGES. If a
     setting has both an option and a variable, the option takes precedence.
     """
@@ -65,11 +62,13 @@ def serve(
     if serve_config is not None:
         _write_serve_config(all_settings, serve_config)
         return
-    _check_startable(all_settings, local=local)
-    if local:
-        _serve_local(all_settings[0])
-    else:
-        _serve_on_ray(all_settings)
+    requests = Requests()
+    with handled_signals(requests):
+        _check_startable(all_settings, local=local)
+        if local:
+            _serve_local(all_settings[0], requests)
+        else:
+            _serve_on_ray(all_settings, requests)
 
 
 def _write_serve_config(all_settings: list[Settings], path: str) -> None:
@@ -121,21 +120,29 @@ def _print_ready(urls: dict[str, str], seconds: float) -> None:
     typer.echo(f"ready after {seconds:.1f} s: {places}, try it at {first}/, Ctrl-C ends it")
 
 
-def _serve_local(settings: Settings) -> None:
-    """Serves one codec in this process until SIGINT or SIGTERM."""
+def _serve_local(settings: Settings, requests: Requests) -> None:
+    """Serves one codec in this process until SIGINT or SIGTERM; each SIGHUP loads the codec again."""
     from dat_service.http.local import LocalServer
     from dat_service.ports import http_url
 
     started = time.monotonic()
     urls = {settings.codec: http_url(settings.host, settings.port)}
+    typer.echo(f"loading {settings.codec} ...")
     server = LocalServer(settings, on_ready=lambda: _print_ready(urls, time.monotonic() - started))
-    server.run()
+
+    def await_requests() -> None:
+        until_stop(server, requests)
+        server.should_exit = True
+
+    with requested_by_signals(requests):
+        threading.Thread(target=await_requests, daemon=True).start()
+        server.run()
     if not server.started:
         raise typer.Exit(FAILED)
     typer.echo("stopped")
 
 
-def _serve_on_ray(all_settings: list[Settings]) -> None:
+def _serve_on_ray(all_settings: list[Settings], requests: Requests) -> None:
     """Serves the codecs on Ray Serve until SIGINT or SIGTERM; each SIGHUP loads the codecs again."""
     from dat_service.ray.service import RayService
 
@@ -143,15 +150,11 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
     service = RayService(*all_settings)
     typer.echo(f"starting {', '.join(s.codec for s in all_settings)} on Ray Serve ...")
     try:
-        with updates_ignored():
-            service.start()
-        # The handlers are set after the start, because Ray sets its own handler for SIGTERM while it starts.
-        with requested_by_signals() as requests:
+        service.start()
+        # These handlers are set after the start, because Ray sets its own handler for SIGTERM while it starts.
+        with requested_by_signals(requests):
             _print_ready(service.urls, time.monotonic() - started)
-            requested = threading.Event()
-            threading.Thread(target=run_updates, args=[service, requested], daemon=True).start()
-            while requests.get() == "update":
-                requested.set()
+            until_stop(service, requests)
             typer.echo("stopping ...")
             service.stop()
     finally:
@@ -159,21 +162,36 @@ def _serve_on_ray(all_settings: list[Settings]) -> None:
     typer.echo("stopped")
 
 
-def run_updates(service: RayService, requested: threading.Event) -> None:
-    """Loads the codecs again each time `requested` is set; never returns.
+class Updatable(Protocol):
+    """A service that can load its codecs again."""
 
-    If `requested` is set during an update, once or several times, one more update follows. If an update fails, the
-    error is printed and the old replicas stay.
+    def update(self) -> None: ...
+
+
+def until_stop(service: Updatable, requests: Requests) -> None:
+    """Updates the service in a thread for each "update" in the queue, and returns after a "stop".
+
+    If updates are requested during an update, one or several, one more update follows.
     """
-    from dat_service.ray.service import ServeFailed
+    updates = Requests()
+    threading.Thread(target=run_updates, args=[service, updates], daemon=True).start()
+    while (request := requests.get()) != STOP:
+        updates.put(request)
 
-    while requested.wait():
-        requested.clear()
+
+def run_updates(service: Updatable, requested: Requests) -> None:
+    """Loads the codecs again for each item in the queue, once for all that wait there; never returns.
+
+    If an update fails, the error is printed and the old codecs stay.
+    """
+    while requested.get():
+        while not requested.empty():
+            requested.get()
         started = time.monotonic()
         typer.echo("updating ...")
         try:
             service.update()
-        except ServeFailed as error:
-            typer.echo(f"dat serve: not updated: {error}", err=True)
+        except Exception as error:  # whatever it is, the next update must be possible
+            typer.echo(f"dat serve: not updated: {str(error) or type(error).__name__}", err=True)
         else:
             typer.echo(f"updated after {time.monotonic() - started:.1f} s")

@@ -6,15 +6,18 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from dat_client import Client
 from dat_service.processes import descendants, runs
 from tests.conftest import DAT, dat_serve, free_port
+from tests.e2e.test_ray_faults import install as install_toy
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
@@ -22,6 +25,63 @@ def test_local_service_ends_well(end: signal.Signals) -> None:
     with dat_serve("--codec", "identity", "--local") as (_, process):
         os.kill(process.pid, end)
         assert process.wait(30) == 0
+
+
+@pytest.mark.filterwarnings("ignore::dat_client.CodecChanged")
+def test_local_service_loads_its_codec_again(tmp_path: Path) -> None:
+    """SIGHUP loads the codec again, and no request fails meanwhile. One that cannot be loaded changes nothing."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    fingerprints = [install_toy(tmp_path, seed) for seed in (1, 0)]
+    env = {"DAT_HOME": str(tmp_path)}
+    with dat_serve("--codec", "toy", "--local", "--threads", "1", env=env) as (url, process):
+        with Client(url, "toy", retries=0) as client:
+            before = client.discretize(images)
+            install_toy(tmp_path, 1)
+            process.send_signal(signal.SIGHUP)
+            answers = [before]
+            deadline = time.monotonic() + 120
+            while answers[-1].fingerprint != fingerprints[0]:
+                assert time.monotonic() < deadline
+                answers.append(client.discretize(images))
+            assert {a.fingerprint for a in answers} == set(fingerprints)
+            assert not np.array_equal(answers[-1].reconstruction, before.reconstruction)
+            for file in tmp_path.rglob("*.safetensors"):
+                file.write_bytes(b"damaged")
+            process.send_signal(signal.SIGHUP)
+            time.sleep(2)
+            assert np.array_equal(client.discretize(images).reconstruction, answers[-1].reconstruction)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_local_service_survives_hangups_in_every_phase() -> None:
+    """SIGHUPs arrive every 50 ms from the first line of the command to its end; each is at most one update."""
+    process = subprocess.Popen(
+        [*DAT, "serve", "--codec", "identity", "--local", "--port", str(free_port())],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+    def hang_up() -> None:
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("loading"):
+                threading.Thread(target=hang_up, daemon=True).start()
+            if line.startswith("updated") and "stopping" not in lines:
+                process.send_signal(signal.SIGTERM)
+                lines.append("stopping")
+        assert process.wait(60) == 0, lines
+    finally:
+        process.kill()
+        process.communicate()
+    assert any(line.startswith("ready") for line in lines)
+    assert lines[-1] == "stopped\n"
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
@@ -93,8 +153,6 @@ def test_device_that_is_not_there(local: list[str]) -> None:
 
 def test_settings_from_variables() -> None:
     with dat_serve("--local", env={"DAT_CODEC": "identity", "DAT_MAX_IMAGES": "3"}) as (url, _):
-        import numpy as np
-
         from dat_client import TooLarge
 
         with Client(url, "identity") as client, pytest.raises(TooLarge, match="3 images"):

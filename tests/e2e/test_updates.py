@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from dat_service.cli.serve import run_updates
 from dat_service.ports import BLOCK, is_free, take_block
 from dat_service.ray.service import RayService, ServeFailed
-from dat_service.ray.signals import updates_ignored
 from dat_service.settings import Settings
+from dat_service.signals import Requests, handled_signals, requested_by_signals
 from dat_workers.system.signals import delayed_signals
 
 
@@ -95,39 +96,76 @@ def test_updates_wanted_during_one_are_one_more() -> None:
         began.release()
         go_on.acquire()
 
-    wanted = threading.Event()
+    wanted = Requests()
     threading.Thread(target=run_updates, args=[SimpleNamespace(update=update), wanted], daemon=True).start()
-    wanted.set()
+    wanted.put("update")
     assert began.acquire(timeout=60)
     for _ in range(3):
-        wanted.set()
+        wanted.put("update")
     go_on.release()
     assert began.acquire(timeout=60)
     go_on.release()
     assert not began.acquire(timeout=0.2)
 
 
-def test_signal_for_an_update_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_that_fails_unexpectedly_is_not_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = threading.Semaphore(0)
+
+    def update() -> None:
+        tried.release()
+        raise KeyError("of the store")
+
+    wanted = Requests()
+    threading.Thread(target=run_updates, args=[SimpleNamespace(update=update), wanted], daemon=True).start()
+    for _ in range(2):
+        wanted.put("update")
+        assert tried.acquire(timeout=60)
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Restores the handler of SIGHUP, which `handled_signals` leaves ignored."""
     before = signal.getsignal(signal.SIGHUP)
-    with updates_ignored():
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_for_an_update_while_it_starts_and_while_it_ends(hangups: None) -> None:
+    """The codec may have been read before the signal, so the request is kept until the service has started."""
+    requests = Requests()
+    with handled_signals(requests):
         os.kill(os.getpid(), signal.SIGHUP)
-    assert signal.getsignal(signal.SIGHUP) is before
+        with requested_by_signals(requests):
+            assert requests.get(timeout=1) == "update"
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert [requests.get(timeout=1), requests.get(timeout=1)] == ["stop", "update"]
+        os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_start_is_interrupted_by_sigterm_and_by_a_closed_terminal(
+    hangups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), handled_signals(Requests()):
+        os.kill(os.getpid(), signal.SIGTERM)
     terminal = [True, False]
-    monkeypatch.setattr("dat_service.ray.signals.has_terminal", lambda: terminal.pop(0))
-    with pytest.raises(KeyboardInterrupt), updates_ignored():
+    monkeypatch.setattr("dat_service.signals.has_terminal", lambda: terminal.pop(0))
+    with pytest.raises(KeyboardInterrupt), handled_signals(Requests()):
         os.kill(os.getpid(), signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_neither_ctrl_c_nor_a_closed_terminal_interrupts_rays_start(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, hangups: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal: list[bool] = []
-    monkeypatch.setattr("dat_service.ray.signals.has_terminal", lambda: terminal.pop(0))
+    monkeypatch.setattr("dat_service.signals.has_terminal", lambda: terminal.pop(0))
     started = []
 
     def start(why: Exception | None) -> None:
-        with updates_ignored():
+        with handled_signals(Requests()):
             with delayed_signals():
                 os.kill(os.getpid(), number)
                 started.append("ray")
