@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from dat_client._version import __version__
+from dat_client.calls.attack_watch import AttackWatch
 from dat_client.calls.checks import integer, positive_seconds
 from dat_client.calls.codec_watch import FingerprintWatch
 from dat_client.calls.core import Array, Call, Discretized, Exchange, decode_call, discretize_call, discretized
@@ -113,6 +114,7 @@ class Client:
         parts_at_once = min(self.max_connections, self.max_in_flight)
         self._parts_executor = ThreadPoolExecutor(parts_at_once, "dat-client-part")
         self._profiles: set[Profile] = set()  # add, discard and copy are atomic
+        self._attack_watch = AttackWatch()
         headers = {"User-Agent": f"dat-client/{__version__}", CLIENT_ID: self._id}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -327,6 +329,7 @@ class Client:
             for profile in self._profiles.copy():
                 profile.calls.append(timing)
         self._watch.observe(answer.fingerprint, answer.codec)
+        self._attack_watch.observe(call, answer.tokens_changed)
         return answer
 
     def _exchange(self, call: Call, timeout_s: float | None) -> tuple[Exchange, float]:

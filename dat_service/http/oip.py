@@ -141,8 +141,9 @@ async def infer_over_http(request: Request, codec: str, version: str | None = No
     Outputs: `reconstruction`, `adversarial`, `indices`, `adversarial_indices`. If the request names no output, the
     response has `reconstruction`, and if the request has gradients or a `replace_fraction` above 0, also
     `adversarial`.
-    Parameters: `preset` (paper, easyrobust), `base`, `alpha`, `normalize`, `epsilon`, `replace_fraction`, `seed`,
-    and `output_dtype` (UINT8, FP16 or FP32; by default the datatype of `images`, or UINT8 for BYTES and tokens).
+    Parameters: `preset` (easyrobust, the default, or paper), `base`, `alpha`, `normalize`, `epsilon`,
+    `replace_fraction`, `seed`, and `output_dtype` (UINT8, FP16 or FP32; by default the datatype of `images`, or
+    UINT8 for BYTES and tokens).
     The response's parameter `tokens_changed` is the share of tokens that the adversarial step changed.
     """
     worker = worker_of(request, codec, version)

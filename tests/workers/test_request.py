@@ -41,9 +41,9 @@ def test_parameters_that_are_not_usable(parameters: dict[str, Any], field: str) 
 def test_parameters_change_a_preset() -> None:
     parameters = {"preset": "easyrobust", "base": "x", "normalize": "sign", "alpha": 1, "epsilon": 0.03}
     assert parse_parameters(parameters).step == Step("x", "sign", 1.0, 0.03)
-    assert parse_parameters({}) == Parameters(PRESETS["paper"], 0.0, 0, None)
+    assert parse_parameters({}) == Parameters(PRESETS["easyrobust"], 0.0, 0, None)
 
 
 def test_parameters_beside_the_step() -> None:
     parsed = parse_parameters({"replace_fraction": 1, "seed": 7, "output_dtype": "FP16", "epsilon": None})
-    assert parsed == Parameters(PRESETS["paper"], 1.0, 7, "FP16")
+    assert parsed == Parameters(PRESETS["easyrobust"], 1.0, 7, "FP16")

@@ -20,7 +20,7 @@ from dat_workers.engines.device_copies import Compute, DeviceBatch, run_on_devic
 from dat_workers.engines.factory import create
 from dat_workers.engines.identity import IdentityEngine
 from dat_workers.errors import EngineError, InvalidInput
-from dat_workers.perturbation import PRESETS, Step, perturb, replace_tokens
+from dat_workers.perturbation import DEFAULT_STEP, NO_STEP, Step, perturb, replace_tokens
 from dat_workers.request import (
     DEFAULT_PARAMETERS,
     CodecRequest,
@@ -93,7 +93,7 @@ class Discretizer:
         gradients: Array | None = None,
         *,
         gradient_scales: Array | None = None,
-        step: Step = PRESETS["paper"],
+        step: Step = DEFAULT_STEP,
         replace_fraction: float = 0.0,
         seed: int = 0,
         outputs: Collection[str] | None = None,
@@ -159,7 +159,9 @@ class Discretizer:
             if gradient_scales is not None:
                 arrays["gradient_scales"] = gradient_scales
         if not adversarial:  # rows that differ only in parameters without effect may share a batch
-            step, replace_fraction, seed = PRESETS["paper"], 0.0, 0
+            replace_fraction, seed = 0.0, 0
+        if "gradients" not in arrays:
+            step = NO_STEP
         inputs = tuple((name, str(array.dtype)) for name, array in arrays.items())
         height, width = images.shape[2:]
         task = Task((height, width), inputs, tuple(sorted(set(outputs))), dtype, step, replace_fraction, seed)

@@ -20,7 +20,7 @@ from dat_client.wire.vocabulary import (
     with_defaults,
 )
 from dat_workers.errors import InvalidInput
-from dat_workers.perturbation import PRESETS, Step
+from dat_workers.perturbation import DEFAULT_STEP, NO_STEP, Step
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Parameters:
     images in the request, or UINT8 if the request has tokens instead.
     """
 
-    step: Step = PRESETS["paper"]
+    step: Step = DEFAULT_STEP
     replace_fraction: float = 0.0
     seed: int = 0
     output_dtype: str | None = None
@@ -41,7 +41,7 @@ DEFAULT_PARAMETERS = Parameters()
 
 
 def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
-    """Checks the names and values of a request's parameters; a preset (`paper` by default) fills in the step.
+    """Checks the names and values of a request's parameters; a preset (`easyrobust` by default) fills in the step.
 
     >>> parse_parameters({"preset": "easyrobust", "alpha": 0.2}).step
     Step(base='reconstruction', normalize='l2', alpha=0.2, epsilon=None)
@@ -78,7 +78,7 @@ class Task:
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[str, ...]
     output_dtype: np.dtype[Any]
-    step: Step = PRESETS["paper"]
+    step: Step = NO_STEP
     replace_fraction: float = 0.0
     seed: int = 0
 

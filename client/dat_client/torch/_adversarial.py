@@ -77,7 +77,8 @@ def adversarial(
             always that of the sum, so that a sample's δ does not depend on the batch size.
         random_start: the probability, 0..1, with which the gradient is taken at x̂ + r, where r has a random
             direction and the L2 length α; δ is then r + α·g/‖g‖₂, shortened to length α. None stands for 0.8 with
-            preset `easyrobust`, as in the authors' code, and for 0 otherwise. Above 0 it needs normalize="l2".
+            preset `easyrobust` (the default), as in the authors' code, and for 0 otherwise. Above 0 it needs
+            normalize="l2".
         generator: draws the random starts; it must be on the device of x. None stands for a generator that is
             seeded with `torch.initial_seed()`.
         gradient_dtype, timeout_s: as in `Client.discretize`; the timeout holds for each request.

@@ -99,7 +99,8 @@ def loss_gradient(
         overflowed = [i for i, is_finite in enumerate(finite.tolist()) if not is_finite]
         if not bool(value.isfinite()):
             raise _refused(f"is {value.item():g}, must be finite")
-        message = f"the attack's gradient is not finite for images {overflowed[:8]} of {len(images)}: no δ for them"
+        where = f"images {overflowed[:8]} of {len(images)}"
+        message = f"the attack's gradient is not finite for {where}: it counts as 0 there"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         gradient = gradient.where(finite[:, None, None, None], 0.0)
     return gradient, value

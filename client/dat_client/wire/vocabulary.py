@@ -43,7 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 #: The defaults of parameters that a request omits. Parameters that are not listed here get theirs from the preset.
-DEFAULTS: dict[str, Any] = {"preset": "paper", "replace_fraction": 0.0, "seed": 0, "output_dtype": None}
+#: The preset is not `paper`, whose raw gradient is too short to change tokens of most models (docs/decisions.md).
+DEFAULTS: dict[str, Any] = {"preset": "easyrobust", "replace_fraction": 0.0, "seed": 0, "output_dtype": None}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def attack(images: Tensor, *rest: Any) -> Tensor:
 @pytest.mark.parametrize("hold", [False, True])
 def test_batches_come_whole_and_in_order(depth: int, prefetch: int, hold: bool) -> None:
     client = HeldBackClient(hold)
-    loader = AdversarialLoader(numbered(5), client, attack, model=[], depth=depth, prefetch=prefetch)
+    loader = AdversarialLoader(
+        numbered(5), client, attack, model=[], depth=depth, prefetch=prefetch, random_start=0.0
+    )
     assert len(loader) == 5
     for _ in range(2):  # a second pass is a new one
         batches = list(loader)
@@ -234,13 +236,15 @@ def test_depth_0_is_adversarial(codec: Client, model: nn.Module, x: Tensor, labe
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = []
     for _ in range(3):
-        q = adversarial(codec, x, lambda i: F.cross_entropy(model(i), labels), model=model, alpha=10.0)
+        q = adversarial(
+            codec, x, lambda i: F.cross_entropy(model(i), labels), model=model, alpha=10.0, random_start=0
+        )
         expected.append(q.adversarial)
         train(q.adversarial)
     weights = [p.detach().clone() for p in model.parameters()]
     model.load_state_dict(start)
     loader = AdversarialLoader(
-        [[x, labels]] * 3, codec, lambda i, y: F.cross_entropy(model(i), y), model=model, alpha=10.0
+        [[x, labels]] * 3, codec, lambda i, y: F.cross_entropy(model(i), y), model=model, alpha=10.0, random_start=0
     )
     for batch, want in zip(loader, expected, strict=True):
         assert torch.equal(batch.adversarial, want)

@@ -49,4 +49,5 @@ def test_what_a_request_says_wins_over_its_preset():
         0.1,
         3,
     )
-    assert vocabulary.with_defaults({})["normalize"] == "none"
+    assert vocabulary.with_defaults({})["normalize"] == "l2"
+    assert vocabulary.with_defaults({"preset": "paper"})["normalize"] == "none"
