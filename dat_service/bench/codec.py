@@ -72,7 +72,7 @@ def measure(
     batch: int,
     size: int,
     device: str = "auto",
-    pictures: Sequence[Path] | None = None,
+    pictures: Sequence[str | Path] | None = None,
     rounds: int = 5,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:

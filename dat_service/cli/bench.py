@@ -32,7 +32,7 @@ def codec(
     ] = None,
     size: Annotated[int, Option(min=8, help="Height and width of the images in pixels.")] = 224,
     images: Annotated[
-        list[Path] | None,
+        list[str] | None,
         Option(help="Pictures, folders or .tar shards to measure on. [default: photographs of scikit-image]"),
     ] = None,
     rounds: Annotated[int, Option(min=1, help="Number of times that each engine is measured.")] = 5,

@@ -6,13 +6,14 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dat_client.dataset_format.left_out import Row
 from dat_workers.errors import InvalidInput
 from dat_workers.system.files import write_atomically
 
@@ -48,6 +49,14 @@ def print_table(table: Table) -> None:
 
     width = None if sys.stdout.isatty() else WIDTH_OF_A_PIPE
     Console(width=width, highlight=False, markup=False).print(table)
+
+
+def print_left_out(rows: Iterable[Row]) -> None:
+    """Prints to stderr how many names were left out for each reason, and the first 20 of these names."""
+    for reason, count, names in rows:
+        shown = "".join(f"\n  {name}" for name in names)
+        more = f"\n  ... and {count - len(names)} more" if count > len(names) else ""
+        log(f"left out: {count}, since {reason}:{shown}{more}")
 
 
 @contextmanager

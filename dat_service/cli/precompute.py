@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import command_errors
-from dat_service.cli.output import MovingRate, duration, live_progress, time_left
+from dat_service.cli.output import MovingRate, duration, live_progress, print_left_out, time_left
 from dat_workers.system.signals import handle_signals
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ def precompute(
     gpus: Annotated[
         float | None, Option(help="GPUs for each worker on Ray; with 0.5, two share one. [default: 1 if present]")
     ] = None,
-    on_error: Annotated[
-        str, Option(help="At an unusable sample: fail (end the job) or skip (leave the sample out and list it).")
-    ] = "fail",
+    on_error: options.OnError = "fail",
+    upright: options.Upright = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace shards that were written with a different codec or settings.")
     ] = False,
@@ -78,8 +77,7 @@ def precompute(
     # This must be set before torch is loaded: otherwise torch's threads spin while they wait, and so take the cores
     # from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"--on-error is {on_error!r}, but it must be fail or skip")
+    skip = options.skips(on_error)
 
     from dat_workers.engines.config import EngineConfig
     from dat_workers.precompute import SampleFailed
@@ -93,7 +91,7 @@ def precompute(
                 source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
                 resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
                 seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers,
-                ray=ray, gpus=gpus, skip=on_error == "skip", overwrite=overwrite, check_hashes=check_hashes,
+                ray=ray, gpus=gpus, skip=skip, upright=upright, overwrite=overwrite, check_hashes=check_hashes,
                 pictures_a_shard=pictures_a_shard,
                 engine_config=EngineConfig(engine, device, dtype, tricks, threads), report=_reporter(show),
             )  # fmt: skip
@@ -142,4 +140,5 @@ def _print_summary(summary: Summary, dst: str) -> None:
             typer.echo(f"  {shard}, {key or 'after the last sample'}: {reason}")
         if summary.skipped > len(summary.skipped_first):
             typer.echo(f"  ... the manifest, {dst}/manifest, names all of them")
+    print_left_out(summary.left_out)
     typer.echo(f"look at {dst}/contact-sheet.html before you train on it")

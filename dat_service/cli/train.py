@@ -10,15 +10,19 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import INTERRUPTED, command_errors
+from dat_service.cli.output import print_left_out
 
 
 @command_errors("dat train-codec", interrupted="interrupted; the same command continues from the last checkpoint")
 def train_codec(
-    shards: Annotated[list[Path], Argument(help="WebDataset shards (.tar) or folders of pictures to train on.")],
+    shards: Annotated[
+        list[str],
+        Argument(help="WebDataset shards, folders of shards or of pictures, patterns and addresses to train on."),
+    ],
     out: Annotated[Path, Option(help="Folder for the checkpoint, the log, the sample pictures and the codec.")],
     name: Annotated[str, Option(help="Name of the new codec.")] = "my-f8",
     validate: Annotated[
-        list[Path] | None, Option(help="Shards to measure PSNR on, never trained on; may be repeated.")
+        list[str] | None, Option(help="Shards to measure PSNR on, never trained on; may be repeated.")
     ] = None,
     steps: Annotated[int, Option(help="Total number of training steps; each step trains on one batch.")] = 10_000,
     batch: Annotated[int, Option(help="Number of crops in a batch.")] = 32,
@@ -49,6 +53,8 @@ def train_codec(
         bool, Option("--half", help="Write all weights but the codebook as fp16, which halves the file size.")
     ] = False,
     device: options.Device = "auto",
+    on_error: options.OnError = "fail",
+    upright: options.Upright = False,
 ) -> None:
     """Train a VQGAN codec on pictures.
 
@@ -85,10 +91,11 @@ def train_codec(
         codebook_start=codebook_start, discriminator_start=discriminator_start,
         discriminator_weight=discriminator_weight, perceptual=perceptual,
         perceptual_weight=perceptual_weight, pool=pool, init=init, validation=tuple(validate or ()), seed=seed,
-        device=str(pick_device(device)),
+        device=str(pick_device(device)), skip=options.skips(on_error), upright=upright,
     )  # fmt: skip
     typer.echo(f"reading pictures for {name} ...")
     trainer = Trainer(config)
+    print_left_out(trainer.left_out.rows)
     if not trainer.run(typer.echo):
         raise typer.Exit(INTERRUPTED)
     if not trainer.codebook_ready:

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import check_output_file, log, print_table, write_json
+from dat_service.cli.output import check_output_file, log, print_left_out, print_table, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ COLUMNS = ("engine", "dtype", "tokens", "fidelity", "own Q(x)", "PSNR dB", "larg
 def verify(
     name: Annotated[str, Argument(help="Name of an embedded or installed codec.")],
     pictures: Annotated[
-        list[Path] | None,
+        list[str] | None,
         Argument(help="Pictures, folders or .tar shards to compare on. [default: photographs of scikit-image]"),
     ] = None,
     engine: Annotated[list[str] | None, Option(help="Compare only this engine; may be repeated.")] = None,
@@ -39,6 +39,8 @@ def verify(
     gradients: Annotated[
         Path | None, Option(help="File .npy of float [N,3,crop,crop]: the loss's gradient at each Q(x).")
     ] = None,
+    on_error: options.OnError = "fail",
+    upright: options.Upright = False,
     json_file: Annotated[Path | None, Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Compare engines and dtypes with the published modules.
@@ -49,6 +51,7 @@ def verify(
     the default engine and dtype do not pass. With --engine or --dtype, the exit status is 1 if any of the engines
     or dtypes that these options name does not pass.
     """
+    from dat_client.dataset_format.left_out import LeftOut
     from dat_workers.codecs.store import CodecStore, load_model
     from dat_workers.engines.config import ENGINE_DTYPES, ENGINES
     from dat_workers.errors import InvalidInput
@@ -71,7 +74,9 @@ def verify(
         raise InvalidInput("--crop", crop, f"a multiple of f = {file.spec.factor}")
     model = load_model(file)
     reference = reference_engine(load_model(file))
-    images = sample_crops(pictures, crop, limit)
+    left_out = LeftOut()
+    images = sample_crops(pictures, crop, limit, skip=options.skips(on_error), upright=upright, left_out=left_out)
+    print_left_out(left_out.rows)
     stored_gradients = None if gradients is None else _read_gradients(gradients, images.shape)
     log(f"computing the reference on the CPU, for {len(images)} pictures")
     expected = reference_outputs(

@@ -38,7 +38,10 @@ def test_good_pictures_are_written_and_bad_ones_named(tmp_path: Path) -> None:
 
 
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
-    done = dat_discretize(tmp_path / "a.png", tmp_path / "b" / "a.jpg", "--out", tmp_path / "out")
+    (tmp_path / "b").mkdir()
+    for path in (first := tmp_path / "a.png", second := tmp_path / "b" / "a.jpg"):
+        path.write_bytes(b"")
+    done = dat_discretize(first, second, "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "['a']" in done.stderr
+    assert f"the same file {tmp_path / 'out' / 'a.png'}: {first}, {second}" in done.stderr
     assert not (tmp_path / "out").exists()

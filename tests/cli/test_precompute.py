@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dat_service.cli.main import app
 from tests.conftest import DAT
-from tests.workers.precompute.shards import contents, write_shards, write_tar
+from tests.workers.precompute.shards import contents, sample_files, write_shards, write_tar
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -61,7 +61,10 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     message = run(bad, tmp_path / "dst", "--codec", "identity", code=1)
     assert "a.tar, sample k: png: 10 bytes" in message
     assert message.splitlines()[-1] == "--on-error skip leaves such samples out"
-    skipped = run(bad, tmp_path / "dst", "--codec", "identity", "--on-error", "skip")
+    nothing = run(bad, tmp_path / "dst", "--codec", "identity", "--on-error", "skip", code=1)
+    assert "not one sample could be made, 1 were skipped; a.tar, k: png: 10 bytes" in nothing
+    bad = write_tar(tmp_path / "src" / "a.tar", [("k.png", b"no picture"), *sample_files(0)])
+    skipped = run(bad, tmp_path / "other", "--codec", "identity", "--on-error", "skip")
     assert "1 samples skipped:\n  a.tar, k: png: 10 bytes" in skipped
 
 
@@ -70,7 +73,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     [
         (["--outputs", "pictures"], "outputs: 'pictures' is not usable"),
         (["--augment", "2"], "augment: 2 is not usable; expected a crop"),
-        (["--on-error", "ignore"], "--on-error is 'ignore', but it must be fail or skip"),
+        (["--on-error", "ignore"], "--on-error: 'ignore' is not usable; expected fail or skip"),
         (["--codec", "no-such-codec"], "no-such-codec"),
         (["--codec", "identity", "--outputs", "indices"], "a codec that has a codebook"),
     ],

@@ -256,10 +256,16 @@ def test_more_encoded_pictures_than_taken(identity: str) -> None:
     refused(infer_encoded(identity, *[b""] * 17), 422, "images", "17", "16")
 
 
-def test_sixteen_bit_grey_is_not_guessed_at(identity: str) -> None:
+def test_sixteen_bit_grey_becomes_its_high_byte_and_types_beyond_three_are_refused(identity: str) -> None:
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     out = io.BytesIO()
-    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(out, "PNG")
-    refused(infer_encoded(identity, out.getvalue()), 422, "images[0]", "I;16", "8 bits")
+    Image.fromarray(values).save(out, "PNG")
+    (answer,) = json.loads(infer_encoded(identity, out.getvalue()).body)["outputs"]
+    assert np.array_equal(np.reshape(answer["data"], (3, 8, 8)), [values >> 8] * 3)
+    for kind in ("TIFF", "BMP", "PPM"):
+        out = io.BytesIO()
+        Image.fromarray(values.astype(np.uint8)).save(out, kind)
+        refused(infer_encoded(identity, out.getvalue()), 422, "images[0]", "bytes", "a whole JPEG, PNG or WebP")
 
 
 def test_upgrade_is_refused_and_the_connection_closed(identity: str) -> None:

@@ -5,6 +5,7 @@
     DST/manifest/train-000000.tar.json     the manifest entry of that shard               (manifest.py)
 
 `dat_workers.precompute` writes this format and `dat_client.webdataset` reads it. The code is in the client because
-dat_client is the only package that both sides install. naming.py has the names of shards, keys and fields. views.py
-imports Pillow; the other modules need the standard library only.
+dat_client is the only package that both sides install. naming.py has the names of shards, keys and fields;
+folders.py lists a folder, and left_out.py counts what is passed over. pictures.py and views.py, which decode and
+crop, import Pillow; the other modules need the standard library only.
 """

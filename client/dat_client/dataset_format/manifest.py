@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
+from dat_client.dataset_format.left_out import Row
 from dat_client.errors import shown
 
 FORMAT = 1  # the value of "format" in precompute.json
@@ -43,12 +44,14 @@ SETTINGS = {
     "resize": _optional(_integer(1)), "crop": _optional(_integer(1)), "augment": _integer(0),
     "replace_fraction": NUMBER, "variants": _integer(1), "seed": _integer(0), "keep": _optional(TEXTS),
     "classes": _optional(TEXTS), "pictures_a_shard": _optional(_integer(1)),
+    "upright": Rule("true or false", lambda value: isinstance(value, bool)),
 }  # fmt: skip
 ENTRY = {
     "shard": TEXT, "samples": _integer(0), "bytes": _integer(0), "sha256": TEXT, "settings": TEXT,
-    "skipped": LIST, "source": OBJECT,
+    "skipped": LIST, "source": OBJECT, "left_out": LIST,
 }  # fmt: skip
 SKIPPED = {"key": TEXT, "reason": TEXT}
+LEFT_OUT = {"reason": TEXT, "count": _integer(1), "names": TEXTS}
 SOURCE = {"name": TEXT, "bytes": _integer(0), "sha256": TEXT}
 
 
@@ -87,6 +90,7 @@ class ManifestEntry:
         settings: the id of the recipe with which the shard was made.
         skipped: (key, reason) of each sample that was left out.
         source: address, size in bytes and SHA-256 of the file from which the shard was made.
+        left_out: files of the source shard that belong to no sample: reason, number, and the first names.
     """
 
     shard: str
@@ -96,6 +100,7 @@ class ManifestEntry:
     settings: str
     skipped: tuple[tuple[str, str], ...]
     source: tuple[str, int, str]
+    left_out: tuple[Row, ...] = ()
 
     def to_json(self) -> bytes:
         record = asdict(self)
@@ -103,6 +108,7 @@ class ManifestEntry:
             "bytes": record.pop("nbytes"),
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
             "source": dict(zip(SOURCE, self.source, strict=True)),
+            "left_out": [dict(zip(LEFT_OUT, row, strict=True)) for row in self.left_out],
         }
         return (json.dumps(record, indent=1) + "\n").encode()
 
@@ -113,16 +119,21 @@ class ManifestEntry:
         Raises ValueError if `text` is not the JSON of one.
         """
         record = parsed_json(text)
+        if isinstance(record, dict):
+            record.setdefault("left_out", [])  # older entries have no such field
         check_fields(record, ENTRY)
         check_fields(record["source"], SOURCE)
         for sample in record["skipped"]:
             check_fields(sample, SKIPPED)
+        for row in record["left_out"]:
+            check_fields(row, LEFT_OUT)
         if shard is not None and record["shard"] != shard:
             raise ValueError(f"it is the entry of {shown(record['shard'])}, not of {shard}")
         return cls(
             record["shard"], record["samples"], record["bytes"], record["sha256"], record["settings"],
             tuple((sample["key"], sample["reason"]) for sample in record["skipped"]),
             (record["source"]["name"], record["source"]["bytes"], record["source"]["sha256"]),
+            tuple((row["reason"], row["count"], tuple(row["names"])) for row in record["left_out"]),
         )  # fmt: skip
 
 

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
+# The files of a folder, and the fields of a shard, that are pictures: those that torchvision's ImageFolder takes.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PREFERRED_FIELDS = ("jpg", "jpeg", "png", "webp")  # where a sample has one of these, bmp, tif, ... are other data
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 INDICES_FIELD = "indices.npy"
 VIEWS_FIELD = "views.json"
@@ -16,6 +19,7 @@ VIEWS_FIELD = "views.json"
 # Files whose name begins with a dot (macOS adds some) have no key.
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
 METADATA_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset skips such members
+MAC_FOLDER = "__MACOSX"  # it holds what macOS adds to an archive, under the names of the archive's own files
 
 
 def key_and_field(member: str) -> tuple[str, str] | None:
@@ -25,7 +29,50 @@ def key_and_field(member: str) -> tuple[str, str] | None:
     ('val/n01440764_36', 'seg.png')
     """
     match = MEMBER_NAME.match(member)
-    return (match[1], match[2].lower()) if match and not METADATA_NAME.match(member) else None
+    if match is None or METADATA_NAME.match(member) or MAC_FOLDER in member.split("/"):
+        return None
+    return match[1], match[2].lower()
+
+
+def passed_over_name(name: str) -> str:
+    """Returns the reason why a file or folder of this name is never read, or "" if it may be read.
+
+    `name` is one part of a path.
+
+    >>> passed_over_name("._1.jpg"), passed_over_name("1.jpg")
+    ('names that begin with a dot are not read', '')
+    """
+    if name.startswith("."):
+        return "names that begin with a dot are not read"
+    return f"folders named {MAC_FOLDER} are not read" if name == MAC_FOLDER else ""
+
+
+def suffix_reason(path: str, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> str:
+    """Returns the reason why the suffix of a file keeps it from being read, or "" if it is one of `suffixes`.
+
+    >>> suffix_reason("cat/1.GIF"), suffix_reason("cat/1.JPG")
+    ('.gif files are not read', '')
+    """
+    if path.lower().endswith(suffixes):
+        return ""
+    suffix = posixpath.splitext(path)[1].lower()
+    return f"{suffix} files are not read" if suffix else "files without a suffix are not read"
+
+
+def member_reason(member: str) -> str:
+    """Returns the reason why a file of a shard is not a field of a sample, or "" if it is one.
+
+    >>> member_reason("__MACOSX/a/._1.jpg"), member_reason("a/1.jpg")
+    ('folders named __MACOSX are not read', '')
+    """
+    if key_and_field(member) is not None:
+        return ""
+    parts = member.split("/")
+    if MAC_FOLDER in parts:
+        return passed_over_name(MAC_FOLDER)
+    if METADATA_NAME.match(member):
+        return "names between two pairs of underscores are not read"
+    return passed_over_name(parts[-1]) or "files without a suffix are not read"
 
 
 def key_and_suffix(path: str) -> tuple[str, str]:
@@ -44,13 +91,16 @@ def key_and_suffix(path: str) -> tuple[str, str]:
 def picture_field(fields: Collection[str]) -> str:
     """Returns the name of the only picture among a sample's fields, or of the only one without a dot.
 
-    >>> picture_field(["cls", "jpg", "seg.png"])
+    jpg, jpeg, png and webp come before the other types: a tif beside a jpg is taken for other data.
+
+    >>> picture_field(["cls", "jpg", "seg.png", "tif"])
     'jpg'
 
     Raises ValueError if no field is a picture, or if this rule leaves more than one.
     """
     pictures = [name for name in fields if f".{name}".endswith(PICTURE_SUFFIXES)]
     candidates = [name for name in pictures if "." not in name] or pictures
+    candidates = [name for name in candidates if name.endswith(PREFERRED_FIELDS)] or candidates
     if len(candidates) == 1:
         return candidates[0]
     present = (", ".join(fields) or "nothing")[:200]

@@ -12,10 +12,17 @@ from typing import Any, Self
 
 from fsspec.core import url_to_fs
 
-from dat_client.dataset_format.naming import expand, key_and_suffix, picture_field, source_name
+from dat_client.dataset_format.naming import (
+    TAR_SUFFIXES,
+    expand,
+    key_and_suffix,
+    passed_over_name,
+    picture_field,
+    source_name,
+    suffix_reason,
+)
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
 from dat_client.errors import InvalidDataset
-from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
 
 
 def address(folder: str | os.PathLike[str]) -> str:
@@ -140,7 +147,7 @@ def _pictures_of(url: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for info in fs.ls(path, detail=True):
         name = posixpath.basename(info["name"])
-        if not name.lower().endswith(PICTURE_SUFFIXES) or name.startswith("."):
+        if passed_over_name(name) or suffix_reason(name):
             continue
         # A link of a local folder has the type "other".
         if info["type"] == "file" or (info["type"] != "directory" and fs.isfile(info["name"])):

@@ -20,6 +20,7 @@ from webdataset import utils
 
 from dat_client.dataset_format.manifest import parsed_json
 from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, number_of_views, view_prefix
+from dat_client.dataset_format.pictures import decode
 from dat_client.dataset_format.tar_samples import Sample
 from dat_client.dataset_format.views import prepared, view_of
 from dat_client.errors import InvalidDataset, shown
@@ -179,10 +180,10 @@ class Samples(IterableDataset[Any]):
     def _decoded(self, view: _EncodedView) -> Any:
         """Returns what the trainer gets of a view: a tuple, or x̂ or the indices alone."""
         try:
-            q = _indices(view.q) if self.field == INDICES_FIELD else _tensor(_opened(view.q))
+            q = _indices(view.q) if self.field == INDICES_FIELD else _tensor(decode(view.q))
             items: list[Any] = [q]
             if view.x is not None:
-                picture = _opened(view.x)
+                picture = decode(view.x, upright=bool(self.settings.get("upright")))
                 if not self.image:
                     picture = prepared(picture, self.settings) if view.crop is None else view_of(picture, view.crop)
                 items.insert(0, _tensor(picture))
@@ -225,10 +226,6 @@ def _indices(content: bytes) -> torch.Tensor:
         found = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, np.ndarray) else "several arrays"
         raise ValueError(f"{INDICES_FIELD} holds {found}, must be uint16 [h,w]")
     return torch.from_numpy(indices.astype(np.int32))
-
-
-def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def _tensor(picture: Image.Image) -> torch.Tensor:

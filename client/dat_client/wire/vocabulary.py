@@ -32,10 +32,6 @@ GRADIENT_DTYPES = {name: DATATYPES[name] for name in ("FP16", "FP32", "INT8")}
 #: OIP datatype -> numpy dtype of `indices`.
 INDEX_DTYPES = {name: DATATYPES[name] for name in ("UINT16", "INT32")}
 
-#: The suffixes, in lower case, by which encoded pictures are recognised in folders and in shards.
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
 #: The parameters of the step of Algorithm 1 by `preset`: those of the paper and those of the authors' code.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"base": "x", "normalize": "none", "alpha": 0.1, "epsilon": None},

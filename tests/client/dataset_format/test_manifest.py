@@ -6,7 +6,10 @@ import pytest
 
 from dat_client.dataset_format.manifest import ManifestEntry, entry_path, shard_of_entry
 
-ENTRY = ManifestEntry("a/0.tar", 2, 1024, "5f", "0123", (("x", "no picture"),), ("s3://b/0.tar", 10, "c4"))
+LEFT_OUT = (("names that begin with a dot are not read", 2, ("._a.jpg", "._b.jpg")),)
+ENTRY = ManifestEntry(
+    "a/0.tar", 2, 1024, "5f", "0123", (("x", "no picture"),), ("s3://b/0.tar", 10, "c4"), LEFT_OUT
+)
 
 
 def test_an_entry_comes_back_from_its_file() -> None:
@@ -15,6 +18,7 @@ def test_an_entry_comes_back_from_its_file() -> None:
         "shard": "a/0.tar", "samples": 2, "bytes": 1024, "sha256": "5f", "settings": "0123",
         "skipped": [{"key": "x", "reason": "no picture"}],
         "source": {"name": "s3://b/0.tar", "bytes": 10, "sha256": "c4"},
+        "left_out": [{"reason": LEFT_OUT[0][0], "count": 2, "names": ["._a.jpg", "._b.jpg"]}],
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import pixels
-from dat_workers.precompute import JobProgress, OtherRecipe, SampleFailed, pipeline, precompute
+from dat_workers.precompute import JobProgress, NoSamples, OtherRecipe, SampleFailed, pipeline, precompute
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.shard_writer import ShardWriter
@@ -216,10 +216,10 @@ def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:
     assert (summary.samples, summary.skipped) == (5, 5)
     skipped = {sample["key"]: sample["reason"] for sample in manifest(dst, "bad.tar")["skipped"]}
     for key, reason in {
-        "text": "a whole JPEG, PNG or WebP",
+        "text": "a whole JPEG, PNG, PPM, BMP, TIFF or WebP",
         "none": "no picture",
         "0000": "the key was there before",
-        "cut": "a whole JPEG, PNG or WebP",
+        "cut": "a whole JPEG, PNG, PPM, BMP, TIFF or WebP",
         "two": "several pictures",
     }.items():
         assert reason in skipped[key]
@@ -243,19 +243,24 @@ def test_a_shard_that_was_cut_off_fails_or_is_counted(tmp_path: Path, left: int)
     source, dst = write_shards(tmp_path / "src", 1), tmp_path / "dst"
     path = source / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:left])
+    write_tar(source / "whole.tar", sample_files(9))
     place = "sample 000." if left == 5000 else "after the last sample"
-    with pytest.raises(SampleFailed, match=rf"train-000000\.tar, {place}: damaged shard"):
+    reason = "damaged shard" if left else "not a tar archive, but an empty file"
+    with pytest.raises(SampleFailed, match=rf"train-000000\.tar, {place}: {reason}"):
         run(source, dst)
-    assert not list(dst.glob("*.tar"))
+    assert not (dst / path.name).exists()
     summary = run(source, dst, skip=True)
     assert summary.skipped == 1
-    assert summary.samples == len([name for name in read_tar(dst / path.name) if name.endswith(".jpg")]) < 5
+    assert summary.samples - 1 == len([name for name in read_tar(dst / path.name) if name.endswith(".jpg")]) < 5
 
 
-def test_an_empty_shard_gives_an_empty_one(tmp_path: Path) -> None:
+def test_an_empty_shard_gives_an_empty_one_and_a_job_without_samples_fails(tmp_path: Path) -> None:
     write_tar(tmp_path / "src" / "a.tar", [])
+    with pytest.raises(NoSamples, match="not one sample could be made, 0 were skipped"):
+        run(tmp_path / "src", tmp_path / "dst")
+    write_tar(tmp_path / "src" / "b.tar", sample_files(1))
     summary = run(tmp_path / "src", tmp_path / "dst")
-    assert (summary.shards, summary.samples) == (1, 0)
+    assert (summary.shards, summary.samples) == (2, 1)
     assert read_tar(tmp_path / "dst" / "a.tar") == {}
 
 

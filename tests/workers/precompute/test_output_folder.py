@@ -15,7 +15,7 @@ import pytest
 from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.precompute.output_folder import OtherRecipe, OutputFolder
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.sources.find import Shard
+from dat_workers.sources.folders import Shard
 from tests.workers.precompute.shards import contents, read_tar
 
 RECIPE = Recipe("c", "f" * 64)

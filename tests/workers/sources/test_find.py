@@ -35,15 +35,16 @@ def test_names_are_paths_below_the_common_folder(tmp_path: Path) -> None:
     assert names(str(tmp_path / "one")) == ["train/0.tar"]  # as it will be when there is one/val too
 
 
-def test_links_are_followed_and_one_file_has_one_name(tmp_path: Path) -> None:
+def test_links_are_followed_and_keep_their_names(tmp_path: Path) -> None:
     write_shards(tmp_path / "src", 1, 1)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "linked").symlink_to(tmp_path / "src")
     assert names(str(tmp_path / "folder")) == ["linked/train-000000.tar"]
-    expected = find(str(tmp_path / "src")).shards
     (tmp_path / "link").symlink_to(tmp_path / "src")
-    assert find(str(tmp_path / "link")).shards == expected
-    assert find(f"{tmp_path}/folder/../link/train-000000.tar").shards == expected
+    (shard,) = find(str(tmp_path / "link")).shards
+    assert (shard.name, shard.address) == ("train-000000.tar", f"file://{tmp_path}/link/train-000000.tar")
+    # The parent of a link's target is meant, as everywhere in Unix.
+    assert find(f"{tmp_path}/folder/linked/../link/train-000000.tar").shards == (shard,)
 
 
 def test_several_folders_of_pictures_are_not_taken_for_one(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_folders_of_pictures_become_classes_and_shards_of_a_number(tmp_path: Pat
         ("{tmp}/nothing.tar", "no such shard"),
         ("{tmp}/no-*.tar", "nothing matches"),
         ("{tmp}/train-{{0..1.tar", "braces in pairs"),
-        ("{tmp}/empty", "a folder that holds shards or pictures"),
+        ("{tmp}/empty", "holds neither shards nor pictures"),
         ("no-such-protocol://x", "no-such-protocol"),
     ],
 )

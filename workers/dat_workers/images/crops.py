@@ -2,67 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dat_client.dataset_format.tar_samples import DamagedShard, samples_in_tar
-from dat_client.wire.vocabulary import PICTURE_SUFFIXES
+from dat_client.dataset_format.left_out import LeftOut
+from dat_client.dataset_format.naming import picture_field
+from dat_client.dataset_format.tar_samples import DamagedShard
 from dat_workers.errors import InvalidInput
-from dat_workers.images.encoded import as_image, decode_picture, pixels
+from dat_workers.images.encoded import DATA_FORMATS, as_image, decode_picture, pixels
+from dat_workers.sources.find import Paths, find
+from dat_workers.sources.folders import Shard
+from dat_workers.sources.reader import ShardReader
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # shipped with scikit-image
+UNUSABLE = "these pictures are not usable"  # the reason in LeftOut
 
 
-def encoded_pictures(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, encoded bytes) of every picture in `source`: a tar shard, a folder or a single picture.
+class PictureReader:
+    """Reads and decodes the pictures of shards, folders and files: the same pictures as `dat precompute` reads.
 
-    The pictures of a shard come in the order of the tar, and are named by webdataset's rule; those of a folder are
-    sorted by name. Raises InvalidInput for a shard that is damaged or not a tar file, and FileNotFoundError.
+    >>> reader = PictureReader(["photos", "train-{0..9}.tar"])                  # doctest: +SKIP
+    >>> for name, picture in reader: ...                                        # doctest: +SKIP
+
+    Each pass yields (name, picture uint8 [3,H,W]). Sources are found when the reader is created, which raises as
+    `find` does. A picture that is not usable raises InvalidInput; if `skip` is set, it is left out. `left_out` has
+    everything that was left out in the passes so far; later passes add nothing new, because they read the same.
     """
-    if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
-            yield str(path.relative_to(source)), path.read_bytes()
-        return
-    if source.suffix.lower() in PICTURE_SUFFIXES and source.is_file():
-        yield source.name, source.read_bytes()
-        return
-    try:
-        with source.open("rb") as file:
-            for sample in samples_in_tar(file):
-                for field, content in sample.fields.items():
-                    if f".{field}".endswith(PICTURE_SUFFIXES):
-                        yield f"{sample.key}.{field}", content
-    except DamagedShard as error:
-        raise InvalidInput(str(source), error, "a whole tar shard, a folder or a picture") from error
+
+    def __init__(self, sources: Paths, *, skip: bool = False, upright: bool = False) -> None:
+        self.source = find(sources, labelled=False, skip=skip)
+        self.skip, self.upright = skip, upright
+        self.left_out = LeftOut(self.source.left_out)
+        self._counted: set[int] = set()  # the positions of shards that were read once
+
+    def __iter__(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+        for number, shard in enumerate(self.source.shards):
+            counted = LeftOut()
+            try:
+                yield from self._pictures(shard, counted)
+            finally:  # the caller may want no more pictures
+                if number not in self._counted:
+                    self._counted.add(number)
+                    self.left_out.update(counted.rows)
+
+    def _pictures(self, shard: Shard, left_out: LeftOut) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+        reader = ShardReader(shard)
+
+        def unusable(key: str, reason: str) -> None:
+            place = f"sample {key}" if key else "after the last sample"
+            message = f"{shard.address}, {place}: {reason}"
+            if not self.skip:
+                hint = f"{message}; --on-error skip (skip=True) leaves such pictures out"
+                raise InvalidInput(shard.address, place, reason, hint)
+            left_out.add(UNUSABLE, message)
+
+        try:
+            for sample in reader:
+                try:
+                    if sample.problem:
+                        raise ValueError(sample.problem)
+                    field = picture_field(sample.fields)
+                    data = sample.fields[field]
+                    picture = decode_picture(data, field=field, upright=self.upright, formats=DATA_FORMATS)
+                except ValueError as error:
+                    unusable(sample.key, str(error))
+                else:
+                    yield f"{shard.address}, sample {sample.key}", picture
+        except DamagedShard as error:
+            unusable(error.key, str(error))
+        for reason, count, names in reader.left_out.rows:
+            left_out.update([(reason, count, tuple(f"{shard.address}: {name}" for name in names))])
 
 
-def centre_crops(sources: Sequence[Path], size: int, limit: int | None = None) -> npt.NDArray[np.uint8]:
+def centre_crops(
+    sources: Paths, size: int, limit: int | None = None, *, skip: bool = False, upright: bool = False,
+    left_out: LeftOut | None = None,
+) -> npt.NDArray[np.uint8]:  # fmt: skip
     """Returns centre crops of the pictures in `sources`, at most `limit`, as uint8 [N,3,size,size].
 
-    Smaller pictures are enlarged first. Raises InvalidInput if the sources hold no pictures.
+    Smaller pictures are enlarged first. What is left out is added to `left_out`. Raises InvalidInput if the sources
+    hold no pictures, and as `PictureReader` does.
     """
-    crops = []
-    for source in sources:
-        for name, data in encoded_pictures(source):
-            crops.append(centre_crop(decode_picture(data, field=f"{source}: {name}"), size))
-            if limit is not None and len(crops) == limit:
-                return np.stack(crops)
+    reader = PictureReader(sources, skip=skip, upright=upright)
+    crops = [centre_crop(picture, size) for _, picture in islice(reader, limit)]
+    if left_out is not None:
+        left_out.update(reader.left_out.rows)
     if not crops:
-        raise InvalidInput("pictures", [str(s) for s in sources], "shards or folders that hold some")
+        raise InvalidInput("pictures", sources, "shards or folders that hold pictures that are usable")
     return np.stack(crops)
 
 
-def sample_crops(sources: Sequence[Path] | None, size: int, limit: int) -> npt.NDArray[np.uint8]:
+def sample_crops(
+    sources: Paths | None, size: int, limit: int, *, skip: bool = False, upright: bool = False,
+    left_out: LeftOut | None = None,
+) -> npt.NDArray[np.uint8]:  # fmt: skip
     """Returns centre crops of `sources`, or else of photographs in scikit-image, as uint8 [N,3,size,size].
 
     Raises as `centre_crops` does, and RuntimeError if scikit-image is needed and not installed.
     """
     if sources:
-        return centre_crops(sources, size, limit)
+        return centre_crops(sources, size, limit, skip=skip, upright=upright, left_out=left_out)
     try:
         from skimage import data
     except ImportError:

@@ -14,8 +14,8 @@
 `dat_client.dataset_format` defines the output format, which `dat_client.webdataset` reads.
 """
 
-from dat_workers.precompute.job import JobProgress, Summary, precompute
+from dat_workers.precompute.job import JobProgress, NoSamples, Summary, precompute
 from dat_workers.precompute.output_folder import OtherRecipe
 from dat_workers.precompute.worker import SampleFailed
 
-__all__ = ["JobProgress", "OtherRecipe", "SampleFailed", "Summary", "precompute"]
+__all__ = ["JobProgress", "NoSamples", "OtherRecipe", "SampleFailed", "Summary", "precompute"]

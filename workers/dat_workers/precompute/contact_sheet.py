@@ -14,11 +14,12 @@ from PIL import Image
 from dat_client.dataset_format.naming import INDICES_FIELD, picture_field, view_prefix
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample
 from dat_client.wire.tensors import Array
-from dat_workers.images.encoded import as_image, decode_picture, encode_jpeg, open_picture, pixels
+from dat_workers.images.encoded import DATA_FORMATS, as_image, decode_picture, encode_jpeg, open_picture, pixels
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import views_of
-from dat_workers.sources.find import Shard, Source
+from dat_workers.sources.find import Source
+from dat_workers.sources.folders import Shard
 from dat_workers.sources.reader import ShardReader
 
 SAMPLES = 64
@@ -81,7 +82,10 @@ def pairs(
             if not outputs:
                 break
             if not sample.problem and sample.key in outputs:
-                picture = open_picture(sample.fields[picture_field(sample.fields)], field=sample.key)
+                picture = open_picture(
+                    sample.fields[picture_field(sample.fields)], field=sample.key, upright=recipe.upright,
+                    formats=DATA_FORMATS,
+                )  # fmt: skip
                 x = pixels(next(views_of(recipe, sample.key, picture))[0])
                 found.append((sample.key, x, reconstruction(outputs.pop(sample.key), recipe, x, decode)))
     except DamagedShard:  # show the pairs before the damage

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from dat_client.dataset_format.left_out import LeftOut, Row
 from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.errors import InvalidInput
@@ -20,8 +23,9 @@ from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.ray_workers import RayWorkers
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, WorkerLost
-from dat_workers.sources.addresses import naming_address
-from dat_workers.sources.find import LOOKUP_THREADS, PICTURES_A_SHARD, Shard, Source, find
+from dat_workers.sources.addresses import naming_address, real_address
+from dat_workers.sources.find import LOOKUP_THREADS, Paths, Source, below, find
+from dat_workers.sources.folders import PICTURES_A_SHARD, Shard
 from dat_workers.system.threads import DaemonThreads
 
 log = logging.getLogger("dat_workers")
@@ -64,7 +68,7 @@ class Summary:
 
     shards_kept: shards that were finished before, or by a different job. seconds: time from the first missing shard
     to the last, without loading the codec. others: shards in DST that do not come from this source. skipped_first:
-    (shard, key, reason) of up to 20 skipped samples.
+    (shard, key, reason) of up to 20 skipped samples. left_out: files that are not samples, such as hidden names.
     """
 
     shards: int
@@ -78,11 +82,16 @@ class Summary:
     fingerprint: str
     others: int
     skipped_first: tuple[tuple[str, str, str], ...]
+    left_out: tuple[Row, ...] = ()
+
+
+class NoSamples(ValueError):
+    """No sample of the source is usable, so the job has made nothing."""
 
 
 def precompute(
-    source: str | Sequence[str],
-    dst: str,
+    source: Paths,
+    dst: str | Path,
     *,
     codec: str = "tiny-f8",
     outputs: Collection[str] = ("reconstruction",),
@@ -94,6 +103,7 @@ def precompute(
     replace_fraction: float = 0.0,
     variants: int = 1,
     seed: int = 0,
+    upright: bool = False,
     keep: Collection[str] | None = None,
     workers: int = 1,
     ray: bool = False,
@@ -120,28 +130,30 @@ def precompute(
         ray: run the workers as actors in the Ray cluster that RAY_ADDRESS names, or in a local Ray that this job
             starts; each actor takes `gpus` GPUs.
         skip: leave out samples that are not usable and list them in the manifest; otherwise the first such sample
-            ends the job with SampleFailed.
+            ends the job with SampleFailed, and class folders, links and folders that cannot be read are refused.
         overwrite: replace the shards in `dst` that were made with a different recipe.
         check_hashes: compare finished shards and their sources by SHA-256 too, and not only by length.
         pictures_a_shard: the number of pictures of a folder that make a shard.
         report: called with the progress about twice a second.
 
     Raises InvalidInput for arguments that are not usable, OtherRecipe if `dst` was made with different settings,
-    SampleFailed, CodecError, and OSError if a source cannot be read or `dst` cannot be written.
+    SampleFailed, NoSamples if no sample is usable, CodecError, and OSError if a source cannot be read or `dst`
+    cannot be written.
     """
     recipe = Recipe(
         codec, outputs=tuple(outputs), picture=picture, quality=quality, resize=resize, crop=crop, augment=augment,
-        replace_fraction=replace_fraction, variants=variants, seed=seed,
+        replace_fraction=replace_fraction, variants=variants, seed=seed, upright=upright,
         keep=None if keep is None else tuple(keep),
     )  # fmt: skip
     if not 1 <= workers <= 1024:
         raise InvalidInput("workers", workers, "1 to 1024")
     with naming_address(source):
-        found = find(source, pictures_a_shard=pictures_a_shard)
+        found = find(source, pictures_a_shard=pictures_a_shard, skip=skip)
     if not found.shards:
         raise InvalidInput("source", source, "at least one shard")
     if any(shard.files for shard in found.shards):
         recipe = replace(recipe, classes=found.classes, pictures_a_shard=pictures_a_shard)
+    dst = os.fspath(dst)
     if "{" in dst:
         raise InvalidInput("dst", dst, "a single folder, without a pattern: shards keep the names of their sources")
     folder = OutputFolder(dst)
@@ -163,12 +175,12 @@ def precompute(
 
 def check_apart(source: Source, folder: OutputFolder) -> None:
     """Raises InvalidInput if a shard would overwrite its source, or if the next run would find it as a source."""
-    dst = folder.full_address
+    dst = real_address(folder.full_address)
     for searched in source.folders:
-        if f"{dst}/".startswith(f"{searched.rstrip('/')}/"):
+        if f"{dst}/".startswith(f"{real_address(searched).rstrip('/')}/"):
             raise InvalidInput("dst", folder.address, f"a folder that is not within the source, {searched}")
     for shard in source.shards:
-        if f"{dst}/{shard.name}" == shard.address:
+        if real_address(f"{dst}/{shard.name}") == real_address(shard.address):
             raise InvalidInput("dst", folder.address, f"a folder other than the one of the source {shard.address}")
 
 
@@ -203,11 +215,18 @@ class Job:
         if not self.folder.has(SHEET):
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
         entries = [self.done[shard.name] for shard in self.source.shards]
+        left_out = LeftOut(self.source.left_out)
+        for shard, entry in zip(self.source.shards, entries, strict=True):
+            left_out.update(below(shard.address, entry.left_out))
         skipped = [(entry.shard, key, reason) for entry in entries for key, reason in entry.skipped]
+        if not any(entry.samples for entry in entries):
+            reasons = [f"{shard}, {key or 'after the last sample'}: {why}" for shard, key, why in skipped[:3]]
+            raise NoSamples("; ".join([f"not one sample could be made, {len(skipped)} were skipped", *reasons]))
         return Summary(
             len(entries), self.shards_kept, sum(entry.samples for entry in entries), len(skipped),
             sum(entry.nbytes for entry in entries), progress.images, progress.seconds, self.workers_lost,
             self.recipe.fingerprint, len(self.folder.shard_names() - set(self.done)), tuple(skipped[:20]),
+            left_out.rows,
         )  # fmt: skip
 
     def progress(self) -> JobProgress:

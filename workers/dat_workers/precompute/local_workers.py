@@ -15,7 +15,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker
-from dat_workers.sources.find import Shard
+from dat_workers.sources.folders import Shard
 
 
 class LocalWorkers:

@@ -34,8 +34,8 @@ from dat_client.dataset_format.manifest import (
 )
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.shard_writer import ShardWriter
-from dat_workers.sources.addresses import file_sha256, is_object_store, open_address
-from dat_workers.sources.find import Shard
+from dat_workers.sources.addresses import file_sha256, is_object_store, open_address, real_address
+from dat_workers.sources.folders import Shard
 from dat_workers.sources.reader import source_sha256
 
 JOB_PREFIX = ".precompute-"
@@ -160,11 +160,14 @@ class OutputFolder:
         if entry is None or entry.settings != recipe.id:
             return None
         source, source_bytes, sha256 = entry.source
-        if source_bytes != shard.nbytes or ("#" in shard.origin and source != shard.origin):
-            if source.partition("#")[0] != shard.address:
+        address, _, digest = source.rpartition("#") if shard.files else (source, "", "")
+        unchanged = source_bytes == shard.nbytes and digest == shard.origin.rpartition("#")[2] * bool(shard.files)
+        if not unchanged or (shard.files and address != shard.address):
+            if real_address(address) != real_address(shard.address):
                 message = f"{self.at(shard.name)} was made of {source}, now {shard.address}"
                 raise OtherRecipe(f"{message}; choose an empty DST, or remove the shard")
-            return None
+            if not unchanged:
+                return None
         path = self.at(shard.name)
         try:
             if self.fs.size(path) != entry.nbytes:

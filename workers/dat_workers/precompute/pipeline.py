@@ -15,13 +15,14 @@ from typing import Any
 from PIL import Image
 
 from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field, view_prefix
+from dat_client.dataset_format.pictures import orientation, turned_upright
 from dat_client.dataset_format.tar_samples import Sample
 from dat_client.wire.tensors import Array
 from dat_workers.batching.batcher import Batcher
 from dat_workers.batching.parts import Result
 from dat_workers.discretizer import Discretizer
 from dat_workers.errors import InvalidInput
-from dat_workers.images.encoded import MAX_PIXELS, open_picture, pixels
+from dat_workers.images.encoded import DATA_FORMATS, MAX_PIXELS, open_picture, pixels
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import encode_indices, encode_picture, replace_sample_tokens, views_of
 
@@ -35,6 +36,7 @@ class PendingView:
     x: Array
     description: dict[str, Any]  # its entry in views.json
     original: tuple[str, bytes] | None  # suffix and bytes of the encoded picture, if x is the whole picture
+    orientation: int  # EXIF orientation of the source, for viewers of x and Q(x)
     result: Future[Result]
     indices: Array | None = None  # [h,w], where tokens were replaced
 
@@ -80,15 +82,24 @@ class SamplePipeline:
         if sample.problem:
             raise ValueError(sample.problem)
         name = picture_field(sample.fields)
-        picture = open_picture(sample.fields[name], field=name, max_pixels=MAX_PIXELS)
-        original = name.rpartition(".")[2], sample.fields[name]
+        picture = open_picture(sample.fields[name], field=name, max_pixels=MAX_PIXELS, formats=DATA_FORMATS)
+        original: tuple[str, bytes] | None = name.rpartition(".")[2], sample.fields[name]
+        tag = orientation(picture)
+        if recipe.upright and tag > 1:
+            picture, tag = turned_upright(picture), 1
+            original = None  # its bytes still have the tag
         return [
-            self._submit_view(pixels(x), description, original if x is picture else None, recipe)
+            self._submit_view(pixels(x), description, original if x is picture else None, tag, recipe)
             for x, description in views_of(recipe, sample.key, picture)
         ]
 
     def _submit_view(
-        self, x: Array, description: dict[str, Any], original: tuple[str, bytes] | None, recipe: Recipe
+        self,
+        x: Array,
+        description: dict[str, Any],
+        original: tuple[str, bytes] | None,
+        tag: int,
+        recipe: Recipe,
     ) -> PendingView:
         height, width = x.shape[1:]
         if height * width > MAX_VIEW_PIXELS:
@@ -98,7 +109,7 @@ class SamplePipeline:
         if "reconstruction" in recipe.outputs and not recipe.replace_fraction:
             outputs.append("reconstruction")
         request = self.discretizer.prepare(x[None], outputs=outputs)
-        return PendingView(x, description, original, self.batcher.submit(request))
+        return PendingView(x, description, original, tag, self.batcher.submit(request))
 
     def _make_variants(self, sample: Sample, views: Future[list[PendingView]], recipe: Recipe) -> list[PendingView]:
         """Replaces tokens of each view once for every variant, and submits the new tokens for decoding."""
@@ -112,7 +123,7 @@ class SamplePipeline:
                 if "reconstruction" in recipe.outputs:
                     result = self.batcher.submit(self.discretizer.prepare_decode(replaced[None]))
                 description = view.description | {"variant": variant}
-                variants.append(PendingView(view.x, description, view.original, result, replaced))
+                variants.append(PendingView(view.x, description, view.original, view.orientation, result, replaced))
         return variants
 
     def _encode_fields(
@@ -127,13 +138,13 @@ class SamplePipeline:
             if "reconstruction" in recipe.outputs:
                 height, width = view.x.shape[1:]
                 reconstruction = outputs["reconstruction"][0, :, :height, :width]
-                fields[f"{prefix}{recipe.picture}"] = encode_picture(reconstruction, recipe)
+                fields[f"{prefix}{recipe.picture}"] = encode_picture(reconstruction, recipe, view.orientation)
             if "indices" in recipe.outputs:
                 indices = view.indices if view.indices is not None else outputs["indices"][0]
                 fields[prefix + INDICES_FIELD] = encode_indices(indices)
             if "image" in recipe.outputs:
                 suffix, content = view.original or (recipe.picture, b"")
-                fields[f"{prefix}image.{suffix}"] = content or encode_picture(view.x, recipe)
+                fields[f"{prefix}image.{suffix}"] = content or encode_picture(view.x, recipe, view.orientation)
         if recipe.augment or recipe.variants > 1:
             fields[VIEWS_FIELD] = json.dumps([view.description for view in views]).encode()
         picture = picture_field(sample.fields)

@@ -18,7 +18,7 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerLost
-from dat_workers.sources.find import Shard
+from dat_workers.sources.folders import Shard
 from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_workers")

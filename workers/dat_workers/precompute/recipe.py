@@ -31,8 +31,9 @@ class Recipe:
     crops of `crop` pixels per sample, which replace the centre crop; 0 for none. variants: number of versions of
     each view, each with a different random replacement of `replace_fraction` of its tokens. keep: the source's
     fields that are copied, None for all but the picture. classes: the folder names whose positions became `cls`.
-    threads: CPU threads of the engine, because their number decides the order of its additions. Raises InvalidInput
-    for settings that are out of range or contradict each other.
+    threads: CPU threads of the engine, because their number decides the order of its additions. upright: True if
+    pictures are turned by their EXIF orientation; False leaves the field out of the JSON. Raises InvalidInput for
+    settings that are out of range or contradict each other.
     """
 
     codec: str
@@ -54,6 +55,7 @@ class Recipe:
     keep: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
     pictures_a_shard: int | None = None
+    upright: bool = False
 
     def __post_init__(self) -> None:
         for output in self.outputs:
@@ -96,7 +98,10 @@ class Recipe:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        settings = asdict(self)
+        if not self.upright:  # so that the ids of such recipes are those from before the field existed
+            del settings["upright"]
+        return json.dumps({"format": FORMAT, **settings}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -108,6 +113,7 @@ class Recipe:
         settings = json.loads(text)
         if not isinstance(settings, dict) or settings.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        settings.setdefault("upright", False)
         known = {field.name for field in fields(cls)}
         if set(settings) != known:
             raise ValueError(f"fields {sorted(set(settings) ^ known)} are missing or unknown")

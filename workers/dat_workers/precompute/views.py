@@ -13,7 +13,7 @@ from PIL import Image
 
 from dat_client.dataset_format.views import prepared, view_of
 from dat_client.wire.tensors import Array
-from dat_workers.images.encoded import as_image, encode_jpeg, encode_png
+from dat_workers.images.encoded import encode_jpeg, encode_png, encode_webp
 from dat_workers.perturbation import swaps
 from dat_workers.precompute.recipe import Recipe
 
@@ -68,15 +68,16 @@ def views_of(recipe: Recipe, key: str, picture: Image.Image) -> Iterator[tuple[I
         yield view_of(picture, crop), crop
 
 
-def encode_picture(picture: Array, recipe: Recipe) -> bytes:
-    """Encodes uint8 [3,H,W] in the recipe's format: JPEG (4:4:4) and WebP with its quality, PNG without loss."""
+def encode_picture(picture: Array, recipe: Recipe, orientation: int = 1) -> bytes:
+    """Encodes uint8 [3,H,W] in the recipe's format: JPEG (4:4:4) and WebP with its quality, PNG without loss.
+
+    Viewers turn the picture by the EXIF `orientation`, which is that of its source: x and Q(x) are turned alike.
+    """
     if recipe.picture == "png":
-        return encode_png(picture)
+        return encode_png(picture, orientation)
     if recipe.picture == "jpg":
-        return encode_jpeg(picture, recipe.quality)
-    out = io.BytesIO()
-    as_image(picture).save(out, "WEBP", quality=recipe.quality)
-    return out.getvalue()
+        return encode_jpeg(picture, recipe.quality, orientation)
+    return encode_webp(picture, recipe.quality, orientation)
 
 
 def encode_indices(indices: Array) -> bytes:

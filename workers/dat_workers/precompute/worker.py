@@ -22,7 +22,7 @@ from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.pipeline import PendingSample, SamplePipeline
 from dat_workers.precompute.recipe import Recipe
-from dat_workers.sources.find import Shard
+from dat_workers.sources.folders import Shard
 from dat_workers.sources.reader import ShardReader
 
 SHARDS_AT_ONCE = 2
@@ -144,8 +144,9 @@ class Worker:
                     sample_left.fields.cancel()
         source = (shard.origin, shard.nbytes, reader.sha256)
         entry = ManifestEntry(
-            shard.name, writer.samples, writer.nbytes, writer.sha256, recipe.id, tuple(skipped), source
-        )
+            shard.name, writer.samples, writer.nbytes, writer.sha256, recipe.id, tuple(skipped), source,
+            reader.left_out.rows,
+        )  # fmt: skip
         folder.record(entry)
         return entry
 

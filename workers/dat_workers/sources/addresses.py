@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ NOT_STORAGE = ("builtins", "dat_workers", "numpy", "ray", "torch")
 
 
 @contextmanager
-def naming_address(address: str | Sequence[str]) -> Iterator[None]:
+def naming_address(address: object) -> Iterator[None]:
     """Raises storage errors that omit the address, such as missing credentials, as OSError with the address."""
     try:
         yield
@@ -50,12 +50,31 @@ def open_address(address: str) -> tuple[Any, str]:
         options = {"use_listings_cache": False} if is_object_store(address) else {}
         fs, path = fsspec.core.url_to_fs(address, **options)
         if isinstance(fs, LocalFileSystem):
-            path = os.path.realpath(path)  # so that a file has a single name
+            path = absolute(path)
     except ImportError as error:
         raise InvalidInput("address", address, f"an address whose package is installed ({error})") from error
     except ValueError as error:
         raise InvalidInput("address", address, f"a path or an fsspec address ({error})") from error
     return fs, path
+
+
+def absolute(path: str) -> str:
+    """Returns an absolute path without `.` and `..`. Links keep their names, except before a `..`.
+
+    >>> absolute("/data/./train-000000.tar")
+    '/data/train-000000.tar'
+    """
+    parts = path.split("/")
+    if ".." in parts:  # the parent of a link's target is meant
+        last = len(parts) - parts[::-1].index("..")
+        path = "/".join([os.path.realpath("/".join(parts[:last])), *parts[last:]])
+    return os.path.abspath(path)
+
+
+def real_address(address: str) -> str:
+    """Returns the address of the file or folder itself, where an address leads to it by links."""
+    fs, path = open_address(address)
+    return str(fs.unstrip_protocol(os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path))
 
 
 def file_sha256(fs: Any, path: str) -> str:

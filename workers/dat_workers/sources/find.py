@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from dat_client.dataset_format.naming import expand, output_name
-from dat_client.wire.vocabulary import PICTURE_SUFFIXES, TAR_SUFFIXES
+from dat_client.dataset_format.left_out import NAMED, LeftOut, Row
+from dat_client.dataset_format.naming import TAR_SUFFIXES, expand, output_name, suffix_reason
 from dat_workers.errors import InvalidInput
 from dat_workers.sources.addresses import open_address
+from dat_workers.sources.folders import PICTURES_A_SHARD, Shard, divide_pictures, list_address
+from dat_workers.sources.kinds import PICTURE, advice_by_name, refuse_command
 from dat_workers.system.threads import DaemonThreads
 
-PICTURES_A_SHARD = 1000
 LOOKUP_THREADS = 16  # each shard needs one or two requests to a storage that may be remote
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One source shard: the `address` of a tar, or `files` below `address`, a folder of pictures.
-
-    name: the path of the output shard, relative to DST. nbytes: the size of the source, or 0 if its storage does
-    not report sizes.
-    """
-
-    name: str
-    address: str
-    nbytes: int
-    files: tuple[str, ...] = ()
-
-    @property
-    def origin(self) -> str:
-        """The source as the manifest records it: the address and, for pictures, a digest of their names."""
-        if not self.files:
-            return self.address
-        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape"))
-        return f"{self.address}#{names.hexdigest()[:12]}"
+#: One or more paths, brace patterns, globs or fsspec addresses.
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
 class Source:
-    """All shards, sorted by name; `folders` were searched for them, and `classes` are folders that become `cls`."""
+    """All shards that some paths stand for.
+
+    Attributes:
+        shards: sorted by name if they are labelled, else in the order of the paths.
+        folders: the addresses of the folders that were searched.
+        classes: the names of the class folders, whose positions become `cls`; None without such folders.
+        problems: (name, reason) of what should have been read and cannot be.
+        left_out: what was passed over.
+    """
 
     shards: tuple[Shard, ...]
     folders: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    problems: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[Row, ...] = ()
 
 
-def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHARD) -> Source:
+def find(
+    source: Paths,
+    *,
+    pictures_a_shard: int = PICTURES_A_SHARD,
+    labelled: bool = True,
+    only_pictures: bool = False,
+    skip: bool = False,
+) -> Source:
     """Returns the shards that `source` stands for.
 
     >>> find("/data/train-{000000..000007}.tar").shards[0].name           # doctest: +SKIP
@@ -60,39 +59,144 @@ def find(source: str | Sequence[str], *, pictures_a_shard: int = PICTURES_A_SHAR
 
     `source` is a brace pattern, a glob, a folder of shards or of pictures (in folders by class, as torchvision's
     ImageFolder), or several of these; each is a path or an fsspec address (s3://, gs://, hf://, file://). The name
-    of a shard is its path below the searched folder, or below the common folder of all shards. Raises
-    FileNotFoundError if nothing matches, and InvalidInput for a source that is none of these.
+    of a shard is its path below the searched folder, or below the common folder of all shards.
+
+    Args:
+        pictures_a_shard: the number of pictures of a folder that make a shard.
+        labelled: True if the classes count. Then an empty class folder is a problem, and a folder of pictures must
+            be the only source. Otherwise several folders and single pictures may be named.
+        only_pictures: True if shards are not wanted: each file is then taken for a picture.
+        skip: True to return problems in the result instead of raising them.
+
+    Raises FileNotFoundError if nothing matches, and InvalidInput for a source that is none of these, for a folder
+    that holds both shards and pictures, for a link to a folder that contains it, and for problems.
     """
-    patterns = [source] if isinstance(source, str) else source
-    addresses = [address for pattern in patterns for address in matches(pattern)]
-    shards: list[Shard] = []
-    tars: dict[str, int] = {}
-    folders = []
+    if pictures_a_shard < 1:
+        raise InvalidInput("pictures_a_shard", pictures_a_shard, "1 or more")
+    paths = [source] if isinstance(source, str | Path) else source
+    addresses = [address for path in paths for address in matches(str(path))]
+    found = _Found(pictures_a_shard, labelled, only_pictures, len(addresses))
     for fs, path, info in DaemonThreads(LOOKUP_THREADS, "look").map(look_up, addresses):
-        if info["type"] != "directory":
-            tars[fs.unstrip_protocol(path)] = info.get("size") or 0
-            continue
-        files = list_files(fs, path)
-        tar_files = {p: size for p, size in files.items() if p.lower().endswith(TAR_SUFFIXES)}
-        if not tar_files:
-            if len(addresses) > 1:
+        found.add(fs, path, info)
+    return found.checked(skip)
+
+
+@dataclass
+class _Found:
+    """Collects the shards of several addresses."""
+
+    pictures_a_shard: int
+    labelled: bool
+    only_pictures: bool
+    number: int  # of addresses
+    shards: list[Shard] = field(default_factory=list)
+    tars: dict[str, int] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    classes: tuple[str, ...] | None = None
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    addresses: set[str] = field(default_factory=set)
+
+    def add(self, fs: Any, path: str, info: dict[str, Any]) -> None:
+        """Adds the shards of one address, of which `info` has the type and the size."""
+        address = fs.unstrip_protocol(path)
+        self._refuse_second(address)
+        if info["type"] == "directory":
+            self._add_folder(fs, path, address)
+            return
+        if info["type"] != "file":
+            message = f"{path} is a FIFO, a socket or a device, but must be a file or a folder"
+            raise InvalidInput("source", path, "a file or a folder", message)
+        advice = advice_by_name(path)
+        size = info.get("size") or 0
+        if self.only_pictures or (advice == PICTURE and not self.labelled):
+            folder, _, name = path.rpartition("/")
+            self.shards.append(Shard(output_name(name), fs.unstrip_protocol(folder or "/"), size, (name,)))
+        elif advice:
+            raise InvalidInput("source", path, "", f"{path} is {advice}")
+        else:
+            self.tars[address] = size
+
+    def _add_folder(self, fs: Any, path: str, address: str) -> None:
+        root = path.rstrip("/")
+        listing = list_address(fs, path)
+        self.left_out.update(below(root, listing.left_out.rows))
+        self.folders.append(address)
+        tars = [name for name in listing.files if name.lower().endswith(TAR_SUFFIXES)]
+        if not tars or self.only_pictures:
+            if self.labelled and self.number > 1:
                 raise InvalidInput("source", path, "folders with shards, if there are several sources")
-            return source_of_pictures(fs, path, files, pictures_a_shard)
-        folders.append(fs.unstrip_protocol(path))
-        for p, size in tar_files.items():
-            below = p.removeprefix(path.rstrip("/") + "/")
-            shards.append(Shard(output_name(below), fs.unstrip_protocol(p), size))
-    shards += named_below_common_folder(tars)
-    repeated = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
-    if repeated:
-        raise InvalidInput(
-            "source", repeated[:5], "shards of different names: each output shard has its source's name"
-        )
-    return Source(tuple(sorted(shards, key=lambda shard: shard.name)), tuple(folders))
+            divided = divide_pictures(
+                address, root, listing, self.pictures_a_shard, labelled=self.labelled, left_out=self.left_out
+            )
+            self.shards += divided.shards
+            self.classes = divided.classes
+            problems = divided.problems
+        else:
+            refuse_mixture(root, tars, [name for name in listing.files if not suffix_reason(name)])
+            for name in listing.files:
+                if reason := suffix_reason(name, TAR_SUFFIXES):
+                    self.left_out.add(reason, f"{root}/{name}")
+            named = [Shard(output_name(t), fs.unstrip_protocol(f"{root}/{t}"), listing.files[t]) for t in tars]
+            for shard in named:
+                self._refuse_second(shard.address)
+            self.shards += [named[0].with_problems(listing.problems), *named[1:]]
+            problems = listing.problems
+        self.problems += [(f"{root}/{name}", reason) for name, reason in problems.items()]
+
+    def _refuse_second(self, address: str) -> None:
+        if address in self.addresses:
+            raise InvalidInput("source", address, "", f"{address} is named twice; name each source once")
+        self.addresses.add(address)
+
+    def checked(self, skip: bool) -> Source:
+        """Returns the whole source, or raises InvalidInput for names that occur twice and for problems."""
+        shards = [*self.shards, *named_below_common_folder(self.tars)]
+        if self.labelled:
+            shards.sort(key=lambda shard: shard.name)
+            repeated = [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]
+            if repeated:
+                raise InvalidInput(
+                    "source", repeated[:5], "shards of different names: each output shard has its source's name"
+                )
+        if self.problems and not skip:
+            raise unreadable(self.problems)
+        return Source(tuple(shards), tuple(self.folders), self.classes, tuple(self.problems), self.left_out.rows)
+
+
+def below(root: str, rows: Sequence[Row]) -> list[Row]:
+    """Returns rows of a folder's LeftOut with whole paths."""
+    return [(reason, count, tuple(f"{root}/{name}" for name in names)) for reason, count, names in rows]
+
+
+def refuse_mixture(root: str, tars: Sequence[str], pictures: Sequence[str]) -> None:
+    """Raises InvalidInput if a folder holds both shards and pictures."""
+    if not tars or not pictures:
+        return
+    suffix = next(suffix for suffix in TAR_SUFFIXES if tars[0].lower().endswith(suffix))
+    pattern = "/".join([root, *(["**"] if "/" in tars[0] else []), f"*{suffix}"])
+    raise InvalidInput(
+        "source", root, "",
+        f"{root} holds both pictures ({pictures[0]}) and shards ({tars[0]}), so it is not clear which are meant. "
+        f"For the shards, give a pattern such as '{pattern}'; for the pictures, give a folder without shards, or "
+        f"move {tars[0]} out of it",
+    )  # fmt: skip
+
+
+def unreadable(problems: Sequence[tuple[str, str]]) -> InvalidInput:
+    """Returns the error that names the first 20 problems and says how to go on."""
+    named = "; ".join(f"{name} ({reason})" for name, reason in problems[:NAMED])
+    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return InvalidInput(
+        "source", problems[0][0], "",
+        f"the source has {len(problems)} names that cannot be read: {named}{more}. Mend or remove them, or leave "
+        "them out with --on-error skip (skip=True), which lists them",
+    )  # fmt: skip
 
 
 def matches(pattern: str) -> list[str]:
     """Returns the addresses that a brace pattern or a glob stands for. Raises FileNotFoundError if none match."""
+    refuse_command(pattern)
     found: list[str] = []
     try:
         for address, urls in expand(pattern, open_address):
@@ -112,27 +216,9 @@ def look_up(address: str) -> tuple[Any, str, dict[str, Any]]:
     try:
         return fs, path, fs.info(path)
     except FileNotFoundError:
+        if isinstance(fs, LocalFileSystem) and os.path.islink(path):
+            raise FileNotFoundError(f"{address}: a link to {os.readlink(path)}, which does not exist") from None
         raise FileNotFoundError(f"{address}: no such shard or folder") from None
-
-
-def list_files(fs: Any, folder: str) -> dict[str, int]:
-    """Returns the files below a folder with their sizes in bytes, sorted.
-
-    Files and folders whose name begins with a dot are left out; links are followed.
-    """
-    root = folder.rstrip("/") + "/"
-    if isinstance(fs, LocalFileSystem):
-        walked = (
-            os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names
-        )
-        files = {path: os.stat(path).st_size for path in walked if os.path.isfile(path)}
-    else:
-        files = {path: info.get("size") or 0 for path, info in fs.find(folder, detail=True).items()}
-    return {
-        path: size
-        for path, size in sorted(files.items())
-        if not any(part.startswith(".") for part in path.removeprefix(root).split("/"))
-    }
 
 
 def named_below_common_folder(tars: dict[str, int]) -> list[Shard]:
@@ -143,26 +229,3 @@ def named_below_common_folder(tars: dict[str, int]) -> list[Shard]:
         Shard(output_name("/".join(address.split("/")[depth:])), address, nbytes)
         for address, nbytes in tars.items()
     ]
-
-
-def source_of_pictures(fs: Any, folder: str, files: dict[str, int], pictures_a_shard: int) -> Source:
-    """Divides a folder of pictures into shards; sub-folders, if there are any, are the classes."""
-    if pictures_a_shard < 1:
-        raise InvalidInput("pictures_a_shard", pictures_a_shard, "1 or more")
-    root = folder.rstrip("/") + "/"
-    sizes = {path.removeprefix(root): n for path, n in files.items() if path.lower().endswith(PICTURE_SUFFIXES)}
-    if not sizes:
-        suffixes = ", ".join(PICTURE_SUFFIXES)
-        raise InvalidInput("source", folder, f"a folder that holds shards or pictures ({suffixes})")
-    classes = tuple(sorted({name.split("/")[0] for name in sizes if "/" in name}))
-    if classes and any("/" not in name for name in sizes):
-        loose = next(name for name in sizes if "/" not in name)
-        raise InvalidInput(
-            "source", loose, f"pictures in a folder of their class ({classes[0]}/...), like the rest"
-        )
-    address, names = fs.unstrip_protocol(folder), list(sizes)
-    shards = []
-    for i, start in enumerate(range(0, len(names), pictures_a_shard)):
-        part = tuple(names[start : start + pictures_a_shard])
-        shards.append(Shard(f"{i:06d}.tar", address, sum(sizes[name] for name in part), part))
-    return Source(tuple(shards), (address,), classes or None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from dat_client.dataset_format.left_out import LeftOut
 from dat_client.dataset_format.naming import key_and_suffix
-from dat_client.dataset_format.tar_samples import Sample, samples_in_tar
+from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
 from dat_workers.sources.addresses import file_sha256, open_address
-from dat_workers.sources.find import Shard
+from dat_workers.sources.folders import Shard
+from dat_workers.sources.kinds import FIRST_BYTES, advice_by_content
 
 
 class ShardReader:
@@ -16,7 +18,8 @@ class ShardReader:
 
     >>> [sample.key for sample in ShardReader(shard)]         # doctest: +SKIP
 
-    `nbytes` and `sha256` describe the bytes read so far, and after the last sample the whole source. For a damaged
+    `nbytes` and `sha256` describe the bytes read so far, and after the last sample the whole source. `left_out` has
+    the files of a tar that belong to no sample. The first samples stand for the shard's own problems. For a damaged
     tar, iterating yields the samples before the damage and then raises DamagedShard. It raises OSError if the
     source cannot be read.
     """
@@ -25,6 +28,8 @@ class ShardReader:
         self.shard = shard
         self.classes = {name: i for i, name in enumerate(classes or ())}
         self.nbytes = 0
+        self.left_out = LeftOut()
+        self._first_bytes = b""
         self._digest = hashlib.sha256()
 
     @property
@@ -36,12 +41,15 @@ class ShardReader:
         return self._count(self._file.read(size))
 
     def _count(self, data: bytes) -> bytes:
+        if not self.nbytes:
+            self._first_bytes = data[:FIRST_BYTES]
         self.nbytes += len(data)
         self._digest.update(data)
         return data
 
     def __iter__(self) -> Iterator[Sample]:
         keys: set[str] = set()
+        yield from (Sample(key, problem=reason) for key, reason in self.shard.problems)
         for sample in self._from_files() if self.shard.files else self._from_tar():
             if sample.key in keys and not sample.problem:
                 sample.problem = "the key was there before in this shard"
@@ -66,7 +74,11 @@ class ShardReader:
         fs, path = open_address(self.shard.address)
         with fs.open(path, "rb") as file:
             self._file = file
-            yield from samples_in_tar(self)
+            try:
+                yield from samples_in_tar(self, self.left_out)
+            except DamagedShard as error:
+                advice = "" if error.key else advice_by_content(self._first_bytes)
+                raise DamagedShard(f"not a tar archive, but {advice}", "") if advice else error from None
 
 
 def source_sha256(shard: Shard) -> str:

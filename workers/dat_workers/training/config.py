@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class TrainConfig:
     """
 
     spec: CodecSpec
-    sources: tuple[Path, ...]
+    sources: tuple[str | Path, ...]
     out: Path
     steps: int = 10_000
     batch: int = 32
@@ -32,11 +33,13 @@ class TrainConfig:
     commitment_weight: float = 0.25  # β of Eq. 8
     ema_decay: float = 0.999  # of the averaged weights, which become the codec
     pool: int = 2000  # decoded pictures held in memory
-    validation: tuple[Path, ...] = ()
+    validation: tuple[str | Path, ...] = ()
     validation_crop: int = 224
     init: Path | None = None  # codec file of the same geometry to start from; its codebook is used from the start
     seed: int = 0
     device: str = "cpu"
+    skip: bool = False  # leave out pictures that are not usable
+    upright: bool = False  # turn pictures by their EXIF orientation
 
     def __post_init__(self) -> None:
         f = self.spec.factor
@@ -52,19 +55,19 @@ class TrainConfig:
             )
         if self.perceptual not in ("structure", "lpips"):
             raise ValueError(f"perceptual is {self.perceptual!r}, but must be 'structure' or 'lpips'")
-        for path in (*self.sources, *self.validation, *([self.init] if self.init else [])):
-            if not path.exists():
-                raise ValueError(f"{path}: no such file or folder")
+        if self.init and not self.init.exists():
+            raise ValueError(f"{self.init}: no such file")
         if not self.sources:
             raise ValueError("no shards or folders to train on: name at least one")
 
     def frozen_part(self) -> dict[str, object]:
         """Returns the settings that must be the same in the checkpoint from which a run continues."""
-        free = {"spec", "sources", "out", "init", "validation", "validation_crop", "device"}
+        free = set() if self.upright else {"upright"}  # so that it equals one from before the field existed
+        free |= {"spec", "sources", "out", "init", "validation", "validation_crop", "device", "skip"}
         fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {
             "geometry": geometry(self.spec),
-            "sources": [p.name for p in self.sources],
+            "sources": [posixpath.basename(str(source).rstrip("/")) for source in self.sources],
             "init": str(self.init),
             **fixed,
         }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dat_workers.images.crops import encoded_pictures, enlarge
-from dat_workers.images.encoded import decode_picture
+from dat_workers.images.crops import PictureReader, enlarge
+from dat_workers.sources.find import Paths
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -25,11 +24,17 @@ class CropPool:
 
     A data set of at most `capacity` pictures is decoded once; a larger one is streamed, `turnover` new pictures a
     batch. Draws depend only on `seed` and the batch number, so that a resumed run continues as if it had never
-    stopped, as long as the pool holds the whole data set. Raises ValueError if there are no pictures.
+    stopped, as long as the pool holds the whole data set. With `skip`, pictures that are not usable are left out;
+    with `upright`, pictures are turned by their EXIF orientation. Raises ValueError if there are no pictures, and
+    as `PictureReader` does.
     """
 
-    def __init__(self, sources: Sequence[Path], crop: int, capacity: int, seed: int, turnover: int = 4) -> None:
-        self.sources, self.crop, self.seed, self.turnover = sources, crop, seed, turnover
+    def __init__(
+        self, sources: Paths, crop: int, capacity: int, seed: int, turnover: int = 4, *, skip: bool = False,
+        upright: bool = False,
+    ) -> None:  # fmt: skip
+        self.reader = PictureReader(sources, skip=skip, upright=upright)
+        self.crop, self.seed, self.turnover = crop, seed, turnover
         self.stream = self._endless()
         self.pool: list[np.ndarray] = []
         self.complete = False
@@ -46,12 +51,10 @@ class CropPool:
     def _endless(self) -> Iterator[tuple[str, np.ndarray]]:
         while True:
             count = 0
-            for source in self.sources:
-                for name, data in encoded_pictures(source):
-                    yield f"{source}:{name}", enlarge(decode_picture(data, field=name), self.crop)
-                    count += 1
+            for count, (name, picture) in enumerate(self.reader, 1):  # noqa: B007 - counted after the loop
+                yield name, enlarge(picture, self.crop)
             if not count:
-                raise ValueError(f"there are no pictures in {[str(s) for s in self.sources]}")
+                raise ValueError(f"there are no pictures in {self.reader.source.shards[0].address}")
 
     def batch(self, number: int, size: int) -> Tensor:
         """Returns crops fp32 [size,3,crop,crop] in -1..1 from random places; half of them are mirrored."""

@@ -56,10 +56,13 @@ class Trainer:
             self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9), weight_decay=1e-4
         )
         self.perceptual = perceptual_term(config.perceptual, self.device)
-        self.pool = CropPool(config.sources, config.crop, config.pool, config.seed)
-        self.validation = (
-            torch.from_numpy(centre_crops(config.validation, config.validation_crop)) if config.validation else None
-        )
+        reading = {"skip": config.skip, "upright": config.upright}
+        self.pool = CropPool(config.sources, config.crop, config.pool, config.seed, **reading)
+        self.left_out = self.pool.reader.left_out  # of the validation too
+        self.validation: Tensor | None = None
+        if config.validation:
+            crops = centre_crops(config.validation, config.validation_crop, left_out=self.left_out, **reading)
+            self.validation = torch.from_numpy(crops)
         self.step = 0
         self.seconds = 0.0  # of training, over all runs
         self.codebook_ready = config.init is not None
@@ -193,7 +196,9 @@ class Trainer:
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this command ({error!r:.80})") from error
         current = json.loads(json.dumps(self.config.frozen_part()))
         if saved != current:
-            differing = {k: (saved.get(k), current[k]) for k in current if saved.get(k) != current[k]}
+            differing = {
+                k: (saved.get(k), current.get(k)) for k in saved | current if saved.get(k) != current.get(k)
+            }
             raise ValueError(
                 f"{self.checkpoint} was written with other settings, (its, yours): {differing}; "
                 "use the same settings, or choose a different --out"
