@@ -64,7 +64,7 @@ class Client:
         connect_timeout_s: the longest time in seconds that making a connection may take. It also limits `live()`
             and `ready()`, from the connection to the answer.
         retries: how often a failed request is repeated at most. None repeats for as long as `timeout_s` allows, but
-            gives up at the ninth status 500 of the service, which may be a bug that no repetition cures.
+            gives up at the ninth status 500 (which may be a bug) and the fourth 408 (the connection is too slow).
         max_connections: the largest number of connections at the same time, and of threads that run `submit`.
         max_in_flight: the largest number of requests into which a batch is split. They are sent at the same time.
         api_key: the service's API key, sent as `Authorization: Bearer <api_key>`.

@@ -48,11 +48,11 @@ def shown(value: object) -> str:
 def plain(value: Any) -> Any:
     """Returns `value` itself if it is JSON of at most 80 characters, else its repr cut to 80 characters.
 
-    Only a number, a string, True, False, or a list of these counts as JSON.
+    Only None, a number, a string, True, False, or a list of these counts as JSON.
     """
     items = value if isinstance(value, list | tuple) else [value]
     try:
-        is_plain = all(isinstance(item, bool | int | float | str) for item in items)
+        is_plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
         if is_plain and len(json.dumps(value, allow_nan=False)) <= MAX_SHOWN:
             return value
     except ValueError:
@@ -155,8 +155,9 @@ class Unavailable(DatError):
 
     `attempts` is the number of attempts. `cause` describes the last failure as text, and `__cause__` is its
     exception (lost in pickling, because connection errors hold sockets). `status` is the HTTP status of the
-    service's last answer; None if the network failed or a proxy answered. `retry_after_s` is the pause in seconds
-    that the service asked for (Retry-After); None if it asked for none.
+    service's last answer, or 408 if a proxy found the request too slow; None if the network failed or another
+    server answered. `retry_after_s` is the pause in seconds that the service asked for (Retry-After); None if it
+    asked for none.
     """
 
     def __init__(

@@ -160,7 +160,7 @@ def error_of(reply: Reply, url: str) -> DatError | None:
     if status == 200:
         return None
     if 300 <= status < 400:
-        location = shown(reply.header("location") or "elsewhere")
+        location = reply.header("location") or "another address, which it does not name"
         return errors.ProtocolError(f"{url}: {status}: the server redirects to {location}; use that address")
     if not 400 <= status < 600:
         problem = "no inference service answers with this status; check the URL, and the proxies on the way"
@@ -206,4 +206,4 @@ def _error_of_other_server(reply: Reply, url: str) -> DatError:
     if status == 429 or (status == 503 and pause_s is not None):
         return errors.Overloaded(message, cause=message, retry_after_s=pause_s)
     message += "; if the service is running, check the URL"
-    return errors.Unavailable(message, cause=message)
+    return errors.Unavailable(message, cause=message, status=408 if status == 408 else None)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 #: A status 500 that the service itself sent is more likely a bug than a passing fault, and repeating cures no bug.
 MOST_REPEATS_AFTER_500 = 8
+#: A body that arrived too slowly is sent again from its beginning, and may be as slow as before.
+MOST_REPEATS_AFTER_408 = 3
 
 T = TypeVar("T")
 
@@ -26,6 +29,10 @@ def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], f
     """
     pause = jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30)))
     return pause + (error.retry_after_s or 0.0)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
 
 
 def repeat(
@@ -42,27 +49,30 @@ def repeat(
     """Calls `attempt(deadline, number)` with number 1, 2, … while it raises Unavailable; returns its first result.
 
     Repeats at most `retries` times. With retries=None it repeats until `deadline`, which lies `timeout_s` after the
-    beginning of the call, but gives up at the ninth status 500. `wait(seconds)` is called between two attempts; it
-    returns True if the client was closed, and then no attempt follows. Raises the exceptions of `attempt`. The
-    message of the last Unavailable or Overloaded is extended by `target`, the number of attempts and the cause.
+    beginning of the call, but gives up at the ninth status 500 and at the fourth 408 (the body arrived too slowly).
+    `wait(seconds)` is called between two attempts; it returns True if the client was closed, and then no attempt
+    follows. Raises the exceptions of `attempt`. The message of the last Unavailable or Overloaded is extended by
+    `target`, the number of attempts and the cause.
     """
-    own_errors = 0
+    statuses: Counter[int | None] = Counter()
     for number in itertools.count(1):
         try:
             return attempt(deadline, number)
         except Unavailable as error:
             last = error
-        own_errors += last.status == 500
+        statuses[last.status] += 1
         pause = pause_s(number, last, jitter)
         left_s = deadline - clock()
         if left_s <= 0:
             reason = f"timed out after timeout_s={timeout_s:g}"
         elif retries is not None and number > retries:
             reason = f"gave up after retries={retries}"
-        elif retries is None and own_errors > MOST_REPEATS_AFTER_500:
-            reason = f"gave up after {own_errors} times status 500"
+        elif retries is None and statuses[500] > MOST_REPEATS_AFTER_500:
+            reason = f"gave up after {statuses[500]} times status 500"
+        elif retries is None and statuses[408] > MOST_REPEATS_AFTER_408:
+            reason = f"gave up after {statuses[408]} times status 408: send fewer images at once"
         elif pause >= left_s:
-            reason = f"gave up: the next attempt, in {pause:.3g} s, would begin after timeout_s={timeout_s:g}"
+            reason = f"gave up: the next attempt, in {_seconds(pause)}, would begin after timeout_s={timeout_s:g}"
         elif wait(pause):
             reason = "the client was closed"
         else:
@@ -70,7 +80,8 @@ def repeat(
         cause = last.cause or str(last)
         attempts = f"{number} attempt{'s' if number > 1 else ''}"
         final = copy.copy(last)
-        final.args = (f"{target}: {reason}, {attempts} in {timeout_s - deadline + clock():.3g} s; last: {cause}",)
+        spent = _seconds(timeout_s - deadline + clock())
+        final.args = (f"{target}: {reason}, {attempts} in {spent}; last: {cause}",)
         final.attempts, final.cause = number, cause
         raise final from (last.__cause__ or last)
     raise AssertionError("unreachable")

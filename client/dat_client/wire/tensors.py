@@ -48,7 +48,7 @@ def refuse(
     if value is not None:
         message += f", got {shown(value)}"
     if limit is not None:
-        message += f", limit {shown(limit)}"
+        message += f", limit {limit if isinstance(limit, str) else shown(limit)}"  # it is never cut
     raise WireError(message, field, value, limit, malformed=malformed)
 
 

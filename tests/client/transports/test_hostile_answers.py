@@ -80,10 +80,10 @@ def test_an_endless_answer_ends_at_what_its_request_allows(client: Client, serve
 @pytest.mark.usefixtures("bounded_memory")
 def test_the_body_of_an_error_is_read_up_to_64_kib(client: Client, server, images) -> None:
     server.raw = Endless(b"HTTP/1.1 400 Bad\r\n" + CHUNKED, CHUNK)
-    with pytest.raises(InvalidRequest, match="400: 'xxx"):
+    with pytest.raises(InvalidRequest, match=r"400 from .* begins with 'xxx"):
         client.discretize(images)
     server.raw = Endless(b"HTTP/1.1 422 Bad\r\nContent-Length: 3000000000\r\n\r\n", BLOCK)
-    with pytest.raises(InvalidRequest, match="422: 'xxx"):
+    with pytest.raises(InvalidRequest, match=r"422 from .* begins with 'xxx"):
         client.discretize(images)
     server.raw = None
     assert np.array_equal(client.discretize(images).reconstruction, images)

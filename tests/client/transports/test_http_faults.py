@@ -236,3 +236,30 @@ def test_idle_connections_that_the_server_closed_are_not_noticed(client, server,
         assert np.array_equal(client.discretize(images).reconstruction, images)
     assert [headers["X-Dat-Attempt"] for headers in server.headers] == ["1", "1", "1"]
     assert len(server.paths) == 5
+
+
+@pytest.mark.parametrize("fault", ["status 408", "plain 408"])
+def test_a_body_that_is_too_slow_is_sent_four_times_and_not_for_ever(server, images, fault):
+    server.every = fault
+    says = "gave up after 4 times status 408: send fewer images at once, 4 attempts"
+    with Client(server.url, timeout_s=1e6) as client:
+        with pytest.raises(Unavailable, match=says) as caught:
+            client.discretize(images)
+        assert (caught.value.status, caught.value.attempts, len(server.paths)) == (408, 4, 4)
+        server.every = ""
+        assert np.array_equal(client.discretize(images).reconstruction, images)
+
+
+def test_long_times_are_written_out(server, images):
+    server.every = "status 503 100000"
+    with Client(server.url, timeout_s=5000) as client, pytest.raises(Overloaded, match=r"in 10000\d s, would"):
+        client.discretize(images)
+
+
+def test_the_address_of_a_redirect_is_not_cut(client, server, images):
+    address = "http://elsewhere/" + "x" * 200
+    server.raw = lambda stream, *_: stream.write(
+        f"HTTP/1.1 307 Moved\r\nLocation: {address}\r\nContent-Length: 0\r\n\r\n".encode()
+    )
+    with pytest.raises(ProtocolError, match=f"redirects to {address};"):
+        client.discretize(images)

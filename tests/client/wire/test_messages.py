@@ -180,3 +180,11 @@ def test_each_tensor_can_be_binary_or_json() -> None:
     chunks, _ = wire.encode_request(tensors, binary=binary)
     assert chunks[1:] == [tensors["a"].tobytes()]
     assert wire.encode_response("m", tensors, binary=binary)[0][1:] == chunks[1:]
+
+
+def test_none_and_long_limits_are_shown_as_they_are():
+    with pytest.raises(WireError, match=r"limit BOOL, UINT8, UINT16, .*, FP64, BYTES$"):
+        wire.dtype_of("UINT9")
+    error = WireError("m", "alpha", [None, 1], "a number")
+    assert error.value == [None, 1]
+    assert wire.decode_error(wire.encode_error("m", "alpha", [None], "x")).value == [None]

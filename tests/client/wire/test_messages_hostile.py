@@ -126,7 +126,7 @@ def test_bad_requests_are_refused_with_the_right_status(body, length, malformed)
 
 
 def test_message_names_field_value_and_limit():
-    with pytest.raises(WireError, match=r"^x: unknown datatype, got 'BF16', limit 'BOOL, ") as caught:
+    with pytest.raises(WireError, match=r"^x: unknown datatype, got 'BF16', limit BOOL, ") as caught:
         wire.decode_request(request_json(datatype="BF16"))
     assert (caught.value.field, caught.value.value) == ("x", "BF16")
 
