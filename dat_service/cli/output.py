@@ -29,6 +29,11 @@ def log(line: str) -> None:
     typer.echo(line, err=True)
 
 
+def printable(text: str) -> str:
+    """Returns a text that stdout can print: bytes of a file's name that are not UTF-8 are shown as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def check_output_file(option: str, path: Path | None) -> None:
     """Raises InvalidInput if `path` is a folder or lies in a folder that does not exist.
 

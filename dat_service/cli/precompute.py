@@ -12,8 +12,10 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import command_errors
-from dat_service.cli.output import MovingRate, duration, live_progress, print_left_out, time_left
+from dat_service.cli.output import MovingRate, duration, live_progress, print_left_out, printable, time_left
 from dat_workers.system.signals import handle_signals
+
+FIRST_REASONS = 20  # of shards that were made again
 
 if TYPE_CHECKING:
     from dat_workers.precompute import JobProgress, Summary
@@ -83,17 +85,16 @@ def precompute(
     from dat_workers.precompute import SampleFailed
     from dat_workers.precompute import precompute as run
 
-    typer.echo(f"loading {codec} ...", err=True)
     try:
         # SIGTERM must end the job as Ctrl-C does, so that no half-written shard is left.
         with handle_signals(signal.default_int_handler, signal.SIGTERM), live_progress(plain_every_s=60) as show:
             summary = run(
                 source, dst, codec=codec, outputs=outputs.split(","), picture=picture, quality=quality,
                 resize=resize, crop=crop, augment=augment, replace_fraction=replace_fraction, variants=variants,
-                seed=seed, keep=None if keep is None else [f for f in keep.split(",") if f], workers=workers,
+                seed=seed, keep=None if keep is None else keep.split(","), workers=workers,
                 ray=ray, gpus=gpus, skip=skip, upright=upright, overwrite=overwrite, check_hashes=check_hashes,
                 pictures_a_shard=pictures_a_shard,
-                engine_config=EngineConfig(engine, device, dtype, tricks, threads), report=_reporter(show),
+                engine_config=EngineConfig(engine, device, dtype, tricks, threads), report=_reporter(show, codec),
             )  # fmt: skip
     except SampleFailed as error:
         error.add_note("--on-error skip leaves such samples out")
@@ -101,16 +102,34 @@ def precompute(
     _print_summary(summary, dst)
 
 
-def _reporter(show: Callable[[float | None, str], None]) -> Callable[[JobProgress], None]:
-    """Returns a function that shows a job's progress, speed, time left, skipped samples and lost workers."""
+def _finished(state: JobProgress) -> str:
+    """Returns how much is written or skipped, and in which unit."""
+    if state.samples is not None:
+        return f"{state.samples_done} of {state.samples} samples ({state.share:.1%})"
+    of_unit = "the bytes of SRC" if state.unit == "bytes" else "the shards"
+    return f"{state.share:.1%} of {of_unit}, {state.samples_done} samples"
+
+
+def _reporter(show: Callable[[float | None, str], None], codec: str) -> Callable[[JobProgress], None]:
+    """Returns a function that shows a job's phase, progress, speed, time left, skipped samples and lost workers."""
+    from dat_workers.precompute.progress import COMPUTING, LOOKING
+
     rate = MovingRate()  # it starts again when the job has checked the shards in DST and its clock goes back to 0
 
     def report(state: JobProgress) -> None:
+        if state.share is None:
+            show(None, f"loading {codec} ...")
+            return
         share_per_s, images_per_s = rate.per_second(state.seconds, state.share, state.images)
-        text = (
-            f"{state.share:.1%}, {images_per_s:.1f} images/s, {time_left(1 - state.share, share_per_s)}, "
-            f"{state.shards_done} of {state.shards} shards"
-        )
+        left = time_left(1 - state.share, share_per_s)
+        if state.phase == LOOKING:
+            show(state.share, f"{state.phase}: {state.shards_looked} of {state.shards}, {left}")
+            return
+        text = f"{_finished(state)}, {state.shards_done} of {state.shards} shards"
+        if state.phase == COMPUTING:
+            text += f", {images_per_s:.1f} images/s, {left}"
+        else:
+            text += f"; {state.phase} ..."
         if state.skipped:
             text += f", {state.skipped} skipped"
         if state.workers_lost:
@@ -134,10 +153,18 @@ def _print_summary(summary: Summary, dst: str) -> None:
         typer.echo(f"{summary.workers_lost} times a worker ended, and its shard was computed again")
     if summary.others:
         typer.echo(f"{summary.others} more shards in {dst}/manifest do not belong to this source")
+    for name, number in summary.lacking:
+        typer.echo(f"{number} of {summary.samples} samples have no field {name}, which --keep names")
+    if summary.remade:
+        typer.echo(f"{len(summary.remade)} shards were there and were made again:")
+        for shard, reason in summary.remade[:FIRST_REASONS]:
+            typer.echo(printable(f"  {shard}: {reason}"))
+        if len(summary.remade) > FIRST_REASONS:
+            typer.echo(f"  ... and {len(summary.remade) - FIRST_REASONS} more")
     if summary.skipped:
         typer.echo(f"{summary.skipped} samples skipped:")
         for shard, key, reason in summary.skipped_first:
-            typer.echo(f"  {shard}, {key or 'after the last sample'}: {reason}")
+            typer.echo(printable(f"  {shard}, {key or 'after the last sample'}: {reason}"))
         if summary.skipped > len(summary.skipped_first):
             typer.echo(f"  ... the manifest, {dst}/manifest, names all of them")
     print_left_out(summary.left_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from dat_service.cli.main import app
 from tests.conftest import DAT
-from tests.workers.precompute.shards import contents, sample_files, write_shards, write_tar
+from tests.workers.precompute.shards import contents, encoded, picture, sample_files, write_shards, write_tar
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -75,6 +76,13 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         (["--augment", "2"], "augment: 2 is not usable; expected a crop"),
         (["--on-error", "ignore"], "--on-error: 'ignore' is not usable; expected fail or skip"),
         (["--codec", "no-such-codec"], "no-such-codec"),
+        (["--keep", "clss"], "keep: none of the first 1 samples has a field 'clss'; their fields are cls, png"),
+        (["--keep", ""], "keep: '' is not usable"),
+        (["--keep", "cls,,json"], "keep: '' is not usable"),
+        (["--keep", "../x"], "keep: '../x' is not usable"),
+        (["--engine", "gpu"], "engine is 'gpu'"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--dtype", "int8"], "dtype is 'int8'"),
         (["--codec", "identity", "--outputs", "indices"], "a codec that has a codebook"),
     ],
 )
@@ -82,7 +90,8 @@ def test_contradictory_options_are_refused(tmp_path: Path, options: list[str], m
     source = write_shards(tmp_path / "src", 1, 1)
     out = run(source, tmp_path / "dst", *options, code=1)
     assert message in out.splitlines()[-1]
-    assert not list(tmp_path.glob("dst/*.*"))
+    assert "loading" not in out
+    assert not (tmp_path / "dst").exists()
 
 
 def test_an_empty_address_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +120,29 @@ def test_a_disk_that_is_full(tmp_path: Path, small_disk: Path) -> None:
     assert len(whole) < 4
     # A whole shard without an entry counts as missing: the disk had room for the shard, but not for its entry.
     assert {f"manifest/{name}.json" for name in whole} >= {name for name in left if name.startswith("manifest")}
+
+
+def test_progress_says_what_it_counts(tmp_path: Path) -> None:
+    out = run(write_shards(tmp_path / "src", 2), tmp_path / "dst", "--codec", "identity")
+    assert out.splitlines()[:2] == [
+        "loading identity ...",
+        "100.0% of the bytes of SRC, 10 samples, 2 of 2 shards; drawing the contact sheet ...",
+    ]
+    for i in range(3):
+        (tmp_path / "photos" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "a" / f"{i}.png").write_bytes(encoded(picture(i)))
+    out = run(tmp_path / "photos", tmp_path / "photos-q", "--codec", "identity")
+    assert "\n3 of 3 samples (100.0%), 1 of 1 shards; drawing the contact sheet ...\n" in out
+
+
+def test_what_is_lacking_and_what_is_made_again_is_said(tmp_path: Path) -> None:
+    source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
+    write_tar(source / "z.tar", [(b"caf\xe9.png".decode("utf-8", "surrogateescape"), b"")])
+    options = ("--codec", "identity", "--on-error", "skip", "--keep", "cls")
+    assert "z.tar, caf\\udce9: " in run(source, dst, *options)
+    write_tar(source / "train-000001.tar", [*sample_files(7), ("8.png", encoded(picture(8)))])
+    (dst / "manifest" / "train-000000.tar.json").write_text("{")
+    out = run(source, dst, *options)
+    assert "1 of 7 samples have no field cls, which --keep names\n2 shards were there and were made again:\n" in out
+    assert "\n  train-000000.tar: its manifest entry cannot be read: Expecting" in out
+    assert re.search(r"\n  train-000001.tar: its source had \d+ bytes and has \d+ now\n", out)

@@ -91,6 +91,7 @@ class ManifestEntry:
         skipped: (key, reason) of each sample that was left out.
         source: address, size in bytes and SHA-256 of the file from which the shard was made.
         left_out: files of the source shard that belong to no sample: reason, number, and the first names.
+        lacking: (field, number of samples that lack it) of the fields that were to be kept.
     """
 
     shard: str
@@ -101,6 +102,7 @@ class ManifestEntry:
     skipped: tuple[tuple[str, str], ...]
     source: tuple[str, int, str]
     left_out: tuple[Row, ...] = ()
+    lacking: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> bytes:
         record = asdict(self)
@@ -109,7 +111,10 @@ class ManifestEntry:
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
             "source": dict(zip(SOURCE, self.source, strict=True)),
             "left_out": [dict(zip(LEFT_OUT, row, strict=True)) for row in self.left_out],
+            "lacking": dict(self.lacking),
         }
+        if not self.lacking:
+            del record["lacking"]
         return (json.dumps(record, indent=1) + "\n").encode()
 
     @classmethod
@@ -127,6 +132,9 @@ class ManifestEntry:
             check_fields(sample, SKIPPED)
         for row in record["left_out"]:
             check_fields(row, LEFT_OUT)
+        lacking = record.get("lacking", {})
+        check_fields({"lacking": lacking}, {"lacking": OBJECT})
+        check_fields(lacking, dict.fromkeys(lacking, _integer(1)))
         if shard is not None and record["shard"] != shard:
             raise ValueError(f"it is the entry of {shown(record['shard'])}, not of {shard}")
         return cls(
@@ -134,6 +142,7 @@ class ManifestEntry:
             tuple((sample["key"], sample["reason"]) for sample in record["skipped"]),
             (record["source"]["name"], record["source"]["bytes"], record["source"]["sha256"]),
             tuple((row["reason"], row["count"], tuple(row["names"])) for row in record["left_out"]),
+            tuple(lacking.items()),
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dat_workers.discretizer import Discretizer
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import pixels
-from dat_workers.precompute import JobProgress, NoSamples, OtherRecipe, SampleFailed, pipeline, precompute
+from dat_workers.precompute import NoSamples, OtherRecipe, SampleFailed, pipeline, precompute
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.shard_writer import ShardWriter
@@ -372,14 +372,6 @@ def test_too_large_for_the_codec_names_the_way_out(tmp_path: Path, monkeypatch: 
     source = write_shards(tmp_path / "src", 1)
     with pytest.raises(SampleFailed, match=r"40x40 = 1600 pixels .* --resize or --crop"):
         run(source, tmp_path / "dst")
-
-
-def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
-    reports: list[JobProgress] = []
-    run(write_shards(tmp_path / "src", 4), tmp_path / "dst", report=reports.append)
-    assert reports[-1].share == 1.0
-    assert (reports[-1].images, reports[-1].shards_done, reports[-1].shards) == (20, 4, 4)
-    assert [progress.share for progress in reports] == sorted(progress.share for progress in reports)
 
 
 def test_a_folder_remembers_nothing_of_jobs_that_ended(tmp_path: Path) -> None:

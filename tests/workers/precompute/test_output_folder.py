@@ -221,7 +221,7 @@ def test_files_of_dead_jobs_go_and_those_of_live_jobs_stay(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".precompute-dead*"))
     assert not list(tmp_path.glob(".precompute-new*"))
     alive.end()
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
@@ -244,3 +244,77 @@ def test_an_object_store_sees_whole_shards_only(monkeypatch: pytest.MonkeyPatch,
     entry = write(folder)
     assert sent == [(folder.at(SHARD.name), entry.nbytes)]
     fsspec.filesystem("memory").rm(str(tmp_path), recursive=True)
+
+
+def test_a_job_without_a_result_leaves_the_folders_as_they_were(tmp_path: Path) -> None:
+    outer = tmp_path / "of" / "this" / "job"
+    folder = OutputFolder(str(outer))
+    folder.begin()
+    folder.end()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "of").mkdir()
+    for names in ([], ["notes.txt"]):
+        for name in names:
+            (outer.parent / name).parent.mkdir(exist_ok=True)
+            (outer.parent / name).write_text("mine")
+        folder = OutputFolder(str(outer))
+        folder.begin()
+        folder.end()
+        assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == (
+            ["of", "of/this", "of/this/notes.txt"] if names else ["of"]
+        )
+    first, second = OutputFolder(str(outer)), OutputFolder(str(outer))
+    first.begin()
+    second.begin()
+    first.end()  # the second is still writing
+    assert (outer / "manifest").is_dir()
+    entry = write(second)
+    second.end()
+    assert entry == OutputFolder(str(outer)).entry(SHARD.name)
+
+
+def reason_of(folder: OutputFolder, shard: Shard = SHARD, recipe: Recipe = RECIPE, *, hashes: bool = False) -> str:
+    assert folder.finished_entry(shard, recipe, hashes=hashes) is None
+    return folder.remade[shard.name]
+
+
+def test_why_a_shard_is_made_again(address: str) -> None:
+    folder = OutputFolder(address)
+    folder.begin()
+    folder.settle_recipe(RECIPE, [SHARD])
+    assert folder.finished_entry(SHARD, RECIPE) is None
+    assert folder.remade == {}  # it was never there
+    entry = write(folder)
+    assert reason_of(folder, replace(SHARD, nbytes=999)) == f"its source had {BYTES} bytes and has 999 now"
+    assert reason_of(folder, recipe=Recipe("c", "e" * 64)) == "it was made with other settings"
+    fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", b"x" * BYTES)
+    assert reason_of(folder, hashes=True) == "the SHA-256 of its source has changed"
+    fsspec.filesystem("memory").pipe_file("/source/a/train-0.tar", bytes(BYTES))
+    assert folder.finished_entry(SHARD, RECIPE, hashes=True) == entry
+    assert folder.remade == {}
+    folder.fs.pipe_file(folder.at(SHARD.name), b"x" * entry.nbytes)
+    assert reason_of(folder, hashes=True) == "its SHA-256 is not that of its manifest entry"
+    folder.fs.pipe_file(folder.at(SHARD.name), b"x")
+    assert reason_of(folder) == f"it has 1 bytes, {entry.nbytes} by its manifest entry"
+    folder.fs.rm_file(folder.at(SHARD.name))
+    assert reason_of(folder) == "it is not there, but its manifest entry is"
+    for text in (b"\xff\xfe", b"[" * 100_000, b"5", b'{"shard": "a'):
+        folder.fs.pipe_file(folder.at(f"manifest/{SHARD.name}.json"), text)
+        assert reason_of(folder).startswith("its manifest entry cannot be read: ")
+    folder.end()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG", b"[" * 100_000, b'{"format": 1', b'{"format": "1"}', b"7"])
+def test_a_damaged_recipe_is_refused_or_replaced(address: str, content: bytes) -> None:
+    folder = OutputFolder(address)
+    folder.begin()
+    folder.settle_recipe(RECIPE, [SHARD])
+    write(folder)
+    write(folder, "other.tar", Recipe("c", "e" * 64))
+    folder.fs.pipe_file(folder.at("precompute.json"), content)
+    with pytest.raises(OtherRecipe, match=r"precompute.json was not written by this version of dat: .*--overwrite"):
+        folder.settle_recipe(RECIPE, [SHARD])
+    folder.settle_recipe(RECIPE, [SHARD], overwrite=True)
+    assert folder.recipe() == RECIPE
+    assert folder.shard_names() == {SHARD.name}  # the other one was made with other settings
+    folder.end()

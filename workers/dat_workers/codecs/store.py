@@ -108,6 +108,17 @@ class CodecStore:
         _check_matches_name(name, codec.spec, path)
         return codec
 
+    def spec(self, name: str) -> CodecSpec:
+        """Returns a codec's geometry from its file's header, in milliseconds. Raises CodecError as `load` does."""
+        if name == "identity":
+            return REGISTRY[name]
+        path = self.path(name)
+        if not path.is_file():
+            raise self._absent(name)
+        spec = file.read_header(path).spec
+        _check_matches_name(name, spec, path)
+        return spec
+
     def _absent(self, name: str) -> CodecError:
         if name not in REGISTRY:
             return CodecNotFound(name, self.names())

@@ -30,6 +30,24 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def check_config(config: EngineConfig) -> str:
+    """Returns the name of the engine that the configuration stands for, without loading a codec.
+
+    Raises ValueError for a device that does not exist and for settings that exclude each other.
+    """
+    name, dtype, device = config.engine, config.dtype, pick_device(config.device)
+    if name == "auto":
+        simple = dtype in ("auto", "fp32") and config.tricks in ("auto", "none")
+        name = "cpu" if device.type == "cpu" and simple else "torch"
+    if name in FP32_ENGINES and dtype not in ("auto", "fp32"):
+        raise ValueError(f"dtype is {dtype!r}, but must be auto or fp32 for the engine {name!r}")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"device is {str(device)!r}, but the engine 'cpu' runs only on a CPU; on CUDA use 'torch'")
+    if dtype == "tf32" and device.type != "cuda":
+        raise ValueError(f"dtype is 'tf32', which needs CUDA, but device is {str(device)!r}")
+    return name
+
+
 def create(config: EngineConfig, model: VQGAN) -> Engine:
     """Creates the configured engine for `model`; `auto` is the fastest engine that needs no optional package.
 
@@ -40,12 +58,7 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
     device that does not exist and for settings that exclude each other, and RuntimeError if a package is missing.
     """
     fix_arithmetic()
-    name, dtype, tricks = config.engine, config.dtype, config.tricks
-    if name == "auto":
-        on_cpu = pick_device(config.device).type == "cpu"
-        name = "cpu" if on_cpu and dtype in ("auto", "fp32") and tricks in ("auto", "none") else "torch"
-    if name in FP32_ENGINES and dtype not in ("auto", "fp32"):
-        raise ValueError(f"dtype is {dtype!r}, but must be auto or fp32 for the engine {name!r}")
+    name = check_config(config)
     if name == "onnx":
         from dat_workers.engines.onnx.engine import OnnxEngine
 
@@ -61,4 +74,4 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
         return ReferenceEngine(model, device)
     from dat_workers.engines.torch.engine import TorchEngine
 
-    return TorchEngine(model, device, dtype, tricks)
+    return TorchEngine(model, device, config.dtype, config.tricks)

@@ -1,6 +1,8 @@
 """Sends whole datasets through Q once (`dat precompute`): source shards in, shards of Q(x) or its tokens out.
 
+    checks.py          what can be wrong with the arguments, found before the codec is loaded
     job.py             gives missing shards to workers, and the shards of a lost worker to the remaining workers
+    progress.py        which share of a job is finished
     recipe.py          the settings that decide the bytes of a shard (DST/precompute.json)
     output_folder.py   DST: finished shards and their manifest, unfinished files and locks of jobs
     local_workers.py   workers in this process
@@ -14,8 +16,9 @@
 `dat_client.dataset_format` defines the output format, which `dat_client.webdataset` reads.
 """
 
-from dat_workers.precompute.job import JobProgress, NoSamples, Summary, precompute
+from dat_workers.precompute.job import NoSamples, Summary, precompute
 from dat_workers.precompute.output_folder import OtherRecipe
+from dat_workers.precompute.progress import JobProgress
 from dat_workers.precompute.worker import SampleFailed
 
 __all__ = ["JobProgress", "NoSamples", "OtherRecipe", "SampleFailed", "Summary", "precompute"]

@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,19 @@ from dat_client.dataset_format.left_out import LeftOut, Row
 from dat_client.dataset_format.manifest import ManifestEntry
 from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.errors import InvalidInput
+from dat_workers.precompute.checks import check_codec, check_kept_fields, with_repeated_keys
 from dat_workers.precompute.contact_sheet import contact_sheet
 from dat_workers.precompute.local_workers import LocalWorkers
 from dat_workers.precompute.output_folder import OutputFolder
+from dat_workers.precompute.progress import (
+    COMPUTING,
+    CONTACT_SHEET,
+    LOADING,
+    LOOKING,
+    JobProgress,
+    Tally,
+    WorkerCounts,
+)
 from dat_workers.precompute.ray_workers import RayWorkers
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, WorkerLost
@@ -36,39 +46,14 @@ SHEET = "contact-sheet.html"
 
 
 @dataclass(frozen=True)
-class JobProgress:
-    """The progress of a job.
-
-    `shards_done` and `nbytes_done` (bytes of sources) include shards that were finished before this run; `images`
-    and `seconds` count this run alone.
-    """
-
-    shards: int
-    shards_done: int
-    nbytes: int
-    nbytes_done: int
-    images: int
-    skipped: int
-    workers_lost: int
-    seconds: float
-
-    @property
-    def share(self) -> float:
-        """The finished share, 0 to 1: of the sources' bytes, or of the shards if the storage reports no sizes."""
-        if not self.shards or self.shards_done == self.shards:
-            return 1.0
-        if not self.nbytes:
-            return self.shards_done / self.shards
-        return min(1.0, self.nbytes_done / self.nbytes)
-
-
-@dataclass(frozen=True)
 class Summary:
     """The result of a job: the contents of DST for this source, and how much of it this run made.
 
     shards_kept: shards that were finished before, or by a different job. seconds: time from the first missing shard
     to the last, without loading the codec. others: shards in DST that do not come from this source. skipped_first:
-    (shard, key, reason) of up to 20 skipped samples. left_out: files that are not samples, such as hidden names.
+    (shard, key, reason) of up to 20 skipped samples. lacking: (field, number of samples without it) of the fields
+    that were to be kept. remade: (shard, reason) of shards that were there and were made again. left_out: files
+    that are not samples, such as hidden names.
     """
 
     shards: int
@@ -82,6 +67,8 @@ class Summary:
     fingerprint: str
     others: int
     skipped_first: tuple[tuple[str, str, str], ...]
+    lacking: tuple[tuple[str, int], ...] = ()
+    remade: tuple[tuple[str, str], ...] = ()
     left_out: tuple[Row, ...] = ()
 
 
@@ -134,12 +121,20 @@ def precompute(
         overwrite: replace the shards in `dst` that were made with a different recipe.
         check_hashes: compare finished shards and their sources by SHA-256 too, and not only by length.
         pictures_a_shard: the number of pictures of a folder that make a shard.
-        report: called with the progress about twice a second.
+        report: called with the progress: when the codec begins to load, and then about twice a second.
+
+    Everything that can be wrong with the arguments is found before the codec is loaded. A job that is refused
+    leaves no `dst` behind that was not there before.
 
     Raises InvalidInput for arguments that are not usable, OtherRecipe if `dst` was made with different settings,
     SampleFailed, NoSamples if no sample is usable, CodecError, and OSError if a source cannot be read or `dst`
     cannot be written.
     """
+    for name, value in (("outputs", outputs), ("keep", keep)):
+        if isinstance(value, str):
+            raise InvalidInput(name, repr(value), f"a list of names, such as [{value!r}]")
+    if gpus is not None and (not ray or not 0 <= gpus < float("inf")):
+        raise InvalidInput("gpus", gpus, "0 or more, and only with ray, whose actors it is for")
     recipe = Recipe(
         codec, outputs=tuple(outputs), picture=picture, quality=quality, resize=resize, crop=crop, augment=augment,
         replace_fraction=replace_fraction, variants=variants, seed=seed, upright=upright,
@@ -158,10 +153,18 @@ def precompute(
         raise InvalidInput("dst", dst, "a single folder, without a pattern: shards keep the names of their sources")
     folder = OutputFolder(dst)
     check_apart(found, folder)
-    with naming_address(dst):
-        folder.begin()
+    if not (ray and os.environ.get("RAY_ADDRESS")):  # the codecs and devices of a cluster are on its hosts
+        check_codec(recipe, None if ray else engine_config)
+    found = with_repeated_keys(found, skip=skip)
+    with naming_address(source):
+        check_kept_fields(found, recipe.keep or ())
     with ExitStack() as ended_in_reverse:
         ended_in_reverse.callback(folder.end)
+        with naming_address(dst):
+            folder.begin()
+            if not overwrite:
+                folder.recipe()  # raises if it cannot be read
+        report(Tally(found.shards).progress(LOADING, WorkerCounts()))
         pool: LocalWorkers | RayWorkers
         pool = (
             RayWorkers(codec, engine_config, workers, gpus) if ray else LocalWorkers(codec, engine_config, workers)
@@ -200,8 +203,8 @@ class Job:
         self.options = ShardOptions(self.recipe, self.folder.full_address, self.folder.job, self.skip)
         self.began = time.monotonic()
         self.done: dict[str, ManifestEntry] = {}
-        self.shards_kept = self.nbytes_kept = self.workers_lost = 0
-        self.nbytes = sum(shard.nbytes for shard in self.source.shards)
+        self.shards_kept = self.workers_lost = 0
+        self.tally = Tally(self.source.shards)
 
     def run(self) -> Summary:
         missing = self._missing_shards()
@@ -213,11 +216,14 @@ class Job:
         self._make(deque(missing))
         progress = self.progress()
         if not self.folder.has(SHEET):
+            self.report(replace(progress, phase=CONTACT_SHEET))
             self.folder.write(SHEET, contact_sheet(self.source, self.folder, self.recipe, self.pool.decode))
         entries = [self.done[shard.name] for shard in self.source.shards]
         left_out = LeftOut(self.source.left_out)
+        lacking: Counter[str] = Counter()
         for shard, entry in zip(self.source.shards, entries, strict=True):
             left_out.update(below(shard.address, entry.left_out))
+            lacking.update(dict(entry.lacking))
         skipped = [(entry.shard, key, reason) for entry in entries for key, reason in entry.skipped]
         if not any(entry.samples for entry in entries):
             reasons = [f"{shard}, {key or 'after the last sample'}: {why}" for shard, key, why in skipped[:3]]
@@ -226,26 +232,29 @@ class Job:
             len(entries), self.shards_kept, sum(entry.samples for entry in entries), len(skipped),
             sum(entry.nbytes for entry in entries), progress.images, progress.seconds, self.workers_lost,
             self.recipe.fingerprint, len(self.folder.shard_names() - set(self.done)), tuple(skipped[:20]),
-            left_out.rows,
+            tuple(sorted(lacking.items())), tuple(sorted(self.folder.remade.items())), left_out.rows,
         )  # fmt: skip
 
-    def progress(self) -> JobProgress:
-        counts = self.pool.counts()
-        # The workers' counts may exceed the total, because a shard that was made twice was read twice.
-        nbytes_done = min(self.nbytes_kept + counts["nbytes"], self.nbytes)
-        return JobProgress(
-            len(self.source.shards), len(self.done), self.nbytes, nbytes_done, counts["images"], counts["skipped"],
-            self.workers_lost, time.monotonic() - self.began,
-        )  # fmt: skip
+    def progress(self, phase: str = COMPUTING) -> JobProgress:
+        progress = self.tally.progress(phase, self.pool.counts())
+        return replace(progress, workers_lost=self.workers_lost, seconds=time.monotonic() - self.began)
 
     def _missing_shards(self) -> list[Shard]:
         """Returns the shards that are not finished, and records those that are."""
         shards, threads = self.source.shards, DaemonThreads(LOOKUP_THREADS, "look")
-        for start in range(0, len(shards), LOOKUP_THREADS):
-            some = shards[start : start + LOOKUP_THREADS]
-            for shard, entry in zip(some, threads.map(self._finished_entry, some), strict=True):
-                self._keep(shard, entry)
-            self.report(self.progress())
+        looks = [threads.submit(self._finished_entry, shard) for shard in shards]
+        try:
+            waiting = set(looks)
+            while waiting:
+                looked, waiting = wait(waiting, timeout=TICK_S, return_when=FIRST_EXCEPTION)
+                for look in looked:
+                    look.result()
+                self.report(replace(self.progress(LOOKING), shards_looked=len(looks) - len(waiting)))
+        finally:
+            for look in looks:
+                look.cancel()
+        for shard, look in zip(shards, looks, strict=True):
+            self._keep(shard, look.result())
         return [shard for shard in shards if shard.name not in self.done]
 
     def _finished_entry(self, shard: Shard) -> ManifestEntry | None:
@@ -255,9 +264,8 @@ class Job:
         """Records a shard that an earlier run or a different job has finished; returns False if `entry` is None."""
         if entry is None:
             return False
-        self.done[shard.name] = entry
+        self._record(shard, entry)
         self.shards_kept += 1
-        self.nbytes_kept += shard.nbytes
         return True
 
     def _make(self, missing: deque[Shard]) -> None:
@@ -301,4 +309,8 @@ class Job:
                 f"{shard.name} was written, but {self.folder.address} holds a different file of that name: DST "
                 "must be a folder that all hosts share, and that no other job overwrites"
             )
+        self._record(shard, entry)
+
+    def _record(self, shard: Shard, entry: ManifestEntry) -> None:
         self.done[shard.name] = entry
+        self.tally.finish(shard, entry)

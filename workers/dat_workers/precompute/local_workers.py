@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +12,7 @@ from dat_client.dataset_format.manifest import ManifestEntry
 from dat_client.wire.tensors import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import pick_device
+from dat_workers.precompute.progress import WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker
 from dat_workers.sources.folders import Shard
@@ -46,9 +46,9 @@ class LocalWorkers:
         """Starts `Worker.make_shard` of a worker in a thread, and returns the future of the manifest entry."""
         return self._threads.submit(self._workers[worker].make_shard, shard, options)
 
-    def counts(self) -> Counter[str]:
+    def counts(self) -> WorkerCounts:
         """Returns the counts of all workers together."""
-        return sum((worker.counts() for worker in self._workers), Counter())
+        return WorkerCounts.together(worker.counts() for worker in self._workers)
 
     def decode(self, indices: Array) -> Array:
         """Returns the pictures of tokens, as `Worker.decode` does."""

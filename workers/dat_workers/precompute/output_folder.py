@@ -62,6 +62,8 @@ class OutputFolder:
         self._scratch = Path(self.path) / f"{JOB_PREFIX}{self.job}"
         self._lock_path = self._scratch.with_name(f"{self._scratch.name}.lock")
         self._lock: IO[str] | None = None
+        self._created: list[Path] = []  # the folders that `begin` made, the innermost first
+        self.remade: dict[str, str] = {}  # by name, the reason why a shard that was there is made again
 
     @property
     def full_address(self) -> str:
@@ -74,6 +76,8 @@ class OutputFolder:
     def begin(self) -> None:
         """Creates the folder, checks that it is writable and removes the files of dead jobs. Raises OSError."""
         if not is_object_store(self.full_address):  # makedirs would create a bucket, even one with a misspelt name
+            manifest = Path(self.at(MANIFEST_FOLDER))
+            self._created = [path for path in (manifest, *manifest.parents) if self.local and not path.exists()]
             self.fs.makedirs(self.at(MANIFEST_FOLDER), exist_ok=True)
         if not self.local:
             probe = f"{MANIFEST_FOLDER}/.{self.job}"
@@ -91,22 +95,33 @@ class OutputFolder:
         self._scratch.mkdir()
 
     def end(self) -> None:
-        """Removes this job's unfinished files and its lock."""
+        """Removes this job's unfinished files, its lock, and the folders that it made if they are still empty."""
         if self._lock is not None:
             remove_scratch(self._lock_path, self._lock)
             self._lock = None
+        if self._created and not list(Path(self.path).glob(f"{JOB_PREFIX}*")):  # no other job is writing here
+            with suppress(OSError):  # the first that is not empty
+                for path in self._created:
+                    path.rmdir()
 
     def settle_recipe(self, recipe: Recipe, shards: Sequence[Shard], *, overwrite: bool = False) -> None:
         """Writes the recipe, or checks that the folder's recipe is equal. Raises OtherRecipe if it differs.
 
         If `overwrite` is set, a different recipe is replaced, and the shards that were made with it are removed.
         """
-        present = self.recipe()
+        try:
+            present = self.recipe()
+        except OtherRecipe:
+            if not overwrite:
+                raise
+            self.remove_file(RECIPE_FILE)
+            present = None
         if present is None and not overwrite:
             foreign = {self.at(shard.name) for shard in shards} & set(self.fs.find(self.path))
             if foreign:
                 raise OtherRecipe(f"{min(foreign)} was not made by dat; use an empty DST, or --overwrite")
         if present is None and self._create(RECIPE_FILE, recipe.to_json().encode()):
+            self._remove_shards_of_others(recipe)
             return
         present = present or self.recipe()
         if present == recipe:
@@ -118,11 +133,15 @@ class OutputFolder:
             )
         if self.shared:
             raise OtherRecipe(f"{self.address} is being written by another job with other settings ({differences})")
+        self._remove_shards_of_others(recipe)
+        self.write(RECIPE_FILE, recipe.to_json().encode())
+
+    def _remove_shards_of_others(self, recipe: Recipe) -> None:
+        """Removes the shards that were made with another recipe."""
         for entry in list(self.entries()):
             if entry.settings != recipe.id:
                 self.remove_file(entry_path(entry.shard))  # first: a shard without an entry counts as missing
                 self.remove_file(entry.shard)
-        self.write(RECIPE_FILE, recipe.to_json().encode())
 
     def recipe(self) -> Recipe | None:
         """Returns the recipe of the folder, or None if there is none. Raises OtherRecipe if it cannot be read."""
@@ -131,7 +150,10 @@ class OutputFolder:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise OtherRecipe(f"{self.at(RECIPE_FILE)} was not written by this version of dat: {error}") from error
+            raise OtherRecipe(
+                f"{self.at(RECIPE_FILE)} was not written by this version of dat: {error}; use an empty DST, or "
+                "--overwrite"
+            ) from error
 
     def shard_names(self) -> set[str]:
         """Returns the names of all shards in the manifest."""
@@ -145,20 +167,39 @@ class OutputFolder:
     def entry(self, name: str) -> ManifestEntry | None:
         """Returns the manifest entry of a shard, or None if it is absent or cannot be read."""
         try:
-            return ManifestEntry.from_json(self.fs.cat_file(self.at(entry_path(name))))
+            return self._read_entry(name)
         except (FileNotFoundError, ValueError):
             return None
+
+    def _read_entry(self, name: str) -> ManifestEntry:
+        return ManifestEntry.from_json(self.fs.cat_file(self.at(entry_path(name))), name)
 
     def finished_entry(self, shard: Shard, recipe: Recipe, *, hashes: bool = False) -> ManifestEntry | None:
         """Returns the manifest entry of a finished shard, or None if the shard must be made (again).
 
         A shard is finished if its manifest entry matches the recipe, the source and the file. Source and file are
-        compared by length, and if `hashes` is set by SHA-256 too. Raises OtherRecipe if the shard was made from a
-        source at a different address.
+        compared by length, and if `hashes` is set by SHA-256 too. If they differ, `remade` gets the reason. Raises
+        OtherRecipe if the shard was made from a source at a different address.
         """
-        entry = self.entry(shard.name)
-        if entry is None or entry.settings != recipe.id:
+        try:
+            entry = self._read_entry(shard.name)
+            reason = self._difference(entry, shard, recipe, hashes)
+        except FileNotFoundError:
             return None
+        except ValueError as error:
+            if isinstance(error, OtherRecipe):
+                raise
+            reason = f"its manifest entry cannot be read: {error}"
+        if reason:
+            self.remade[shard.name] = reason
+            return None
+        self.remade.pop(shard.name, None)
+        return entry
+
+    def _difference(self, entry: ManifestEntry, shard: Shard, recipe: Recipe, hashes: bool) -> str:
+        """Returns in what a shard differs from its manifest entry, or "" if the shard is finished."""
+        if entry.settings != recipe.id:
+            return "it was made with other settings"
         source, source_bytes, sha256 = entry.source
         address, _, digest = source.rpartition("#") if shard.files else (source, "", "")
         unchanged = source_bytes == shard.nbytes and digest == shard.origin.rpartition("#")[2] * bool(shard.files)
@@ -166,17 +207,22 @@ class OutputFolder:
             if real_address(address) != real_address(shard.address):
                 message = f"{self.at(shard.name)} was made of {source}, now {shard.address}"
                 raise OtherRecipe(f"{message}; choose an empty DST, or remove the shard")
+            if source_bytes != shard.nbytes:
+                return f"its source had {source_bytes} bytes and has {shard.nbytes} now"
             if not unchanged:
-                return None
+                return "its pictures have other names now"
         path = self.at(shard.name)
         try:
-            if self.fs.size(path) != entry.nbytes:
-                return None
-            if hashes and (file_sha256(self.fs, path) != entry.sha256 or source_sha256(shard) != sha256):
-                return None
+            nbytes = self.fs.size(path)
         except FileNotFoundError:
-            return None
-        return entry
+            return "it is not there, but its manifest entry is"
+        if nbytes != entry.nbytes:
+            return f"it has {nbytes} bytes, {entry.nbytes} by its manifest entry"
+        if hashes and file_sha256(self.fs, path) != entry.sha256:
+            return "its SHA-256 is not that of its manifest entry"
+        if hashes and source_sha256(shard) != sha256:
+            return "the SHA-256 of its source has changed"
+        return ""
 
     @contextmanager
     def writing(self, name: str) -> Iterator[ShardWriter]:

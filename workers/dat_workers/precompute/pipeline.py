@@ -43,11 +43,16 @@ class PendingView:
 
 @dataclass(frozen=True)
 class PendingSample:
-    """A sample being processed: the future of its output `fields`, and about how many bytes of memory it takes."""
+    """A sample being processed: the future of its output `fields`, and about how many bytes of memory it takes.
+
+    source_bytes: how many bytes of the source were read for it. lacking: the fields to be kept that it lacks.
+    """
 
     key: str
     nbytes: int
     fields: Future[dict[str, bytes]]
+    source_bytes: int
+    lacking: tuple[str, ...]
 
 
 class SamplePipeline:
@@ -65,13 +70,15 @@ class SamplePipeline:
         self._variants = ThreadPoolExecutor(1, "variants")
         self._encoders = ThreadPoolExecutor(threads, "encode", initializer)
 
-    def submit(self, sample: Sample, recipe: Recipe) -> PendingSample:
+    def submit(self, sample: Sample, recipe: Recipe, source_bytes: int = 0) -> PendingSample:
         """Starts to process a sample; the future raises ValueError or EngineError if the sample is not usable."""
         views = self._decoders.submit(self._decode_views, sample, recipe)
         if recipe.replace_fraction:
             views = self._variants.submit(self._make_variants, sample, views, recipe)
         fields = self._encoders.submit(self._encode_fields, sample, views, recipe)
-        return PendingSample(sample.key, sample.nbytes + decoded_bytes(sample, recipe), fields)
+        lacking = tuple(name for name in recipe.keep or () if name not in sample.fields)
+        nbytes = sample.nbytes + decoded_bytes(sample, recipe)
+        return PendingSample(sample.key, nbytes, fields, source_bytes, lacking)
 
     def stop(self) -> None:
         for pool in (self._decoders, self._variants, self._encoders):

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,6 +15,7 @@ from dat_client.dataset_format.manifest import ManifestEntry
 from dat_client.wire.tensors import Array
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import Unhealthy
+from dat_workers.precompute.progress import WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerLost
 from dat_workers.sources.folders import Shard
@@ -38,8 +38,8 @@ class RayWorkers:
 
     def __init__(self, codec: str, config: EngineConfig, workers: int, gpus: float | None = None) -> None:
         self.workers = workers
-        self._latest: list[Counter[str]] = [Counter()] * workers
-        self._of_ended: Counter[str] = Counter()  # the counts of workers that have ended
+        self._latest = [WorkerCounts()] * workers
+        self._images_of_ended = 0  # of workers that have ended
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, gives all others priority
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
@@ -122,7 +122,7 @@ class RayWorkers:
         actor.make_shard.remote(shard, options).future().add_done_callback(settle)
         return result
 
-    def counts(self) -> Counter[str]:
+    def counts(self) -> WorkerCounts:
         """Returns the counts of all workers together."""
         calls = {actor.counts.remote(): i for i, actor in enumerate(self._actors)}
         ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=COUNTS_TIMEOUT_S)
@@ -130,10 +130,10 @@ class RayWorkers:
             i = calls[call]
             with contextlib.suppress(Exception):  # the worker has ended, or is being started
                 counts = self._ray.get(call)
-                if counts["nbytes"] < self._latest[i]["nbytes"]:  # a new worker counts from 0
-                    self._of_ended += self._latest[i]
+                if counts.worker != self._latest[i].worker:  # a new worker counts from 0
+                    self._images_of_ended += self._latest[i].images
                 self._latest[i] = counts
-        return sum(self._latest, self._of_ended)
+        return WorkerCounts.together([WorkerCounts(images=self._images_of_ended), *self._latest])
 
     def decode(self, indices: Array) -> Array:
         """Returns the pictures of tokens, as `Worker.decode` does."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from dat_client.dataset_format.manifest import FORMAT
+from dat_client.dataset_format.manifest import FORMAT, check_settings, parsed_json
 from dat_client.dataset_format.naming import number_of_views
 from dat_client.errors import shown
 from dat_workers.errors import InvalidInput
@@ -84,6 +85,10 @@ class Recipe:
         if self.augment < 0 or self.variants < 1 or self.views > MAX_VIEWS:
             numbers = f"{self.augment} and {self.variants}"
             raise InvalidInput("augment and variants", numbers, f"1 to {MAX_VIEWS} views a sample")
+        for name in self.keep or ():
+            if not name or "/" in name or name.startswith("."):
+                limit = "the name of a field, such as cls or json; leave keep away to copy all but the picture"
+                raise InvalidInput("keep", repr(name), limit)
         if not 0 <= self.seed < 2**63:
             raise InvalidInput("seed", self.seed, "0 to 2^63 - 1")
 
@@ -101,7 +106,9 @@ class Recipe:
         settings = asdict(self)
         if not self.upright:  # so that the ids of such recipes are those from before the field existed
             del settings["upright"]
-        return json.dumps({"format": FORMAT, **settings}, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps({"format": FORMAT, **settings}, indent=1, ensure_ascii=False) + "\n"
+        # Names of classes that are not UTF-8 hold lone surrogates, which UTF-8 cannot encode and JSON can escape.
+        return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -110,13 +117,14 @@ class Recipe:
         Raises ValueError if the text is not JSON, if its field "format" is not the number that this version
         writes, and if fields are missing or unknown.
         """
-        settings = json.loads(text)
+        settings = parsed_json(text)
         if not isinstance(settings, dict) or settings.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         settings.setdefault("upright", False)
         known = {field.name for field in fields(cls)}
         if set(settings) != known:
             raise ValueError(f"fields {sorted(set(settings) ^ known)} are missing or unknown")
+        check_settings(settings)
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         return cls(**values)
 

@@ -8,8 +8,11 @@ shard ends.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dat_client.dataset_format.manifest import ManifestEntry
@@ -21,11 +24,13 @@ from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.pipeline import PendingSample, SamplePipeline
+from dat_workers.precompute.progress import ShardCounts, WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.sources.folders import Shard
 from dat_workers.sources.reader import ShardReader
 
 SHARDS_AT_ONCE = 2
+COUNTED_SHARDS = 4 * SHARDS_AT_ONCE
 MAX_PENDING_BYTES = 512 << 20  # limit of the samples of a shard being processed, x and Q(x) included
 CPU_PROVIDER = "CPUExecutionProvider"  # ONNX Runtime's
 WATCHDOG_S = 600.0
@@ -68,7 +73,9 @@ class Worker:
         engine = self.discretizer.engine.describe()
         self.on_gpu = engine["device"] != "cpu" or engine.get("provider", CPU_PROVIDER) != CPU_PROVIDER
         self.pipeline = SamplePipeline(self.discretizer, self.batcher, low_priority=not self.on_gpu)
-        self._counts: Counter[str] = Counter()
+        self._id = secrets.token_hex(4)
+        self._images = 0
+        self._shards: dict[str, ShardCounts] = {}
         self._counting = threading.Lock()
         self._stopping = threading.Event()
 
@@ -94,6 +101,7 @@ class Worker:
         folder, recipe = OutputFolder(options.dst, options.job), options.recipe
         reader = ShardReader(shard, recipe.classes)
         skipped: list[tuple[str, str]] = []
+        lacking: Counter[str] = Counter()
         pending: deque[PendingSample] = deque()
         batch = self.discretizer.engine.batch
         max_pending = max(4, (4 * batch + 16) // recipe.views)
@@ -107,7 +115,6 @@ class Worker:
                 place = f"sample {key}" if key else "after the last sample"
                 raise SampleFailed(f"{shard.address}, {place}: {reason}")
             skipped.append((key, reason))
-            self._count(skipped=1)
 
         def finish(sample: PendingSample) -> None:
             try:
@@ -116,19 +123,20 @@ class Worker:
                 raise
             except (ValueError, EngineError) as error:  # InvalidInput is a ValueError
                 skip(sample.key, str(error))
+                self._count(shard.name, sample.source_bytes, images=0)
             else:
-                self._count(images=recipe.views)
                 writer.add(sample.key, fields)
+                lacking.update(sample.lacking)
+                self._count(shard.name, sample.source_bytes, images=recipe.views)
 
-        with folder.writing(shard.name) as writer:
+        with self._counting_shard(shard.name), folder.writing(shard.name) as writer:
             try:
                 pending_bytes = read_bytes = 0
                 for sample in reader:
                     if self._stopping.is_set():
                         raise Stopped(shard.name)
-                    self._count(nbytes=reader.nbytes - read_bytes)
+                    pending.append(self.pipeline.submit(sample, recipe, reader.nbytes - read_bytes))
                     read_bytes = reader.nbytes
-                    pending.append(self.pipeline.submit(sample, recipe))
                     pending_bytes += pending[-1].nbytes
                     while len(pending) > max_pending or pending_bytes > MAX_PENDING_BYTES:
                         pending_bytes -= pending[0].nbytes
@@ -145,15 +153,15 @@ class Worker:
         source = (shard.origin, shard.nbytes, reader.sha256)
         entry = ManifestEntry(
             shard.name, writer.samples, writer.nbytes, writer.sha256, recipe.id, tuple(skipped), source,
-            reader.left_out.rows,
+            reader.left_out.rows, tuple(sorted(lacking.items())),
         )  # fmt: skip
         folder.record(entry)
         return entry
 
-    def counts(self) -> Counter[str]:
-        """Returns the counts since the start: `images` computed, `nbytes` of sources read, samples `skipped`."""
+    def counts(self) -> WorkerCounts:
+        """Returns the views computed since the start, and what is finished of the present shards."""
         with self._counting:
-            return self._counts.copy()
+            return WorkerCounts(self._id, self._images, dict(self._shards))
 
     def decode(self, indices: Array) -> Array:
         """Returns the pictures uint8 [N,3,H,W] of tokens [N,h,w]."""
@@ -166,6 +174,23 @@ class Worker:
         self.batcher.stop()
         self.pipeline.stop()
 
-    def _count(self, **more: int) -> None:
+    @contextmanager
+    def _counting_shard(self, name: str) -> Iterator[None]:
+        """Counts a shard while it is made, and after that until others have taken its place: the job may lag."""
         with self._counting:
-            self._counts.update(more)
+            self._shards.pop(name, None)
+            self._shards[name] = ShardCounts()
+            while len(self._shards) > COUNTED_SHARDS:
+                del self._shards[next(iter(self._shards))]
+        try:
+            yield
+        except BaseException:
+            with self._counting:
+                self._shards.pop(name, None)
+            raise
+
+    def _count(self, shard: str, source_bytes: int, images: int) -> None:
+        """Counts a sample that was written, or skipped if it gave no images."""
+        with self._counting:
+            self._images += images
+            self._shards[shard] = self._shards[shard].plus(source_bytes, skipped=not images)

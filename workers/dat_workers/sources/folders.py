@@ -23,7 +23,8 @@ class Shard:
     """One source shard: the `address` of a tar, or `files` below `address`, a folder of pictures.
 
     name: the path of the output shard, relative to DST. nbytes: the size of the source, or 0 if its storage does
-    not report sizes. problems: (key, reason) of folders and links that no sample can stand for.
+    not report sizes. repeated: the files whose key an earlier picture has, perhaps in another shard, each with the
+    name of that picture. problems: (key, reason) of folders and links that no sample can stand for.
     """
 
     name: str
@@ -31,13 +32,16 @@ class Shard:
     nbytes: int
     files: tuple[str, ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
+    repeated: tuple[tuple[str, str], ...] = ()
 
     @property
     def origin(self) -> str:
         """The source as the manifest records it: the address and, for pictures, a digest of their names."""
         if not self.files:
             return self.address
-        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape"))
+        # What other shards hold decides about a picture that repeats a key of theirs.
+        elsewhere = [name for pair in self.repeated if pair[1] not in self.files for name in pair]
+        names = hashlib.sha256("\n".join([*self.files, *elsewhere]).encode("utf-8", "surrogateescape"))
         return f"{self.address}#{names.hexdigest()[:12]}"
 
     def with_problems(self, problems: dict[str, str]) -> Self:

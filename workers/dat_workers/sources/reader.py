@@ -58,6 +58,7 @@ class ShardReader:
 
     def _from_files(self) -> Iterator[Sample]:
         fs, folder = open_address(self.shard.address)
+        first_of = dict(self.shard.repeated)
         for name in self.shard.files:
             key, suffix = key_and_suffix(name)
             try:
@@ -68,7 +69,7 @@ class ShardReader:
             fields = {suffix: data}
             if self.classes:
                 fields["cls"] = str(self.classes[name.split("/")[0]]).encode()
-            yield Sample(key, fields)
+            yield Sample(key, fields, repeated_key(first_of[name]) if name in first_of else "")
 
     def _from_tar(self) -> Iterator[Sample]:
         fs, path = open_address(self.shard.address)
@@ -79,6 +80,11 @@ class ShardReader:
             except DamagedShard as error:
                 advice = "" if error.key else advice_by_content(self._first_bytes)
                 raise DamagedShard(f"not a tar archive, but {advice}", "") if advice else error from None
+
+
+def repeated_key(first: str) -> str:
+    """Returns the reason why a picture of a folder is skipped whose key an earlier picture has."""
+    return f"the key was there before, of {first}: rename one, so that they differ in more than the suffix"
 
 
 def source_sha256(shard: Shard) -> str:

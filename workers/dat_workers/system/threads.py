@@ -31,15 +31,18 @@ class DaemonThreads:
             threading.Thread(target=_run_tasks, args=[self._tasks], name=f"{name}-{i}", daemon=True).start()
             weakref.finalize(self, self._tasks.put, None).atexit = False
 
+    def submit(self, compute: Callable[[T], R], item: T) -> Future[R]:
+        """Returns the future of `compute(item)`."""
+        future: Future[R] = Future()
+        self._tasks.put((future, compute, item))
+        return future
+
     def map(self, compute: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Returns the results of `compute` for all items, in the order of the items.
 
         Raises the exception of the first item that failed; items that were not started by then are cancelled.
         """
-        futures: list[Future[R]] = []
-        for item in items:
-            futures.append(Future())
-            self._tasks.put((futures[-1], compute, item))
+        futures = [self.submit(compute, item) for item in items]
         try:
             return [future.result() for future in futures]
         finally:

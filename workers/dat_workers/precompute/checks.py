@@ -1,0 +1,83 @@
+"""Checks the arguments of a job before its codec is loaded, which may take a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+
+from dat_client.dataset_format.naming import key_and_suffix
+from dat_client.dataset_format.tar_samples import DamagedShard
+from dat_workers.codecs.store import CodecStore
+from dat_workers.engines.config import EngineConfig
+from dat_workers.engines.factory import check_config
+from dat_workers.errors import InvalidInput
+from dat_workers.precompute.recipe import Recipe
+from dat_workers.precompute.worker import SampleFailed
+from dat_workers.sources.find import Source
+from dat_workers.sources.reader import ShardReader, repeated_key
+
+FIRST_SHARDS = 8  # of a source, in which the kept fields are looked for
+FIRST_SAMPLES = 100  # of these shards together
+
+
+def check_codec(recipe: Recipe, config: EngineConfig | None) -> None:
+    """Raises CodecError, ValueError or InvalidInput if this machine cannot run the codec as the recipe needs it.
+
+    `config` is None if the devices are not those of this process.
+    """
+    spec = CodecStore().spec(recipe.codec)
+    if config is not None and spec.architecture != "identity":
+        check_config(config)
+    if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
+        raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
+
+
+def check_kept_fields(source: Source, keep: Collection[str]) -> None:
+    """Raises InvalidInput if `keep` names a field that none of the first samples of the source has.
+
+    For a folder of pictures all fields are known: the suffixes and, with classes, `cls`. For shards, up to 100
+    samples of the first shards are read.
+    """
+    if not keep:
+        return
+    known: set[str] = set()
+    if all(shard.files for shard in source.shards):
+        known.update(key_and_suffix(name)[1] for shard in source.shards for name in shard.files)
+        known.update(["cls"] if source.classes else [])
+        place = "the pictures"
+    else:
+        number = 0
+        for shard in source.shards[:FIRST_SHARDS]:
+            with suppress(DamagedShard):  # reported when the shard is made
+                for sample in islice(ShardReader(shard, source.classes), FIRST_SAMPLES - number):
+                    known.update(sample.fields)
+                    number += 1
+        place = f"the first {number} samples"
+    absent = [name for name in keep if name not in known]
+    if absent and known:
+        present = ", ".join(sorted(known))
+        message = f"keep: none of {place} has a field {absent[0]!r}; their fields are {present}"
+        raise InvalidInput("keep", absent[0], f"among {present}", message)
+
+
+def with_repeated_keys(source: Source, *, skip: bool) -> Source:
+    """Returns the source with the pictures marked whose key an earlier picture has, also one in another shard.
+
+    The keys of a folder of pictures are all known beforehand. Raises SampleFailed if there are any and `skip` is
+    not set. The keys of tars need to differ within a shard only, as WebDataset has it.
+    """
+    first_of: dict[str, str] = {}
+    shards = []
+    for shard in source.shards:
+        repeated = []
+        for name in shard.files:
+            first = first_of.setdefault(key_and_suffix(name)[0], name)
+            if first != name:
+                repeated.append((name, first))
+        if repeated and not skip:
+            (name, first), key = repeated[0], key_and_suffix(repeated[0][0])[0]
+            raise SampleFailed(f"{shard.address}, sample {key}: {repeated_key(first)} ({name})")
+        shards.append(replace(shard, repeated=tuple(repeated)) if repeated else shard)
+    return replace(source, shards=tuple(shards))
