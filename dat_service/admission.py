@@ -22,10 +22,14 @@ class FairShares:
         self.held = 0
         self._holders: dict[str, int] = {}
 
+    def fits(self, holder: str, amount: int) -> bool:
+        """Returns True if the holder may take `amount` now."""
+        own, free = self._holders.get(holder, 0), self.capacity - self.held
+        return amount <= free and (not own or own + amount <= free)
+
     def take(self, holder: str, amount: int) -> bool:
         """Takes `amount` for the holder and returns True; if it is too much, takes nothing and returns False."""
-        own, free = self._holders.get(holder, 0), self.capacity - self.held
-        if amount > free or (own and own + amount > free):
+        if not self.fits(holder, amount):
             return False
         self._add(holder, amount)
         return True

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import dat_client.wire as wire
+from dat_client.errors import shown
 from dat_client.wire.tensors import Array
 from dat_client.wire.vocabulary import INPUTS, OUTPUTS, default_outputs
 from dat_service.settings import Settings
@@ -69,7 +70,9 @@ def check_request(message: wire.Request) -> CheckedRequest:
     parameters = parse_parameters(message.parameters)
     names = list(message.inputs)
     if names != ["indices"] and not ("images" in names and set(names) <= set(INPUTS)):
-        raise InvalidInput("inputs", sorted(names[:9]), f"indices alone, or images and any of {', '.join(INPUTS)}")
+        raise InvalidInput(
+            "inputs", shown(sorted(names)), f"indices alone, or images and any of {', '.join(INPUTS)}"
+        )
     request = CheckedRequest(message, parameters)
     check_outputs(request.output_names, OUTPUTS)
     return request

@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         15.0, gt=0, description="Longest pause of a client while it sends or reads, in seconds."
     )
+    min_body_rate: int = Field(
+        50_000,
+        ge=1,
+        description="Fewest bytes per second of a client that sends or reads, after the pause that it may make.",
+    )
     replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec; each loads its own copy.")
     autoscale: str | None = Field(
         None, pattern=r"^[0-9]+:[0-9]+$", description="Run MIN to MAX replicas, depending on how many images wait."

@@ -26,7 +26,9 @@ class CodecWorker:
 
     >>> worker = CodecWorker(Settings(codec="identity"))
     >>> worker.load()
-    >>> with worker.admit("key/ci", 100) as reservation: ...
+    >>> with worker.admit("key/ci", 100) as reservation:
+    ...     reservation.grow(100)  # as the bytes arrive
+    ...     reservation.take_slot()  # when all have arrived
 
     `replica` is a name that sets this process apart from all others that serve the same codec.
     """
@@ -82,7 +84,7 @@ class CodecWorker:
 
     @property
     def held(self) -> int:
-        """The number of requests from their admission until their response has been sent."""
+        """The number of requests whose body has arrived and whose response has not been sent completely."""
         return self.slots.held
 
     @property
@@ -91,24 +93,34 @@ class CodecWorker:
         return self.bytes.held
 
     def admit(self, holder: str, nbytes: int) -> Reservation:
-        """Returns a reservation of one slot and `nbytes` bytes for a request.
+        """Returns a reservation, which holds nothing yet, for a request whose headers promise `nbytes` bytes.
 
-        Raises Full if the holder's share has no such room now, TooLarge if `nbytes` exceeds the whole capacity, and
-        Unhealthy if the codec cannot compute now.
+        A promise takes nothing from others: bytes are reserved as they arrive, and the slot is taken when all of
+        them have arrived. The room is checked here, so that a body for which there is none is not sent in vain.
+
+        Raises Full if the holder's share has no room for a slot and the bytes now, TooLarge if `nbytes` exceeds the
+        whole capacity, and Unhealthy if the codec cannot compute now.
         """
         if not self.ready:
             why = "the service is shutting down" if self._stopped else "the codec is not loaded"
             raise Unhealthy(self.why_unhealthy or why)
+        if nbytes > self.bytes.capacity:
+            raise too_many_bytes(nbytes, self.bytes.capacity)
         with self.lock:
-            if not self.slots.take(holder, 1):
-                raise Full(f"{self.held} requests are held", f"at most {self.slots.capacity}, in fair shares", 1)
-        reservation = Reservation(self, holder)
-        try:
-            reservation.grow(nbytes)
-        except BaseException:
-            reservation.close()
-            raise
-        return reservation
+            if not self.slots.fits(holder, 1):
+                raise self.full_of_requests()
+            if not self.bytes.fits(holder, nbytes):
+                raise self.full_of_bytes(nbytes)
+        return Reservation(self, holder)
+
+    def full_of_requests(self) -> Full:
+        """Returns the error for a request that gets no slot."""
+        return Full(f"{self.held} requests are held", f"at most {self.slots.capacity}, in fair shares", 1)
+
+    def full_of_bytes(self, nbytes: int) -> Full:
+        """Returns the error for a request that does not get `nbytes` more bytes."""
+        held = f"{self.held_bytes} bytes are held and this request needs {nbytes} more"
+        return Full(held, f"at most {self.bytes.capacity}, in fair shares", 1)
 
     async def run_in_thread(self, task: Callable[[], T]) -> T:
         """Runs `task` in a side thread, not in the codec's thread; returns its result or raises its error."""
@@ -140,16 +152,29 @@ def clear_frames(error: BaseException) -> None:
         cause = cause.__context__
 
 
+def too_many_bytes(nbytes: int, capacity: int) -> TooLarge:
+    """Returns the error for a request that could never be held."""
+    return TooLarge("request", f"{nbytes} bytes", f"at most {capacity} bytes with its response")
+
+
 class Reservation:
-    """The slot and the bytes that one request holds until `close` is called.
+    """The slot and the bytes that one request holds until `close` is called; at first it holds neither.
 
     `close` may be called several times; only the first call has an effect.
     """
 
     def __init__(self, worker: CodecWorker, holder: str) -> None:
         self.worker, self.holder = worker, holder
-        self.nbytes = 0
+        self.nbytes, self.slots = 0, 0
         self.open = True
+
+    def take_slot(self) -> None:
+        """Takes a slot, once. Raises Full if the holder's share has no free slot now."""
+        with self.worker.lock:
+            if self.open and not self.slots:
+                if not self.worker.slots.take(self.holder, 1):
+                    raise self.worker.full_of_requests()
+                self.slots = 1
 
     def grow(self, nbytes: int) -> None:
         """Reserves `nbytes` bytes in addition to those that are reserved already.
@@ -163,11 +188,10 @@ class Reservation:
                 raise RuntimeError("the request's reservation is closed, because the request has already ended")
             shares, total = self.worker.bytes, self.nbytes + nbytes
             if total > shares.capacity:
-                raise TooLarge("request", f"{total} bytes", f"at most {shares.capacity} bytes with its response")
+                raise too_many_bytes(total, shares.capacity)
             # `take` would count the bytes that this request already holds against it; `change` does not.
             if not shares.change(self.holder, self.nbytes, total):
-                held = f"{shares.held} bytes are held and this request needs {nbytes} more"
-                raise Full(held, f"at most {shares.capacity}, in fair shares", 1)
+                raise self.worker.full_of_bytes(nbytes)
             self.nbytes = total
 
     def close(self) -> None:
@@ -176,7 +200,7 @@ class Reservation:
             if self.open:
                 self.open = False
                 self.worker.bytes.give(self.holder, self.nbytes)
-                self.worker.slots.give(self.holder, 1)
+                self.worker.slots.give(self.holder, self.slots)
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import socket
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,34 @@ def infer_images(url: str, images: np.ndarray, datatype: str, *, codec: str = "i
     """Posts a well-formed request with `images`, and with `more` in the JSON."""
     entry, data = tensor("images", images, datatype)
     return infer(url, {"inputs": [entry], **more}, data, codec=codec)
+
+
+def open_request(
+    url: str, promised_bytes: int, *, source: str = "127.0.0.1", headers: str = "", codec: str = "identity"
+) -> socket.socket:
+    """Returns a connection on which the headers of an inference request were sent; the body may follow."""
+    parts = urlsplit(url)
+    connection = socket.socket()
+    connection.settimeout(60)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+    connection.bind((source, 0))
+    connection.connect((parts.hostname or "", parts.port or 0))
+    connection.sendall(
+        f"POST {parts.path}/v2/models/{codec}/infer HTTP/1.1\r\nHost: x\r\n{headers}"
+        f"Content-Length: {promised_bytes}\r\n\r\n".encode()
+    )
+    return connection
+
+
+def unread_request(url: str, *, source: str = "127.0.0.1", headers: str = "") -> socket.socket:
+    """Returns a connection that holds a slot: a whole request was sent, and its answer of 12 MB is not read."""
+    entry, data = tensor("images", np.zeros((16, 3, 256, 256), np.uint8), "UINT8")
+    parameters = {"output_dtype": "FP32", "binary_data_output": True}
+    head = json.dumps({"inputs": [entry], "parameters": parameters}).encode()
+    length = f"Inference-Header-Content-Length: {len(head)}\r\n"
+    connection = open_request(url, len(head) + len(data), source=source, headers=headers + length)
+    connection.sendall(head + data)
+    return connection
 
 
 def infer_encoded(url: str, *pictures: bytes, codec: str = "identity") -> Reply:

@@ -23,7 +23,8 @@ import json
 import reprlib
 from typing import Any
 
-MAX_SHOWN = 80  # characters
+MAX_SHOWN = 80  # characters of a value
+MAX_SENTENCE = 1000  # characters of a sentence: an error message from another program may be longer
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 3
@@ -43,6 +44,16 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an int of more than 4300 digits has no repr
         text = f"<{type(value).__name__}>"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def sentence(text: str) -> str:
+    """Returns a text of another program on one line, and cut only if it has more than 1000 characters.
+
+    >>> sentence("out of memory\\n  try a smaller batch")
+    'out of memory try a smaller batch'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SENTENCE else line[: MAX_SENTENCE - 4] + " ..."
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ import typer
 from dat_client.dataset_format.left_out import Row
 from dat_workers.errors import InvalidInput
 from dat_workers.system.files import write_atomically
+from dat_workers.system.text import duration as duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,15 +124,6 @@ class MovingRate:
         first_s, first = self._samples[0]
         seconds = max(now_s - first_s, 1e-9)
         return [(counter - before) / seconds for counter, before in zip(counters, first, strict=True)]
-
-
-def duration(seconds: float) -> str:
-    """Returns the seconds as text: as `h:mm:ss`, or as `12.3 s` for less than a minute."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}"
 
 
 def time_left(remaining: float, per_second: float) -> str:

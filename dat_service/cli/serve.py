@@ -39,6 +39,8 @@ def serve(
     max_wait_ms: Annotated[float | None, setting("max_wait_ms")] = None,
     max_queue_s: Annotated[float | None, setting("max_queue_s")] = None,
     max_requests: Annotated[int | None, setting("max_requests")] = None,
+    body_timeout_s: Annotated[float | None, setting("body_timeout_s")] = None,
+    min_body_rate: Annotated[int | None, setting("min_body_rate")] = None,
     log_format: Annotated[str | None, setting("log_format")] = None,
     serve_config: Annotated[
         str | None,

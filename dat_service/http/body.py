@@ -13,15 +13,37 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dat_client.errors import shown
 from dat_service.settings import Settings
 from dat_workers.errors import TooLarge
+from dat_workers.system.text import duration
 
 log = logging.getLogger("dat_service")
 
 T = TypeVar("T")
 
-# A transfer may take its size divided by this number, in seconds, in addition to its timeout.
-SLOWEST_BYTES_PER_S = 1_000_000
+CHECK_EVERY_S = 0.5  # how often it is looked up what a client has read of its response
+
+
+class Pace:
+    """The time until which a transfer may pause: a client may pause, but on average must keep a least rate.
+
+    A transfer begins with `pause_s` seconds. Each byte adds the time that it takes at `least_rate` bytes per
+    second, up to `pause_s` seconds from then. So a client that is fast at first cannot pause for long later.
+
+    >>> pace = Pace(0.0, pause_s=15.0, least_rate=1000)
+    >>> pace.moved(2.0, 5000), pace.moved(9.0, 1000)
+    (17.0, 18.0)
+    """
+
+    def __init__(self, now: float, pause_s: float, least_rate: float) -> None:
+        self.pause_s, self.least_rate = pause_s, least_rate
+        self.until = now + pause_s
+
+    def moved(self, now: float, nbytes: int) -> float:
+        """Notes that `nbytes` bytes have been transferred, and returns the time until which there must be more."""
+        self.until = min(self.until + nbytes / self.least_rate, now + self.pause_s)
+        return self.until
 
 
 class MalformedBody(ValueError):
@@ -40,16 +62,21 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
     """
     if "upgrade" in request.headers:  # the HTTP parser would take the body for bytes of the new protocol
         raise MalformedBody(
-            "a change of the protocol is not supported", "Upgrade", request.headers["upgrade"], "must be absent"
+            "a change of the protocol is not supported",
+            "Upgrade",
+            shown(request.headers["upgrade"]),
+            "must be absent",
         )
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
-        raise MalformedBody("compressed bodies are not supported", "Content-Encoding", encoding, "must be absent")
+        raise MalformedBody(
+            "compressed bodies are not supported", "Content-Encoding", shown(encoding), "must be absent"
+        )
     length = request.headers.get("content-length")
     if length is None:
         return None
     if not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise MalformedBody("unusable length", "Content-Length", length[:40], "must be a number of bytes")
+        raise MalformedBody("unusable length", "Content-Length", shown(length), "must be a number of bytes")
     if int(length) > max_bytes:
         raise TooLarge("body", f"{length} bytes", f"at most {max_bytes} bytes")
     return int(length)
@@ -60,44 +87,58 @@ async def read_body(
 ) -> memoryview:
     """Returns the body in one buffer of `length` bytes; each chunk is copied into it once.
 
-    If `length` is None, the buffer grows, and `grow` reserves the bytes of each chunk before the chunk is stored.
+    If `length` is None, the buffer grows. `grow` reserves the bytes of each chunk before the chunk is stored.
 
-    Raises TooLarge if the body is longer than `max_body_bytes`. Raises MalformedBody if its length is not `length`,
-    if no byte arrives for `body_timeout_s` seconds, or if the body takes longer than `body_timeout_s` seconds plus
-    one second per megabyte received. Only received bytes extend the time, not announced ones. A client that sends
-    single bytes therefore holds its reservation for hardly longer than `body_timeout_s`.
+    Raises TooLarge if the body is longer than `max_body_bytes`, and the errors of `grow`. Raises MalformedBody if
+    its length is not `length`, and if it arrives more slowly than `Pace` allows. Only received bytes extend the
+    time, not announced ones.
     """
-    most, silent_s = settings.max_body_bytes, settings.body_timeout_s
+    most = settings.max_body_bytes
     clock = asyncio.get_running_loop().time
-    deadline = clock() + silent_s
+    began = clock()
+    pace = Pace(began, settings.body_timeout_s, settings.min_body_rate)
     grown = bytearray()
-    # This is not a bytearray, because a bytearray is filled with zeros, which takes up memory for bytes that may
-    # never arrive.
-    body = np.empty(length or 0, np.uint8).data
+    body = memoryview(b"")
     received = 0
     try:
-        async with asyncio.timeout(silent_s) as timeout:
+        async with asyncio.timeout_at(pace.until) as timeout:
             async for chunk in request.stream():
                 end = received + len(chunk)
-                if length is None:
-                    if end > most:
-                        raise TooLarge("body", f"more than {received} bytes", f"at most {most} bytes")
-                    grow(len(chunk))
-                    grown += chunk
-                elif end > length:
+                if end > most:
+                    raise TooLarge("body", f"more than {received} bytes", f"at most {most} bytes")
+                if length is not None and end > length:
                     raise MalformedBody("body too long", "body", f"{end} bytes", f"Content-Length says {length}")
+                grow(len(chunk))
+                if length is None:
+                    grown += chunk
                 else:
+                    if not received:
+                        # This is not a bytearray, because a bytearray is filled with zeros, which takes up memory
+                        # for bytes that may never arrive.
+                        body = np.empty(length, np.uint8).data
                     body[received:end] = chunk
                 received = end
-                deadline += len(chunk) / SLOWEST_BYTES_PER_S
-                timeout.reschedule(min(clock() + silent_s, deadline))
+                timeout.reschedule(pace.moved(clock(), len(chunk)))
     except TimeoutError:
-        late = f"paused for {silent_s:.3g} s, or slower than {SLOWEST_BYTES_PER_S} bytes/s after that time"
-        raise MalformedBody("the body arrived too slowly", "body", late, "send it faster or smaller", 408) from None
+        raise too_slow(received, length, clock() - began, settings) from None
     if length is not None and received != length:
         raise MalformedBody("the body is truncated", "body", f"{received} bytes", f"Content-Length says {length}")
     request.state.body_bytes = received  # for the metrics
     return memoryview(grown) if length is None else body
+
+
+def too_slow(received: int, length: int | None, seconds: float, settings: Settings) -> MalformedBody:
+    """Returns the error for a body that arrived too slowly. It says what the client and the operator can do."""
+    announced = "" if length is None else f" of {length}"
+    return MalformedBody(
+        "the body arrived too slowly",
+        "body",
+        f"{received}{announced} bytes in {seconds:.1f} s",
+        f"at least {settings.min_body_rate} bytes per second after pauses of {duration(settings.body_timeout_s)} "
+        "together; send fewer images in each request, or smaller ones (files instead of pixels, gradients as "
+        "INT8); the operator of the service can lower DAT_MIN_BODY_RATE",
+        408,
+    )
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -142,9 +183,9 @@ class TransportMiddleware:
 class BuffersResponse(Response):
     """A response that consists of several buffers, which are sent one after the other without being joined.
 
-    The client must read the whole response within `timeout_s` seconds plus one second per megabyte; otherwise its
-    connection is cut. `done` is called when all buffers have been sent, when the client has disconnected, when its
-    connection has been cut, and when the response is dropped without being sent. `done` may be called twice.
+    The client must read as fast as `Pace` demands; otherwise its connection is cut. `done` is called when all
+    buffers have been sent, when the client has disconnected, when its connection has been cut, and when the
+    response is dropped without being sent. `done` may be called twice.
     """
 
     def __init__(
@@ -152,34 +193,60 @@ class BuffersResponse(Response):
         buffers: Sequence[bytes | memoryview],
         headers: dict[str, str],
         done: Callable[[], None],
-        timeout_s: float,
+        settings: Settings,
         media_type: str | None = None,
     ) -> None:
         self.done = done
         self.buffers = buffers
-        size = sum(len(b) for b in buffers)
-        self.within_s = timeout_s + size / SLOWEST_BYTES_PER_S
+        self.settings = settings
+        self.size = sum(len(b) for b in buffers)
         kind = "application/octet-stream" if len(buffers) > 1 else "application/json"
         super().__init__(status_code=200, media_type=media_type or kind, headers=headers)
-        self.headers["content-length"] = str(size)
+        self.headers["content-length"] = str(self.size)
 
     def __del__(self) -> None:
         self.done()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transport = scope.get("dat.transport")
+        transport: Any = scope.get("dat.transport")
         buffers = self.buffers if transport is not None else [bytes(buffer) for buffer in self.buffers]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        pace = Pace(began, self.settings.body_timeout_s, self.settings.min_body_rate)
+        unread, timer = self.size, None
         try:
-            async with asyncio.timeout(self.within_s):
+            async with asyncio.timeout_at(pace.until) as timeout:
+
+                def look() -> None:
+                    """Notes what the client has read since the last look; asks again after CHECK_EVERY_S."""
+                    nonlocal unread, timer
+                    if timeout.expired() or transport.is_closing():
+                        return
+                    before, unread = unread, min(unread, transport.get_write_buffer_size() + unsent)
+                    timeout.reschedule(pace.moved(loop.time(), before - unread))
+                    timer = loop.call_later(CHECK_EVERY_S, look)
+
+                unsent = self.size
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                if transport is None:  # Serve's proxy reads; how fast the client does is unknown
+                    timeout.reschedule(pace.until + self.size / pace.least_rate)
+                else:
+                    timer = loop.call_later(CHECK_EVERY_S, look)
                 for buffer in buffers:
+                    unsent -= len(buffer)
                     await send({"type": "http.response.body", "body": buffer, "more_body": True})
                 # sending this last, empty message waits until the connection has taken all buffers
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.warning("a client did not read its response within %.3g s and is disconnected", self.within_s)
+            log.warning(
+                "a client read %d of the %d bytes of its response in %.1f s, which is slower than min_body_rate=%d "
+                "bytes per second, and is disconnected",
+                self.size - unread, self.size, loop.time() - began, self.settings.min_body_rate,
+            )  # fmt: skip
             if transport is not None:
                 with contextlib.suppress(Exception):
                     transport.abort()
         finally:
+            if timer is not None:
+                timer.cancel()
             self.done()

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from dat_client.errors import shown
 from dat_client.wire.headers import CLIENT_ID, SERVER_TIMING, TIMEOUT_MS, format_server_timing
 from dat_service.http.body import BuffersResponse, announced_length, read_body, while_connected
 from dat_service.inference import Answer, Caller
@@ -43,6 +44,7 @@ async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> R
     with ExitStack() as stack:
         reservation = stack.enter_context(worker.admit(caller.holder, length or 0))
         body = await read_body(request, length, settings, reservation.grow)
+        reservation.take_slot()
         body_s = time.monotonic() - started
         reply = await while_connected(request, compute(body, caller, reservation))
         stages = {"body": body_s, "queue": reply.answer.queue_s, "codec": reply.answer.codec_s}
@@ -50,9 +52,7 @@ async def exchange(request: Request, worker: CodecWorker, compute: Compute) -> R
         timing = format_server_timing(stages | {"total": time.monotonic() - started})
         # The reservation is closed when the response has been sent: until then, the response takes up memory.
         done = stack.pop_all().close
-    return BuffersResponse(
-        reply.buffers, reply.headers | {SERVER_TIMING: timing}, done, settings.body_timeout_s, reply.media_type
-    )
+    return BuffersResponse(reply.buffers, reply.headers | {SERVER_TIMING: timing}, done, settings, reply.media_type)
 
 
 def caller_of(request: Request, started: float) -> Caller:
@@ -66,7 +66,7 @@ def caller_of(request: Request, started: float) -> Caller:
     deadline = None
     if timeout_ms is not None:
         if not (timeout_ms.isascii() and timeout_ms.isdigit() and len(timeout_ms) < 12):
-            raise InvalidInput(TIMEOUT_MS, repr(timeout_ms), "a whole number of milliseconds, below 10^11")
+            raise InvalidInput(TIMEOUT_MS, shown(timeout_ms), "a whole number of milliseconds, below 10^11")
         deadline = started + int(timeout_ms) / 1000
     address = request.client.host if request.client else ""
     if request.app.state.behind_proxy:

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dat_client.errors import sentence
 from dat_client.wire import headers
 from dat_service.observability.logs import REQUEST_ID
 from dat_service.observability.metrics import Metrics
@@ -140,7 +141,7 @@ class AuditLog:
             fields["forwarded_for"] = forwarded_for[:100].decode("latin-1")
         if self.dropped:
             fields["not_logged_before"], self.dropped = self.dropped, 0
-        audit_log.warning("refused: %s", message[:400], extra={"fields": fields})
+        audit_log.warning("refused: %s", sentence(message), extra={"fields": fields})
 
 
 def common_fields(record: RequestRecord) -> dict[str, Any]:

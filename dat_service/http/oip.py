@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
 import dat_client.wire as wire
+from dat_client.errors import shown
 from dat_client.wire.headers import HEADER_LENGTH
 from dat_service import __version__
 from dat_service.http.auth import require_key
@@ -34,8 +35,8 @@ class NotServed(LookupError):
     """The request names a codec, or a version of the codec, that this service does not serve (HTTP 404)."""
 
     def __init__(self, field: str, value: str, known: str) -> None:
-        self.field, self.value, self.limit = field, value[:80], f"served here: {known}"
-        super().__init__(f"{field} {self.value!r} is not served here; the {field} {known} is")
+        self.field, self.value, self.limit = field, shown(value), f"served here: {known}"
+        super().__init__(f"{field} {self.value} is not served here; the {field} {known} is")
 
 
 def worker_of(request: Request, codec: str, version: str | None = None) -> CodecWorker:

@@ -27,8 +27,8 @@ RATIO = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1)
 # For the name of each gauge: the attribute of CodecWorker that it shows, and its help text.
 GAUGES = {
     "dat_queued_images": ("queued_images", "Images that are waiting for the codec."),
-    "dat_held_requests": ("held", "Admitted requests whose responses have not been sent completely."),
-    "dat_held_bytes": ("held_bytes", "Bytes that are reserved for admitted requests and their responses."),
+    "dat_held_requests": ("held", "Requests that have arrived and whose responses have not been sent completely."),
+    "dat_held_bytes": ("held_bytes", "Bytes of requests, as they arrive, and of their responses."),
     "dat_healthy": ("healthy", "1 while the codec can compute, 0 after it has failed or hung."),
 }
 

@@ -13,6 +13,7 @@ from dat_service.ray.replica import CodecReplica
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings, SettingsError
 
+HAPROXY_CONNECTIONS = 4096  # of all clients together; RAY_SERVE_HAPROXY_MAXCONN is the same by default
 NAME = "codec"  # the name of the single deployment in each application
 
 # The environment variables that a replica's process reads. Unless OMP_WAIT_POLICY is PASSIVE, OpenMP's threads spin
@@ -93,8 +94,9 @@ def options(settings: Settings, *, gpus: float, cpus: float, surge: bool = True)
     return {
         "name": NAME,
         **scale,
-        # twice the limit of the app, so that the app refuses first, with Retry-After
-        "max_ongoing_requests": 2 * settings.max_requests,
+        # The app refuses first, with Retry-After. A request whose body has not arrived takes none of the app's
+        # slots, so there may be as many of them as HAProxy has connections.
+        "max_ongoing_requests": 2 * settings.max_requests + HAPROXY_CONNECTIONS,
         "ray_actor_options": {"num_gpus": gpus, "num_cpus": cpus},
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,  # Serve replaces a process that fails to answer three times in a row

@@ -27,6 +27,7 @@ from tests.raw_requests import (
     png_bomb,
     send,
     tensor,
+    unread_request,
 )
 
 GOOD = np.arange(2 * 3 * 8 * 8, dtype=np.uint8).reshape(2, 3, 8, 8)
@@ -290,16 +291,7 @@ def test_upgrade_is_refused_and_the_connection_closed(identity: str) -> None:
 
 def test_reader_that_does_not_read_gives_its_place_back(serve_app: Callable[..., str]) -> None:
     url = serve_app(codec="identity", max_requests=1, body_timeout_s=0.3)
-    images = np.zeros((16, 3, 256, 256), np.uint8)
-    entry, data = tensor("images", images, "UINT8")
-    header_json = {"inputs": [entry], "parameters": {"output_dtype": "FP32", "binary_data_output": True}}
-    head = json.dumps(header_json).encode()
-    parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
-        s.sendall(
-            b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
-            b"Content-Length: %d\r\n\r\n" % (len(head), len(head) + len(data)) + head + data
-        )
+    with unread_request(url):
         statuses = set()
         deadline = time.monotonic() + 60
         while 200 not in statuses or 503 not in statuses:
@@ -362,9 +354,7 @@ def test_api_keys(serve_app: Callable[..., str], tmp_path_factory: pytest.TempPa
 
 def test_full_service_asks_to_come_again(serve_app: Callable[..., str]) -> None:
     url = serve_app(codec="identity", max_requests=1, body_timeout_s=60)
-    parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port)) as holder:
-        holder.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n0")
+    with unread_request(url):
         deadline = time.monotonic() + 10
         while (reply := infer_images(url, GOOD, "UINT8")).status != 503:
             assert time.monotonic() < deadline

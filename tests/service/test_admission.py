@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from dat_service.admission import FairShares
@@ -44,8 +46,14 @@ def test_slots_and_bytes_of_a_worker() -> None:
         worker.admit("a", 0)
     worker.load()
     try:
-        with worker.admit("a", mib) as reservation:
-            reservation.grow(mib)
+        with worker.admit("a", 4 * mib) as reservation:
+            assert (worker.held, worker.held_bytes) == (0, 0)  # a promise takes nothing
+            with pytest.raises(TooLarge, match="4194305 bytes is not usable; expected at most 4194304 bytes"):
+                worker.admit("b", 4 * mib + 1)
+            reservation.grow(2 * mib)
+            assert (worker.held, worker.held_bytes) == (0, 2 * mib)
+            reservation.take_slot()
+            reservation.take_slot()
             assert (worker.held, worker.held_bytes) == (1, 2 * mib)
             reservation.grow(2 * mib)  # its own bytes do not stand in its way
             assert worker.held_bytes == 4 * mib
@@ -53,9 +61,19 @@ def test_slots_and_bytes_of_a_worker() -> None:
                 worker.admit("a", 1)
             with pytest.raises(TooLarge, match="at most 4194304 bytes"):
                 reservation.grow(1)
-        with worker.admit("a", 2 * mib) as reservation:
-            with worker.admit("b", mib):
-                assert worker.held == 2
+        with worker.admit("a", 2 * mib) as reservation, ExitStack() as others:
+            reservation.grow(2 * mib)
+            reservation.take_slot()
+            other = others.enter_context(worker.admit("b", mib))
+            other.take_slot()
+            assert worker.held == 2
+            late = others.enter_context(worker.admit("c", 0))  # there is room when its headers arrive
+            others.enter_context(worker.admit("d", 0)).take_slot()
+            with pytest.raises(Full, match="3 requests are held, at most 3"):
+                late.take_slot()
+            with pytest.raises(Full, match="3 requests are held, at most 3"):
+                worker.admit("e", 0)
+            others.close()
             with pytest.raises(Full):
                 worker.admit("b", 2 * mib + 1)
             reservation.close()

@@ -13,19 +13,28 @@ RuntimeError
 
 from __future__ import annotations
 
+import json
+
+from dat_client.errors import sentence
+
 
 class InvalidInput(ValueError):
     """A field of the request is not usable, and nothing was computed.
 
     >>> str(InvalidInput("images", "float64", "uint8, float16 or float32"))
     'images: float64 is not usable; expected uint8, float16 or float32'
+
+    `value` is the value of the field, if it is None, a number or a bool, or a text that describes it. The text may
+    be a sentence, so it is not cut here: cut a value that a stranger has sent with `dat_client.errors.shown`.
     """
 
     def __init__(self, field: str, value: object, limit: str, message: str | None = None) -> None:
-        self.field, self.value, self.limit = field, str(value)[:80], limit
-        super().__init__(message or f"{field}: {self.value} is not usable; expected {limit}")
+        self.field, self.limit = field, limit
+        self.value = value if value is None or isinstance(value, bool | int | float) else str(value)
+        as_text = json.dumps(self.value) if value is None or isinstance(value, bool) else str(value)
+        super().__init__(message or f"{field}: {as_text} is not usable; expected {limit}")
 
-    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str, str]]:
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, object, str, str]]:
         """Makes it picklable; by default pickle passes only the message to the constructor."""
         return type(self), (self.field, self.value, self.limit, str(self))
 
@@ -68,4 +77,4 @@ class DeadlinePassed(RuntimeError):
 
 def one_line(error: BaseException) -> str:
     """Returns an error as one line of text; storing the exception itself would keep its frames' tensors alive."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+    return f"{type(error).__name__}: {sentence(str(error))}".removesuffix(": ")

@@ -50,7 +50,8 @@ def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
     """
     for name, value in parameters.items():
         if name not in PARAMETERS:
-            raise InvalidInput("parameters", shown(name), f"one of {', '.join(PARAMETERS)}")
+            message = f"parameters: {shown(name)} does not exist; use only {', '.join(PARAMETERS)}"
+            raise InvalidInput("parameters", shown(name), f"only {', '.join(PARAMETERS)}", message)
         check_parameter(name, value)
     values = with_defaults(parameters)
     epsilon = values["epsilon"]
@@ -63,7 +64,8 @@ def parse_parameters(parameters: Mapping[str, Any]) -> Parameters:
 def check_parameter(name: str, value: Any) -> None:
     """Raises InvalidInput if `value` is outside the limit of the parameter `name`."""
     if limit := violated_limit(name, value):
-        raise InvalidInput(name, shown(value), limit)
+        is_plain = value is None or isinstance(value, bool | int | float)
+        raise InvalidInput(name, value if is_plain and value == value else shown(value), limit)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def check_outputs(outputs: Collection[str], known: Collection[str]) -> None:
     """Raises InvalidInput for an output that is not among `known`."""
     for name in outputs:
         if name not in known:
-            raise InvalidInput("outputs", repr(name), f"one of {', '.join(known)}")
+            raise InvalidInput("outputs", shown(name), f"one of {', '.join(known)}")
 
 
 def check_images(images: Array, least_side: int) -> None:

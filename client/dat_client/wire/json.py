@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn, TypeVar
 
-from dat_client.errors import WireError, shown
+from dat_client.errors import WireError, sentence
 from dat_client.wire.tensors import malformed
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def parse(view: memoryview) -> dict[str, Any]:
     except RecursionError:
         malformed("body: the JSON is nested too deeply")
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more than 4300 digits
-        malformed(f"body: not JSON ({shown(str(error))})", value=bytes(view[:80]))
+        malformed(f"body: not JSON ({sentence(str(error))})", value=bytes(view[:80]))
     if not isinstance(parsed, dict):
         malformed("body: the JSON is not an object", value=parsed)
     return parsed

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from dat_client.errors import WireError, plain, shown
+from dat_client.errors import MAX_SENTENCE, WireError, plain, shown
 from dat_client.wire.headers import HEADER_LENGTH
 from dat_client.wire.json import get_name, get_parameters, optional, parse, typed
 from dat_client.wire.tensors import (
@@ -207,14 +207,22 @@ def decode_response(
 
 
 def encode_error(message: str, field: str | None = None, value: Any = None, limit: Any = None) -> bytes:
-    """Returns the JSON body of an error answer. A long `value` or `limit` is replaced by a text of 80 characters.
+    """Returns the JSON body of an error answer; `value` is null if a field is named that has no value.
+
+    A `value` or `limit` that is a text may be a sentence that says what to do, and is not cut below 1000
+    characters.
+    Other long values are replaced by a text of 80 characters.
 
     >>> encode_error("images: 5 axes", "images", 5, 4)
     b'{"error": "images: 5 axes", "field": "images", "value": 5, "limit": 4}'
     """
-    value, limit = (None if item is None else plain(item) for item in (value, limit))
+    value, limit = (
+        item if item is None or (isinstance(item, str) and len(item) <= MAX_SENTENCE) else plain(item)
+        for item in (value, limit)
+    )
     body = {"error": message, "field": field, "value": value, "limit": limit}
-    return json.dumps(_without_none(body)).encode()
+    is_null = field is not None and value is None
+    return json.dumps(_without_none(body) | ({"value": None} if is_null else {})).encode()
 
 
 def decode_error(body: Buffer) -> ErrorBody | None:

@@ -25,6 +25,7 @@ from dat_workers.engines.device_copies import DeviceBatch
 from dat_workers.engines.device_errors import is_device_lost
 from dat_workers.errors import DeadlinePassed, EngineError, Full, Unhealthy
 from dat_workers.request import CodecRequest
+from dat_workers.system.text import duration
 
 log = logging.getLogger("dat_workers")
 
@@ -102,15 +103,19 @@ class Batcher:
                 raise Unhealthy(self.why_unhealthy or "the service is shutting down")
             now = time.monotonic()
             if deadline is not None and now > deadline:
-                raise DeadlinePassed(f"the deadline passed {now - deadline:.3g} s before the request was queued")
+                raise DeadlinePassed(
+                    f"the deadline passed {duration(now - deadline)} before the request was queued"
+                )
             first_batch = min(request.rows, self._discretizer.rows_at_once(task)) * task.cost
             wait_s = self._expected_wait_s(flow, first_batch)
             if wait_s > self._max_queue_s:
-                limit = f"at most {self._max_queue_s:.3g} s"
-                raise Full(f"the wait is about {wait_s:.1f} s", limit, whole_seconds(wait_s - self._max_queue_s))
+                limit = f"at most {duration(self._max_queue_s)}"
+                raise Full(
+                    f"the wait is about {duration(wait_s)}", limit, whole_seconds(wait_s - self._max_queue_s)
+                )
             if deadline is not None and now + wait_s > deadline:
-                limit = f"but the caller's deadline is in {max(0.0, deadline - now):.3g} s"
-                raise Full(f"the wait is about {wait_s:.1f} s", limit, whole_seconds(wait_s))
+                limit = f"but the caller's deadline is in {duration(max(0.0, deadline - now))}"
+                raise Full(f"the wait is about {duration(wait_s)}", limit, whole_seconds(wait_s))
             queued = QueuedRequest(flow, task, request.rows, task.cost, now, request, deadline)
             self._queue.push(queued)
             self._changed.notify_all()
@@ -244,7 +249,9 @@ class Batcher:
         for queued in self._queue:
             if queued.deadline is not None and now > queued.deadline:
                 late_s, waited_s = now - queued.deadline, now - queued.arrived
-                message = f"the deadline passed {late_s:.3g} s ago; the request was queued for {waited_s:.3g} s"
+                message = (
+                    f"the deadline passed {duration(late_s)} ago; the request was queued for {duration(waited_s)}"
+                )
                 resolve(queued.future, DeadlinePassed(message))
 
     def _deliver(self, parts: list[Part], results: dict[str, Array]) -> None:

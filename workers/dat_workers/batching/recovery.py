@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dat_client.errors import sentence
 from dat_client.wire.tensors import Array
 from dat_workers.batching.parts import Part, device_batch, row_count
 from dat_workers.discretizer import Discretizer
@@ -29,7 +30,7 @@ def run_in_parts(
             yield group, results
         except Exception as second:
             if is_out_of_memory(second):
-                reason = str(second).splitlines()[0][:200]
+                reason = sentence(str(second).partition("\n")[0])
                 yield (
                     group,
                     OutOfMemory(f"not enough memory for {row_count(group)} images at once: {reason}"),
