@@ -16,11 +16,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def positive_seconds(name: str, value: float) -> float:
+def positive_seconds(name: str, value: float, least: str = "above 0") -> float:
     """Returns `value`, but at most LONGEST_S; raises InvalidRequest unless it is a finite number above 0."""
     if not is_number(value) or value <= 0:
-        raise invalid(name, "a finite number of seconds above 0", value=value)
+        raise invalid(name, f"a finite number of seconds {least}", value=value)
     return float(min(value, LONGEST_S))
+
+
+def seconds(name: str, value: float) -> float:
+    """Returns `value`, but at most LONGEST_S; raises InvalidRequest unless it is a finite number of 0 or more."""
+    return 0.0 if value == 0 and is_number(value) else positive_seconds(name, value, "0 or above")
 
 
 def integer(name: str, value: int, least: int) -> int:

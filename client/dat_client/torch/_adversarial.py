@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dat_client.aio import AsyncClient
-from dat_client.calls.checks import choice, share
+from dat_client.calls.checks import choice, seconds, share
 from dat_client.client import Client
 from dat_client.errors import invalid, shown
 from dat_client.torch._gradient import checked_modules, loss_gradient
 from dat_client.torch._images import checked_images, checked_reconstruction, float_dtype, from_wire, to_wire
+from dat_client.torch._outage import OUTAGE_S, Outages
 from dat_client.wire.vocabulary import DEFAULTS, PRESETS
 
 EASYROBUST_START = 0.8  # the probability with which the authors' code starts at a random point
@@ -53,6 +54,7 @@ def adversarial(
     gradient_dtype: str = "FP16",
     output_dtype: str = "UINT8",
     timeout_s: float | None = None,
+    outage_s: float = OUTAGE_S,
     **parameters: Any,
 ) -> Adversarial:
     """Computes x̂ = Q(x), the gradient g = ∇L at x̂ (Eq. 7), and Q(x + δ) (Algorithm 1, lines 3-5).
@@ -84,20 +86,25 @@ def adversarial(
         gradient_dtype, timeout_s: as in `Client.discretize`; the timeout holds for each request.
         output_dtype: the datatype in which the server sends images: UINT8 (a quarter of FP32's bytes), FP16 or
             FP32.
+        outage_s: how long in seconds to wait for a service that has answered before and is away now, instead of
+            raising Unavailable after one `timeout_s`. While it waits, the logger `dat_client` warns once a minute.
         parameters: preset, base, alpha, normalize, epsilon, replace_fraction, seed, as in `Client.discretize`.
 
     Raises the errors of `Client.discretize`, and InvalidRequest for a loss that cannot be used.
     """
     answer_options: dict[str, Any] = {"output_dtype": output_dtype, "timeout_s": timeout_s}
-    attack = Attack(client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters)
+    attack = Attack(
+        client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters, outage_s
+    )
     sent = to_wire(checked_images(x))
     if reconstruction is None:
-        reconstruction = client.discretize(sent, **answer_options).reconstruction
+        plain = attack.outages.outlast(lambda: client.discretize(sent, **answer_options))
+        reconstruction = plain.reconstruction
     else:
         checked_reconstruction(reconstruction, x)
     x_hat = from_wire(reconstruction, x.device, float_dtype(x))
     request, loss = attack.request(x_hat, loss_fn)
-    answer = client.discretize(sent, **request)
+    answer = attack.outages.outlast(lambda: client.discretize(sent, **request))
     adversarial_images = from_wire(answer.adversarial, x.device, float_dtype(x))
     return Adversarial(x_hat, adversarial_images, loss, answer.tokens_changed)
 
@@ -118,11 +125,13 @@ class Attack:
     gradient_dtype: str
     answer_options: Mapping[str, Any]
     parameters: Mapping[str, Any]
+    outage_s: float
 
     def __post_init__(self) -> None:
         if isinstance(self.client, str | AsyncClient):
             raise invalid("client", "a dat_client.Client", found=type(self.client).__name__)
         choice("reduction", self.reduction, ("mean", "sum"))
+        self.outages = Outages(self.client, seconds("outage_s", self.outage_s))
         self.modules = checked_modules(self.model)
         self._start = RandomStart.from_parameters(self.random_start, self.parameters)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dat_client.calls.checks import integer, share
 from dat_client.calls.core import Discretized
 from dat_client.client import Client
-from dat_client.errors import invalid
+from dat_client.errors import Unavailable, invalid
 from dat_client.torch._adversarial import Attack
 from dat_client.torch._images import (
     checked_images,
@@ -27,6 +27,7 @@ from dat_client.torch._images import (
     to_device,
     to_wire,
 )
+from dat_client.torch._outage import OUTAGE_S, Outages, failed_meanwhile
 
 
 class AdversarialBatch(NamedTuple):
@@ -96,7 +97,7 @@ class AdversarialLoader:
             nothing is requested for them.
         device: the device of the batches. None stands for the device of the model's first parameter, or for the CPU
             if `model` has no parameters.
-        reduction, random_start, generator, gradient_dtype, output_dtype, timeout_s, parameters: as for
+        reduction, random_start, generator, gradient_dtype, output_dtype, timeout_s, outage_s, parameters: as for
             `adversarial`.
 
     Raises InvalidRequest for wrong arguments; iterating raises what `adversarial` and `loader` raise.
@@ -120,6 +121,7 @@ class AdversarialLoader:
         gradient_dtype: str = "FP16",
         output_dtype: str = "UINT8",
         timeout_s: float | None = None,
+        outage_s: float = OUTAGE_S,
         **parameters: Any,
     ) -> None:
         self.loader = loader
@@ -132,7 +134,7 @@ class AdversarialLoader:
         self._device = device
         answer_options = {"output_dtype": output_dtype, "timeout_s": timeout_s}
         self._attack = Attack(
-            client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters
+            client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters, outage_s
         )
 
     def __len__(self) -> int:
@@ -184,7 +186,8 @@ class AdversarialLoader:
             if self.precomputed:
                 pending.reconstruction = checked_reconstruction(batch[1], pending.images)
             else:
-                pending.future = self.client.submit(pending.sent, **self._attack.answer_options)
+                pending.submit = lambda: self.client.submit(pending.sent, **self._attack.answer_options)
+                pending.future = pending.submit()
         return True
 
     def _request_adversarial(self, batch: _PendingBatch) -> None:
@@ -195,7 +198,7 @@ class AdversarialLoader:
             device = self.device
             batch.images = from_wire(batch.images, device, float_dtype(batch.images))
             if batch.future is not None:
-                batch.reconstruction = batch.answer().reconstruction
+                batch.reconstruction = batch.answer(self._attack.outages).reconstruction
             batch.reconstruction = from_wire(batch.reconstruction, device, batch.images.dtype)
             batch.rest = _moved(batch.rest, device)
             batch.future, batch.attacked = None, True
@@ -206,7 +209,8 @@ class AdversarialLoader:
             request, batch.loss = self._attack.request(
                 batch.reconstruction, lambda x_hat: self.loss_fn(x_hat, *batch.rest)
             )
-            batch.future = self.client.submit(batch.sent, **request)
+            batch.submit = lambda: self.client.submit(batch.sent, **request)
+            batch.future = batch.submit()
 
     def _finish(self, batch: _PendingBatch) -> AdversarialBatch:
         """Waits for Q(x + δ) and returns the batch that the loop receives next, or raises the batch's error."""
@@ -214,7 +218,7 @@ class AdversarialLoader:
             if batch.error is None:
                 adversarial, tokens_changed = batch.reconstruction, None
                 if batch.future is not None:
-                    answer = batch.answer()
+                    answer = batch.answer(self._attack.outages)
                     adversarial = from_wire(answer.adversarial, batch.images.device, batch.images.dtype)
                     tokens_changed = answer.tokens_changed
                 return AdversarialBatch(
@@ -249,18 +253,28 @@ class _PendingBatch:
     sent: Tensor = field(init=False)
     reconstruction: Any = field(init=False)
     rest: tuple[Any, ...] = field(init=False)
+    submit: Callable[[], Future[Discretized]] = field(init=False)  # sends the request, also again
     future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
     attacked: bool = False  # True also for a batch that `mix` leaves without an attack
     loss: Tensor | None = None
     error: Exception | None = None
     waited_s: float = 0.0
 
-    def answer(self) -> Discretized:
-        """Waits for the codec's answer and returns it."""
-        assert self.future is not None
+    def answer(self, outages: Outages) -> Discretized:
+        """Waits for the codec's answer and returns it; submits the request again while the service is away."""
+
+        def answer_once() -> Discretized:
+            if self.future is None or failed_meanwhile(self.future):
+                self.future = self.submit()
+            try:
+                return outages.result(self.future)
+            except Unavailable:
+                self.future = None
+                raise
+
         begun = time.perf_counter()
         try:
-            return self.future.result()
+            return outages.outlast(answer_once)
         finally:
             self.waited_s += time.perf_counter() - begun
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dat_client.calls.checks import seconds
 from dat_client.client import Client
 from dat_client.torch._images import checked_images, float_dtype, from_wire, to_wire
+from dat_client.torch._outage import OUTAGE_S, Outages
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -23,7 +25,12 @@ class _StraightThrough(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def straight_through(
-    client: Client, x: Tensor, *, output_dtype: str = "UINT8", timeout_s: float | None = None
+    client: Client,
+    x: Tensor,
+    *,
+    output_dtype: str = "UINT8",
+    timeout_s: float | None = None,
+    outage_s: float = OUTAGE_S,
 ) -> Tensor:
     """Returns Q(x) as a differentiable function of x, whose backward pass is the identity: ∂Q(x)/∂x ≈ I (Eq. 7).
 
@@ -35,13 +42,16 @@ def straight_through(
         output_dtype: the datatype in which the server sends Q(x): UINT8 (256 levels, a quarter of FP32's bytes),
             FP16 or FP32.
         timeout_s: as in `Client.discretize`.
+        outage_s: as in `adversarial`.
 
     Returns:
         [N,3,H,W] on the device of `x` and in its dtype (float32 for uint8).
 
     Raises the errors of `Client.discretize`.
     """
-    answer = client.discretize(to_wire(checked_images(x)), output_dtype=output_dtype, timeout_s=timeout_s)
+    sent = to_wire(checked_images(x))
+    outages = Outages(client, seconds("outage_s", outage_s))
+    answer = outages.outlast(lambda: client.discretize(sent, output_dtype=output_dtype, timeout_s=timeout_s))
     q = from_wire(answer.reconstruction, x.device, float_dtype(x))
     differentiable: Tensor = _StraightThrough.apply(x, q)
     return differentiable

@@ -21,6 +21,13 @@ def test_seconds_that_are_refused(value):
     assert caught.value.value is value
 
 
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "0", None, False])
+def test_seconds_may_be_0_but_not_less(value):
+    assert [checks.seconds("s", good) for good in (0, 0.0, 1, 10**400)] == [0.0, 0.0, 1.0, 1e6]
+    with pytest.raises(InvalidRequest, match=r"^s: got .*, must be a finite number of seconds 0 or above$"):
+        checks.seconds("s", value)
+
+
 @pytest.mark.parametrize("value", ["c", None, 1, ["a"], {}])
 def test_names_that_are_refused(value):
     assert checks.choice("name", "b", {"a": 1, "b": 2}) == "b"

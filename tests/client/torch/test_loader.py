@@ -147,7 +147,16 @@ def test_batches_of_another_form_are_refused(batch: Any, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"depth": -1}, {"depth": 1.0}, {"prefetch": True}, {"mix": 1.5}, {"mix": True}, {"random_start": 2}]
+    "options",
+    [
+        {"depth": -1},
+        {"depth": 1.0},
+        {"prefetch": True},
+        {"mix": 1.5},
+        {"mix": True},
+        {"random_start": 2},
+        {"outage_s": -1},
+    ],
 )
 def test_wrong_arguments_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
