@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import posixpath
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -145,12 +146,14 @@ def source_name(shard: str, source_address: str) -> str:
 def expand(pattern: str, open_address: Callable[[str], tuple[Any, str]]) -> Iterator[tuple[str, list[str]]]:
     """Expands the braces of a pattern; yields each resulting address with the list of addresses that it matches.
 
-    The wildcards * ? [ of an address are matched against the files that exist. An address without wildcards matches
-    itself, whether it exists or not. If a file or folder of exactly the given name exists, its braces and wildcards
+    The wildcards * ? [ of an address are matched against the files that exist. Locally, links to folders are
+    followed, and * does not match a name that begins with a dot. An address without wildcards matches itself,
+    whether it exists or not. If a file or folder of exactly the given name exists, its braces and wildcards
     are taken as ordinary characters. `open_address` returns the fsspec file system of an address and the path in
     it. Raises ValueError if braces are not in pairs.
     """
-    from braceexpand import braceexpand  # not part of a plain dat-client
+    from braceexpand import braceexpand  # not part of a plain dat-client, nor is fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     def exists(address: str) -> bool:
         fs, path = open_address(address)
@@ -159,6 +162,8 @@ def expand(pattern: str, open_address: Callable[[str], tuple[Any, str]]) -> Iter
     for address in braceexpand(pattern) if "{" in pattern and not exists(pattern) else [pattern]:
         fs, path = open_address(address)
         if any(character in path for character in "*?[") and not fs.exists(path):
-            yield address, [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
+            # fsspec's glob would not enter a linked folder on a local disk, and not say so.
+            found = glob.glob(path, recursive=True) if isinstance(fs, LocalFileSystem) else fs.glob(path)
+            yield address, [fs.unstrip_protocol(match) for match in sorted(found)]
         else:
             yield address, [address]

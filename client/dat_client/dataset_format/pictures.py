@@ -121,7 +121,7 @@ def orientation_exif(value: int) -> bytes | None:
 def without_texts(data: bytes) -> bytes:
     """Returns a PNG without its texts and its colour profile; other data are returned as they are.
 
-    Nothing is decompressed. Chunks are copied until the first that is cut off (PNG specification, section 5).
+    Nothing is decompressed: the chunks are copied (PNG specification, section 5).
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
@@ -132,4 +132,4 @@ def without_texts(data: bytes) -> bytes:
         if kind not in PNG_TEXTS:
             copied.append(data[at : at + length + 12])
         at += length + 12
-    return b"".join(copied)
+    return b"".join([*copied, data[at:]])

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from dat_client.dataset_format.left_out import LeftOut
 from dat_client.dataset_format.tar_samples import DamagedShard, Sample, samples_in_tar
 from tests.workers.precompute.shards import sample_files, write_shards, write_tar
 
@@ -132,3 +135,85 @@ def test_other_files_are_damaged_archives(tmp_path: Path) -> None:
     packed.write_bytes(whole[: len(whole) // 2])
     keys, _ = read_damaged(packed)
     assert len(keys) < 3
+
+
+def write_links(path: Path, members: list[tuple[str, bytes | str, bytes]]) -> Path:
+    """Writes files (name, content, tarfile.REGTYPE), links (name, target, type) and other members."""
+    with tarfile.open(path, "w") as tar:
+        for name, content, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            if isinstance(content, bytes):
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            else:
+                member.linkname = content
+                tar.addfile(member)
+    return path
+
+
+def test_links_have_the_content_of_their_target(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "b").mkdir(parents=True)
+    (tmp_path / "tree" / "a.jpg").write_bytes(b"picture")
+    (tmp_path / "tree" / "b" / "hard.jpg").hardlink_to(tmp_path / "tree" / "a.jpg")
+    (tmp_path / "tree" / "b" / "soft.jpg").symlink_to("../a.jpg")
+    subprocess.run(["tar", "-cf", tmp_path / "x.tar", "-C", tmp_path / "tree", "--sort=name", "."], check=True)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert {member.type for member in tar if not member.isdir()} == {
+            tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE,
+        }  # fmt: skip
+    found = {sample.key: (sample.fields, sample.problem) for sample in read(tmp_path / "x.tar")}
+    assert found == {f"./{key}": ({"jpg": b"picture"}, "") for key in ("a", "b/hard", "b/soft")}
+
+
+def test_links_to_what_is_not_held_are_problems_of_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dat_client.dataset_format.tar_samples.HELD_BYTES", 10)
+    members: list[tuple[str, bytes | str, bytes]] = [
+        ("a.jpg", b"12345", tarfile.REGTYPE),
+        ("b.jpg", b"67890", tarfile.REGTYPE),
+        ("c.jpg", "a.jpg", tarfile.LNKTYPE),  # 15 bytes: "a.jpg" is forgotten, the copy is held
+        ("d.jpg", "a.jpg", tarfile.LNKTYPE),
+        ("e.jpg", "c.jpg", tarfile.LNKTYPE),
+        ("f.jpg", "../../etc/passwd", tarfile.SYMTYPE),
+        ("f.cls", b"1", tarfile.REGTYPE),
+        ("g.jpg", "later.jpg", tarfile.SYMTYPE),
+        ("later.jpg", b"x", tarfile.REGTYPE),
+    ]
+    samples = {sample.key: sample for sample in read(write_links(tmp_path / "x.tar", members))}
+    assert {key: sample.fields for key, sample in samples.items() if not sample.problem} == {
+        "a": {"jpg": b"12345"}, "b": {"jpg": b"67890"}, "c": {"jpg": b"12345"}, "e": {"jpg": b"12345"},
+        "later": {"jpg": b"x"},
+    }  # fmt: skip
+    assert samples["d"].problem.startswith("the field jpg is a link to a.jpg, which is not among the last")
+    assert "../../etc/passwd" in samples["f"].problem
+    assert samples["f"].fields == {"cls": b"1"}
+    assert "later.jpg" in samples["g"].problem
+
+
+def test_what_belongs_to_no_sample_is_counted_by_reason(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes | str, bytes]] = [
+        ("cat", b"", tarfile.DIRTYPE),
+        ("cat/._1.jpg", b"", tarfile.REGTYPE),
+        ("__MACOSX/cat/1.jpg", b"", tarfile.REGTYPE),
+        ("README", b"", tarfile.REGTYPE),
+        ("cat/fifo.jpg", b"", tarfile.FIFOTYPE),
+        ("__meta__", b"", tarfile.REGTYPE),
+        ("cat/1.jpg", b"x", tarfile.REGTYPE),
+    ]
+    left_out = LeftOut()
+    with write_links(tmp_path / "x.tar", members).open("rb") as file:
+        assert [sample.key for sample in samples_in_tar(file, left_out)] == ["cat/1"]
+    assert set(left_out.rows) == {
+        ("names that begin with a dot are not read", 1, ("cat/._1.jpg",)),
+        ("folders named __MACOSX are not read", 1, ("__MACOSX/cat/1.jpg",)),
+        ("files without a suffix are not read", 1, ("README",)),
+        ("FIFOs and devices are not read", 1, ("cat/fifo.jpg",)),
+        ("names between two pairs of underscores are not read", 1, ("__meta__",)),
+    }
+    many = LeftOut()
+    for number in range(50):
+        many.add(".gif files are not read", str(number))
+    assert many.rows == ((".gif files are not read", 50, tuple(map(str, range(20)))),)
+    assert many.total == 50
