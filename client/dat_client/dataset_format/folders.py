@@ -82,6 +82,7 @@ def list_folder(folder: str) -> Listing:
             else:
                 listing.left_out.add(next(reason for is_kind, reason in SPECIAL_FILES if is_kind(mode)), name)
     listing.files = dict(sorted(listing.files.items()))
+    listing.problems = dict(sorted(listing.problems.items()))
     listing.folders.sort()
     return listing
 

@@ -143,3 +143,20 @@ def test_skipped_samples_keep_pairs_together(tmp_path: Path, codec: str) -> None
     assert [label for _, _, label in found] == [0, 1, 2]
     for number, (x, _, _) in enumerate(found):
         assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))
+
+
+def test_sources_that_are_links_of_a_hubs_cache_are_found_again(tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for number in range(2):
+        blob = write_tar(tmp_path / "cache" / "blobs" / f"{number}fa5", sample_files(number))
+        (snapshot / f"train-{number:06d}.tar").symlink_to(f"../../blobs/{blob.name}")
+    sources = [snapshot / f"train-{number:06d}.tar" for number in range(2)]
+    precompute(sources, tmp_path / "dst", codec="identity", picture="png", engine_config=ONE_THREAD)
+    assert sorted(path.name for path in (tmp_path / "dst").glob("*.tar")) == [path.name for path in sources]
+    for source in (snapshot, f"{snapshot}/*.tar"):
+        found = items(tmp_path / "dst", source=str(source))
+        assert [label for _, _, label in found] == [0, 1]
+        for number, (x, q, _) in enumerate(found):
+            assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))
+            assert np.array_equal(q.numpy(), x.numpy())
