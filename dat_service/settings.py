@@ -96,7 +96,8 @@ class Settings(BaseSettings):
     @property
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings. Raises ValueError if two of its values contradict each other."""
-        return EngineConfig(self.engine, self.device, self.dtype, self.tricks, self.threads)
+        share = self.gpus if self.gpus and self.gpus < 1 else 1.0
+        return EngineConfig(self.engine, self.device, self.dtype, self.tricks, self.threads, share)
 
 
 class SettingsError(ValueError):

@@ -64,7 +64,7 @@ H200 = Limits(
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a layer computes: the rate (a field of Limits), the products for one, and the bytes of an activation."""
+    """Says how a layer computes: its rate (a field of Limits), products for one, and bytes of an activation."""
 
     unit: str
     products: int

@@ -19,7 +19,7 @@ from dat_workers.engines.config import DEFAULT_ENGINE, EngineConfig
 from dat_workers.engines.device_copies import Compute, DeviceBatch, run_on_device
 from dat_workers.engines.factory import create
 from dat_workers.engines.identity import IdentityEngine
-from dat_workers.errors import EngineError, InvalidInput
+from dat_workers.errors import EngineError, InvalidInput, TooLarge
 from dat_workers.perturbation import DEFAULT_STEP, NO_STEP, Step, perturb, replace_tokens
 from dat_workers.request import (
     DEFAULT_PARAMETERS,
@@ -151,6 +151,7 @@ class Discretizer:
         if replace_fraction and self.spec.codebook_size < 2:
             limit = f"0 for codec {self.spec.name}, which does not have two different tokens"
             raise InvalidInput("replace_fraction", replace_fraction, limit)
+        self._check_memory("images", images.shape[2], images.shape[3])
         check_gradients(gradients, gradient_scales, images.shape)
         dtype = pick_output_dtype(parameters.output_dtype, images.dtype)
         arrays = {"images": images}
@@ -176,8 +177,19 @@ class Discretizer:
         dtype = pick_output_dtype(output_dtype, np.dtype(np.uint8))
         f = self.spec.factor
         size = (indices.shape[1] * f, indices.shape[2] * f)
+        self._check_memory("indices", *size)
         task = Task(size, (("indices", "int32"),), ("reconstruction",), dtype)
         return CodecRequest(task, {"indices": indices.astype(np.int32, copy=False)})
+
+    def _check_memory(self, field: str, height: int, width: int) -> None:
+        """Raises TooLarge for images that do not fit the memory of the engine's device."""
+        f, most = self.spec.factor, self.engine.most_pixels
+        pixels = -(-height // f) * -(-width // f) * f * f
+        if most is not None and pixels > most:
+            side = int(most**0.5) // f * f
+            limit = f"at most {most} pixels for each image, such as {side}x{side}"
+            memory = "more do not fit the GPU's memory, or this process's share of it"
+            raise TooLarge(field, f"{width}x{height} pixels", f"{limit}; {memory}")
 
     def compute(self, task: Task) -> Compute:
         """Returns the function that computes a batch's results from its inputs; all tensors are on the device."""

@@ -62,6 +62,7 @@ def test_workers_without_gpus_take_none(
     RayWorkers("tiny-f8", EngineConfig(device=device), 2, gpus)
     assert ray.options["num_gpus"] == reserved
     assert [config.device for config in ray.configs] == [used, used]
+    assert [config.gpu_share for config in ray.configs] == [0.5 if gpus == 0.5 else 1] * 2
 
 
 def test_a_gpu_without_reserving_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ class Engine(ABC):
     dtype = "fp32"
     tricks = Tricks()  # the optimisations that are on
     batch = 1  # how many images of 224 x 224 to compute together
+    most_pixels: int | None = None  # of one image; more do not fit the memory of the device; None: not known
     returns_images_unchanged = False  # if True, requests for the reconstruction alone are not computed
 
     def describe(self) -> dict[str, str]:

@@ -20,13 +20,14 @@ class EngineConfig:
     """Chooses the engine that runs a codec, its device, its precision and its optimisations.
 
     >>> EngineConfig("torch", device="cuda", tricks="all,-graphs")
-    EngineConfig(engine='torch', device='cuda', dtype='auto', tricks='all,-graphs', threads=0)
+    EngineConfig(engine='torch', device='cuda', dtype='auto', tricks='all,-graphs', threads=0, gpu_share=1.0)
 
     engine: one of `ENGINES`; `auto` is `torch` on CUDA and `cpu` elsewhere. device: auto, cpu, cuda or cuda:N.
     dtype: one of `ENGINE_DTYPES`. tricks: the optimisations of the torch engine, as `Tricks.parse` reads them.
-    threads: CPU threads of the engine, 0 for all cores that this process may use. Raises ValueError for an unknown
-    engine or dtype, for negative threads, and for tricks with an engine that has none. The device is not checked
-    until the engine is created.
+    threads: CPU threads of the engine, 0 for all cores that this process may use. gpu_share: the share of the GPU's
+    memory that this process may use; the batches of the torch engine fit it. Raises ValueError for an unknown
+    engine or dtype, for negative threads, for a share outside 0 to 1, and for tricks with an engine that has none.
+    The device is not checked until the engine is created.
     """
 
     engine: str = "auto"
@@ -34,6 +35,7 @@ class EngineConfig:
     dtype: str = "auto"
     tricks: str = "auto"
     threads: int = 0
+    gpu_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -42,6 +44,8 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}, but must be one of {ENGINE_DTYPES}")
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}, but must be 0 (all cores) or more")
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"gpu_share is {self.gpu_share}, but must be above 0 and at most 1")
         Tricks.parse(self.tricks, cuda=False)
         if self.engine in FP32_ENGINES and self.tricks not in ("auto", "none"):
             raise ValueError(

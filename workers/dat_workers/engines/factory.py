@@ -74,4 +74,4 @@ def create(config: EngineConfig, model: VQGAN) -> Engine:
         return ReferenceEngine(model, device)
     from dat_workers.engines.torch.engine import TorchEngine
 
-    return TorchEngine(model, device, config.dtype, config.tricks)
+    return TorchEngine(model, device, config.dtype, config.tricks, config.gpu_share)

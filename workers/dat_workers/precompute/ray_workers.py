@@ -61,6 +61,8 @@ class RayWorkers:
                     raise RuntimeError(f"device is {config.device!r}, but each worker reserves 0 GPUs")
                 # Ray does not hide a node's GPUs from an actor that reserves none, and `auto` would use the first.
                 config = replace(config, device="cpu")
+            elif gpus < 1:
+                config = replace(config, gpu_share=gpus)
             if gpus * workers > present and not cluster:
                 raise RuntimeError(
                     f"{workers} workers need {gpus * workers:g} GPUs, but this machine has {present:g}"

@@ -98,7 +98,7 @@ def reference_outputs(
     """
     x = torch.as_tensor(images)
     indices = encode(reference, x)
-    outputs = ReferenceOutputs(x, indices, decode(reference, indices))
+    outputs = ReferenceOutputs(x, indices, decode(reference, indices, x[0, 0].numel()))
     if gradients is None:
         return outputs
     g = gradients(outputs.base)
@@ -108,7 +108,8 @@ def reference_outputs(
 def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:
     """Compares an engine's tokens of Q(x), its decoding of the reference's tokens, and its fidelity."""
     indices = encode(engine, expected.images)
-    decoded = decode(engine, expected.indices)
+    pixels = expected.images[0, 0].numel()
+    decoded = decode(engine, expected.indices, pixels)
     finite = decoded.isfinite().flatten(1).all(1)
     difference = (decoded - expected.reconstructions)[finite]
     mse = float(difference.double().square().mean()) if len(difference) else float("nan")
@@ -116,7 +117,7 @@ def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:
     fidelity = own_fidelity = None
     if expected.gradients is not None and expected.changed is not None:
         fidelity = jaccard(changed_tokens(engine, expected.base, expected.gradients), expected.changed)
-        own_base = expected.base if lost.any() else decode(engine, indices).nan_to_num().clamp(0, 1)
+        own_base = expected.base if lost.any() else decode(engine, indices, pixels).nan_to_num().clamp(0, 1)
         own_fidelity = jaccard(changed_tokens(engine, own_base, expected.gradients), expected.changed)
     return Agreement(
         token_agreement=float((indices == expected.indices).double().mean()),
@@ -157,9 +158,9 @@ def encode(engine: Engine, images: Tensor) -> Tensor:
     return torch.cat([engine.encode(part.to(engine.device)).cpu() for part in parts])
 
 
-def decode(engine: Engine, indices: Tensor) -> Tensor:
-    """Returns the images of indices, fp32 [N,3,H,W] on the CPU, not clipped."""
-    parts = torch.split(indices, engine.batch)
+def decode(engine: Engine, indices: Tensor, pixels: int) -> Tensor:
+    """Returns the images of indices, fp32 [N,3,H,W] of H·W = `pixels` on the CPU, not clipped."""
+    parts = torch.split(indices, rows_at_once(engine, pixels))
     return torch.cat([engine.decode(part.to(engine.device)).float().cpu() for part in parts])
 
 

@@ -7,6 +7,8 @@ engines make them fast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,7 +61,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
+        h = self.norm2(h)  # on a line of its own, so that conv1's output is freed before conv2 runs
+        h = self.conv2(h)
         shortcut: Tensor = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + h
 
@@ -122,15 +125,19 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(channels[i], channels[i + 1]) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
 
-    def forward(self, h: Tensor) -> Tensor:
+    def steps(self) -> Iterator[nn.Module]:
+        """Yields the modules in the order in which they run.
+
+        Encoder and decoder call them one by one. A `forward` of the level would keep the level's input alive until
+        its last block has run, a sixth of the decoder's memory.
+        """
         for i, block in enumerate(self.block):
-            h = block(h)
+            yield block
             if self.attn:
-                h = self.attn[i](h)
+                yield self.attn[i]
         for step in ("downsample", "upsample"):
             if hasattr(self, step):
-                h = getattr(self, step)(h)
-        return h
+                yield getattr(self, step)
 
 
 class Middle(nn.Module):
@@ -168,7 +175,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            assert isinstance(level, Level)
+            for step in level.steps():
+                h = step(h)
         out: Tensor = self.conv_out(self.norm_out(self.mid(h)))
         return out
 
@@ -195,7 +204,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
+            assert isinstance(level, Level)
+            for step in level.steps():
+                h = step(h)
         out: Tensor = self.conv_out(self.norm_out(h))
         return out
 

@@ -105,7 +105,9 @@ class FastDecoder(nn.Module):
         decoder = self.decoder
         h = decoder.mid(decoder.conv_in(self.post_quant_conv(z).contiguous(memory_format=CHANNELS_LAST)))
         for level in reversed(decoder.up):
-            h = level(h)
+            assert isinstance(level, Level)
+            for step in level.steps():
+                h = step(h)
         out: Tensor = decoder.conv_out(norm_silu(h, decoder.norm_out))
         return out
 

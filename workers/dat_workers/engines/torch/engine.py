@@ -15,6 +15,7 @@ from dat_workers.engines.base import Engine, mark_non_finite, rows_at_once
 from dat_workers.engines.device_errors import free_cached_memory, ran_out_of_memory
 from dat_workers.engines.torch import network
 from dat_workers.engines.torch.graphs import SIZES, CaptureMemory, GraphedFunction
+from dat_workers.engines.torch.memory import MemoryPlan, fit
 from dat_workers.engines.torch.precision import arithmetic
 from dat_workers.engines.torch.tricks import Tricks
 from dat_workers.errors import OutOfMemory, one_line
@@ -32,7 +33,9 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, model: VQGAN, device: torch.device, dtype: str, tricks: str = "auto") -> None:
+    def __init__(
+        self, model: VQGAN, device: torch.device, dtype: str, tricks: str = "auto", gpu_share: float = 1.0
+    ) -> None:
         cuda = device.type == "cuda"
         self.device = device
         self.dtype = ("mixed" if cuda else "fp32") if dtype == "auto" else dtype
@@ -47,11 +50,22 @@ class TorchEngine(Engine):
             )
         # On a CPU one image at a time is as fast, because its caches hold only one. Besides, the order of additions
         # depends on the batch size there, which would make an image's tokens depend on the rest of its batch.
-        self.batch = SIZES[-1] if cuda else 1
+        self.batch = 1
         self.model = network.build(model, self.dtype, self.tricks).to(device).eval().requires_grad_(False)
+        if cuda:
+            self._fit_memory(gpu_share)
         memory = CaptureMemory.on(device) if self.tricks.graphs else None
         self._run_encode = GraphedFunction(self._encode, memory)
         self._run_decode = GraphedFunction(self._decode, memory)
+
+    def _fit_memory(self, gpu_share: float) -> None:
+        """Chooses `batch` and `most_pixels` so that they fit the GPU, or the share of it. Raises OutOfMemory."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        plan = MemoryPlan(self.model.spec, self.dtype, self.tricks, weights)
+        fitting = fit(plan, torch.cuda.get_device_properties(self.device).total_memory, gpu_share)
+        self.batch, self.most_pixels = fitting.batch, fitting.side**2
+        if gpu_share < 1:  # if the prediction is wrong, this process runs out of memory, and not its neighbour
+            torch.cuda.set_per_process_memory_fraction(gpu_share, self.device)
 
     def warm_up(self, side: int) -> None:
         """Captures the CUDA graphs for images of `side` x `side`, if graphs are on. Raises the errors of CUDA.

@@ -15,7 +15,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)  # the batch sizes for which graphs are capture
 
 @dataclass(frozen=True)
 class CaptureMemory:
-    """What all functions of an engine are captured with: a memory pool, and a stream.
+    """Holds the memory pool and the stream with which all functions of an engine are captured.
 
     The stream must be one and the same, because the allocator never gives a block of one stream to another: graphs
     that were captured on two streams share a pool, but no memory.

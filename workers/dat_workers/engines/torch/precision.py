@@ -37,7 +37,7 @@ def _tf32_settings(tf32: bool) -> list[Setting]:
 def _cuda_settings(tf32: bool) -> list[Setting]:
     """Returns all settings of computations on CUDA.
 
-    `cudnn.benchmark` picks kernels by their speed in each process anew, and different kernels decide near-ties
+    `cudnn.benchmark` picks kernels by their speed, again in each process, and different kernels decide near-ties
     between two codebook entries differently. The sums of half-precision products stay in fp32.
     """
     matmul = torch.backends.cuda.matmul
