@@ -13,7 +13,7 @@ import numpy as np
 import dat_client.wire as wire
 from dat_client.errors import shown
 from dat_client.wire.tensors import Array
-from dat_client.wire.vocabulary import INPUTS, OUTPUTS, default_outputs
+from dat_client.wire.vocabulary import ATTACK_IS_MISSING, INPUTS, OUTPUTS, default_outputs, step_without_attack
 from dat_service.settings import Settings
 from dat_service.worker import CodecWorker, Reservation
 from dat_workers.batching.parts import Result
@@ -140,6 +140,8 @@ def _prepare_images(
 ) -> CodecRequest:
     inputs, names = request.message.inputs, request.output_names
     check_outputs(names, discretizer.outputs)
+    if idle := step_without_attack(request.message.parameters, "gradients" in inputs):
+        raise InvalidInput(", ".join(idle), "a value without an attack", ATTACK_IS_MISSING)
     images = inputs["images"]
     check_limits(images, settings)
     if images.dtype == object:

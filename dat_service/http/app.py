@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from dat_service import __version__
 from dat_service.http import admin, oip, pages
 from dat_service.http.auth import KeyRing
-from dat_service.http.body import TransportMiddleware
+from dat_service.http.body import TransportMiddleware, check_headers
 from dat_service.http.errors import STATUSES, on_error
 from dat_service.http.middleware import ObservabilityMiddleware
 from dat_service.observability import logs, tracing
@@ -48,6 +48,7 @@ def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None)
         version=__version__,
         description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
         lifespan=lifespan,
+        dependencies=[Depends(check_headers)],
         redoc_url=None,  # /docs shows the same content
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would lead to the Host that the client sent, which may be any

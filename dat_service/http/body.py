@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dat_client.errors import shown
+from dat_client.wire.headers import HEADER_LENGTH, TIMEOUT_MS
 from dat_service.settings import Settings
 from dat_workers.errors import TooLarge
 from dat_workers.system.text import duration
@@ -52,6 +53,22 @@ class MalformedBody(ValueError):
     def __init__(self, message: str, field: str, value: object, limit: object, status: int = 400) -> None:
         self.field, self.value, self.limit, self.status = field, value, limit, status
         super().__init__(f"{message}: {field} is {value}, {limit}")
+
+
+# Headers that must not be repeated: programs disagree about which of several counts.
+SINGLE_HEADERS = (
+    "host", "content-length", "content-encoding", "authorization", HEADER_LENGTH.lower(), TIMEOUT_MS.lower(),
+)  # fmt: skip
+
+
+async def check_headers(request: Request) -> None:
+    """Raises MalformedBody for an HTTP/1.1 request without Host (RFC 9112, 3.2), and for a repeated header."""
+    if request.scope.get("http_version") == "1.1" and "host" not in request.headers:
+        raise MalformedBody("the request is not valid HTTP/1.1", "Host", "absent", "must be given once")
+    for name in SINGLE_HEADERS:
+        if len(values := request.headers.getlist(name)) > 1:
+            shown_values = shown(values) if name != "authorization" else f"given {len(values)} times"
+            raise MalformedBody("a header is repeated", name.title(), shown_values, "must be given once")
 
 
 def announced_length(request: Request, max_bytes: int) -> int | None:

@@ -28,13 +28,13 @@ def test_every_method(server, images):
             assert await client.live()
             assert await client.ready()
             await client.wait_ready(10)
-            q = await client.discretize(images, outputs=["indices"], output_dtype="FP16", timeout_s=10, alpha=0.5)
+            q = await client.discretize(images, outputs=["indices"], output_dtype="FP16", timeout_s=10, seed=5)
             assert q.indices.shape == (4, 2, 3)
             assert (await client.decode(q.indices, output_dtype="UINT8", timeout_s=10)).shape == images.shape
             assert repr(client).startswith("AsyncClient('http://127.0.0.1")
 
     asyncio.run(main())
-    assert server.requests[0].parameters == {"output_dtype": "FP16", "alpha": 0.5}
+    assert server.requests[0].parameters == {"output_dtype": "FP16", "seed": 5}
 
 
 def test_exceptions_arrive(server, images):

@@ -27,8 +27,8 @@ def test_dtype_in_is_dtype_out(client, images, dtype):
 
 def test_output_dtype_is_sent_only_when_asked(client, server, images):
     assert client.discretize(images, output_dtype="FP32").reconstruction.dtype == np.float32
-    client.discretize(images, alpha=0.5)
-    assert [request.parameters for request in server.requests] == [{"output_dtype": "FP32"}, {"alpha": 0.5}]
+    client.discretize(images, preset="paper")
+    assert [request.parameters for request in server.requests] == [{"output_dtype": "FP32"}, {"preset": "paper"}]
 
 
 def test_outputs_are_what_was_asked_for(client, images):

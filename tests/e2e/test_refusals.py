@@ -220,10 +220,67 @@ def test_output_that_this_codec_lacks(identity: str) -> None:
         ({"strength": 0.1}, "parameters"),
         ({"output_dtype": "FP8"}, "output_dtype"),
         ({"output_dtype": 3}, "output_dtype"),
+        ({"alpha": -0.1, "replace_fraction": 0.5}, "alpha"),
+        ({"alpha": 0.1}, "alpha"),
+        ({"alpha": 0.1, "replace_fraction": 0}, "alpha"),
+        ({"normalize": "l2", "epsilon": 0.1, "preset": "paper"}, "normalize, epsilon"),
+        ({"base": "x"}, "base"),
     ],
 )
 def test_parameter_that_is_not_usable(identity: str, parameters: dict[str, Any], field: str) -> None:
     refused(infer_images(identity, GOOD, "UINT8", parameters=parameters), 422, field, "", "")
+
+
+def test_preset_alone_is_taken(identity: str) -> None:
+    for parameters in ({"preset": "paper"}, {"preset": "easyrobust", "epsilon": None, "seed": 3}):
+        assert infer_images(identity, GOOD, "UINT8", parameters=parameters).status == 200
+
+
+def test_null_is_shown_as_null(identity: str) -> None:
+    reply = infer_images(identity, GOOD, "UINT8", parameters={"alpha": None})
+    assert reply.status == 422
+    assert reply.error["error"] == "alpha: null is not usable; expected a finite number, 0 or more, at most 1e38"
+    assert reply.error["value"] is None
+
+
+@pytest.mark.parametrize("where", ["top", "parameters", "tensor"])
+def test_key_that_occurs_twice(identity: str, where: str) -> None:
+    text = json.dumps({"inputs": [ENTRY], "parameters": {"seed": 1}})
+    key = {"top": '"parameters"', "parameters": '"seed"', "tensor": '"name"'}[where]
+    twice = {"top": '"parameters": {}, ', "parameters": '"seed": 2, ', "tensor": '"name": "x", '}[where]
+    reply = infer(identity, text.replace(key, twice + key, 1).encode(), DATA)
+    assert reply.status == 400
+    assert "a key of the JSON occurs twice in one object" in reply.error["error"]
+    assert reply.error["value"] == key.strip('"')
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ("", "Host"),
+        ("Host: a\r\nHost: b\r\n", "Host"),
+        ("Host: a\r\nAuthorization: Bearer a\r\nauthorization: Bearer b\r\n", "Authorization"),
+        ("Host: a\r\nInference-Header-Content-Length: 1\r\nInference-Header-Content-Length: 2\r\n", "Inference"),
+    ],
+)
+def test_headers_that_are_missing_or_repeated(identity: str, headers: str, field: str) -> None:
+    parts = urlsplit(identity)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
+        s.sendall(f"GET /v2 HTTP/1.1\r\n{headers}\r\n".encode())
+        answer = s.makefile("rb").read()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    error = json.loads(body)
+    assert error["field"].startswith(field)
+    assert error["limit"] == "must be given once"
+    assert b"Bearer" not in body
+
+
+def test_old_http_needs_no_host(identity: str) -> None:
+    parts = urlsplit(identity)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as s:
+        s.sendall(b"GET /v2 HTTP/1.0\r\n\r\n")
+        assert s.makefile("rb").read().startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("names", [["pictures"], ["images", "indices"], []])

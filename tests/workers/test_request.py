@@ -22,6 +22,7 @@ from dat_workers.request import Parameters, parse_parameters
         ({"alpha": 1e39}, "alpha"),
         ({"alpha": 10**400}, "alpha"),
         ({"alpha": True}, "alpha"),
+        ({"alpha": -0.1}, "alpha"),
         ({"epsilon": -0.1}, "epsilon"),
         ({"preset": ["paper"]}, "preset"),
         ({"replace_fraction": -0.1}, "replace_fraction"),
@@ -36,6 +37,23 @@ def test_parameters_that_are_not_usable(parameters: dict[str, Any], field: str) 
     with pytest.raises(InvalidInput) as caught:
         parse_parameters(parameters)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (-0.1, "-0.1"), ("x", "'x'")])
+def test_values_are_shown_as_json(value: Any, text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_parameters({"alpha": value})
+    assert caught.value.value == (value if not isinstance(value, str) else "'x'")
+    assert str(caught.value) == (f"alpha: {text} is not usable; expected a finite number, 0 or more, at most 1e38")
+
+
+def test_unknown_parameter_is_named_with_all_that_exist() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_parameters({"strength": 1})
+    assert str(caught.value) == (
+        "parameters: 'strength' does not exist; use only preset, base, alpha, normalize, epsilon, "
+        "replace_fraction, seed, output_dtype"
+    )
 
 
 def test_parameters_change_a_preset() -> None:

@@ -20,7 +20,16 @@ from dat_client.calls.arrays import Kind, images_tensor, indices_tensor
 from dat_client.calls.checks import choice
 from dat_client.calls.gradients import gradient_tensors
 from dat_client.errors import invalid
-from dat_client.wire.vocabulary import OUTPUT_DTYPES, OUTPUTS
+from dat_client.wire.vocabulary import (
+    ATTACK_IS_MISSING,
+    OUTPUT_DTYPES,
+    OUTPUTS,
+    PARAMETERS,
+    step_without_attack,
+    violated_limit,
+)
+
+NAMED_PARAMETERS = ("preset", "base", "normalize")  # their values are names
 
 #: torch.Tensor if the caller passed tensors, else numpy.ndarray.
 Array: TypeAlias = Any
@@ -130,6 +139,10 @@ def discretize_call(
     if gradients is not None:
         inputs |= gradient_tensors(gradients, shape, gradient_dtype)
     checked = _checked_parameters(parameters, output_dtype)
+    if idle := step_without_attack(checked, gradients is not None):
+        raise invalid(
+            ", ".join(idle), "absent", found="a value without an attack", hint=f"pass {ATTACK_IS_MISSING}"
+        )
     return Call(inputs, checked, _checked_outputs(outputs), kind, shape, time.perf_counter() - begun_s)
 
 
@@ -151,9 +164,10 @@ def _checked_outputs(outputs: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None) -> dict[str, Any]:
-    """Returns the parameters that are not None; raises InvalidRequest for values that JSON cannot express.
+    """Returns the parameters that are not None.
 
-    Only the server checks names and limits, because it may be newer and allow more than this client knows.
+    Raises InvalidRequest for values that JSON cannot express, and for numbers outside the limits. Names, and the
+    choices of a parameter that is a name, are checked by the server alone: it may be newer and know more of them.
     """
     checked: dict[str, Any] = {}
     for name, value in parameters.items():
@@ -164,6 +178,9 @@ def _checked_parameters(parameters: Mapping[str, Any], output_dtype: str | None)
         is_scalar = isinstance(value, bool | int | float | str)
         if not is_scalar or (isinstance(value, float) and not math.isfinite(value)):
             raise invalid(name, "a finite number, a string, True or False", value=value)
+        wrong_name = isinstance(value, str) and name in NAMED_PARAMETERS
+        if name in PARAMETERS and not wrong_name and (limit := violated_limit(name, value)):
+            raise invalid(name, limit, value=value)
         checked[name] = value
     if output_dtype is not None:
         checked["output_dtype"] = choice("output_dtype", output_dtype, OUTPUT_DTYPES)

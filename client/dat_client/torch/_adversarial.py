@@ -183,8 +183,8 @@ class RandomStart:
         if normalize != "l2":
             found = f"{probability:g} with normalize={shown(normalize)}"
             raise invalid("random_start", "0 unless normalize is 'l2'", found=found)
-        if not isinstance(alpha, Real) or not math.isfinite(alpha):
-            raise invalid("alpha", "a finite number", value=alpha)
+        if not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
+            raise invalid("alpha", "a finite number, 0 or more", value=alpha)
         return cls(probability, float(alpha))
 
     def draw(self, x_hat: Tensor, generator: torch.Generator | None) -> Tensor | None:

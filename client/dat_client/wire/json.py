@@ -16,7 +16,8 @@ _NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or fal
 def parse(view: memoryview) -> dict[str, Any]:
     """Parses UTF-8 bytes as JSON and returns the object; raises WireError if they are not a JSON object."""
     try:
-        parsed = json.loads(str(view, "utf-8"), parse_constant=_refuse_constant)
+        text = str(view, "utf-8")
+        parsed = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except WireError:
         raise
     except RecursionError:
@@ -25,6 +26,16 @@ def parse(view: memoryview) -> dict[str, Any]:
         malformed(f"body: not JSON ({sentence(str(error))})", value=bytes(view[:80]))
     if not isinstance(parsed, dict):
         malformed("body: the JSON is not an object", value=parsed)
+    return parsed
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, and refuses a key that occurs twice: programs disagree about which of both counts."""
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in parsed if keys.count(key) > 1)
+        malformed("body: a key of the JSON occurs twice in one object", value=repeated)
     return parsed
 
 

@@ -68,13 +68,15 @@ def _number(low: float, high: float, limit: str, types: Any = int | float) -> Pa
 PARAMETERS: dict[str, Parameter] = {
     "preset": _choice(PRESETS),
     "base": _choice(["x", "reconstruction"]),
-    "alpha": _number(-1e38, 1e38, "a finite number, at most 1e38"),
+    "alpha": _number(0, 1e38, "a finite number, 0 or more, at most 1e38"),
     "normalize": _choice(["none", "l2", "sign"]),
     "epsilon": _number(0, 1e38, "a finite number, 0 or more, at most 1e38"),
     "replace_fraction": _number(0, 1, "a number, 0 to 1"),
     "seed": _number(0, 2**63 - 1, "a whole number, 0 to 2^63 - 1", int),
     "output_dtype": _choice(OUTPUT_DTYPES),
 }
+#: The parameters of the step. They have no effect without gradients or a replace_fraction, and are then refused.
+STEP_PARAMETERS = ("base", "alpha", "normalize", "epsilon")
 #: The parameters that a request may send as null, which stands for the default.
 NULLABLE = ("epsilon", "output_dtype")
 
@@ -89,6 +91,21 @@ def violated_limit(name: str, value: Any) -> str | None:
     parameter = PARAMETERS[name]
     allowed = parameter.allows(value) or (value is None and name in NULLABLE)
     return None if allowed else parameter.limit
+
+
+def step_without_attack(parameters: Mapping[str, Any], has_gradients: bool) -> list[str]:
+    """Returns the parameters of the step that a request sets although nothing is attacked; usually an empty list.
+
+    >>> step_without_attack({"preset": "paper", "alpha": 0.2, "epsilon": None}, has_gradients=False)
+    ['alpha']
+    """
+    if has_gradients or parameters.get("replace_fraction"):
+        return []
+    return [name for name in STEP_PARAMETERS if parameters.get(name) is not None]
+
+
+#: What to do about parameters that `step_without_attack` returns.
+ATTACK_IS_MISSING = "gradients, or a replace_fraction above 0; a preset alone is allowed"
 
 
 def with_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,18 +18,41 @@ def test_bad_outputs_are_refused(images, outputs):
 
 
 def test_parameters_are_plain_numbers_and_none_is_left_out(images):
-    checked = call(images, alpha=np.float32(0.5), seed=None, preset="paper", output_dtype="FP16")
-    assert checked.parameters == {"alpha": 0.5, "preset": "paper", "output_dtype": "FP16"}
+    share = np.float32(0.5)
+    checked = call(images, replace_fraction=share, seed=None, preset="paper", output_dtype="FP16")
+    assert checked.parameters == {"replace_fraction": 0.5, "preset": "paper", "output_dtype": "FP16"}
     assert call(images).parameters == {}
 
 
 @pytest.mark.parametrize(
-    "bad", [{"alpha": float("nan")}, {"seed": [1]}, {"output_dtype": "INT8"}, {"output_dtype": ["FP16"]}]
+    "bad",
+    [
+        {"alpha": -0.1},
+        {"alpha": True},
+        {"epsilon": -1},
+        {"seed": 1.5},
+        {"replace_fraction": 1.5},
+        {"alpha": "0.1"},
+        {"alpha": float("nan")},
+        {"seed": [1]},
+        {"output_dtype": "INT8"},
+        {"output_dtype": ["FP16"]},
+    ],
 )
 def test_bad_parameters_are_refused_by_name(images, bad):
     with pytest.raises(InvalidRequest) as caught:
         call(images, **bad)
     assert caught.value.field == next(iter(bad))
+
+
+@pytest.mark.parametrize("name", ["alpha", "epsilon", "normalize", "base"])
+def test_step_without_an_attack_is_refused(images, name):
+    value = {"normalize": "l2", "base": "x"}.get(name, 0.1)
+    with pytest.raises(InvalidRequest, match=f"^{name}: .*pass gradients, or a replace_fraction above 0") as caught:
+        call(images, **{name: value})
+    assert caught.value.field == name
+    assert call(images, **{name: value}, replace_fraction=0.5).parameters[name] == value
+    assert call(images, preset="paper").parameters == {"preset": "paper"}
 
 
 def test_ids_are_never_given_twice(images):

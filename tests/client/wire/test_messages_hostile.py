@@ -37,6 +37,8 @@ MALFORMED = {
     "not utf-8": (b'{"inputs": "\xff"}', None),
     "not an object": (b"[]", None),
     "deep": (DEEP, None),
+    "key twice": (b'{"inputs": [], "inputs": []}', None),
+    "key twice inside": (b'{"inputs": [], "parameters": {"alpha": 0.1, "alpha": 0.2}}', None),
     "NaN": (b'{"inputs": [], "parameters": {"alpha": NaN}}', None),
     "-Infinity": (b'{"inputs": [], "parameters": {"alpha": -Infinity}}', None),
     "5000 digits": (b'{"inputs": ' + b"1" * 5000 + b"}", None),

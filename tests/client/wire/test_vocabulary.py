@@ -9,7 +9,7 @@ from dat_client.wire import vocabulary
 GOOD = {
     "preset": ["paper", "easyrobust"],
     "base": ["x", "reconstruction"],
-    "alpha": [0, -1, 0.2, 1e38, -1e38],
+    "alpha": [0, 0.2, 1e38],
     "normalize": ["none", "l2", "sign"],
     "epsilon": [None, 0, 0.5, 1e38],
     "replace_fraction": [0, 0.5, 1],
@@ -19,7 +19,7 @@ GOOD = {
 BAD = {
     "preset": [None, "Paper", 1, ["paper"]],
     "base": [None, "y", {}],
-    "alpha": [None, "0.1", True, math.nan, math.inf, 1.1e38, 10**400],
+    "alpha": [None, "0.1", True, -0.1, -1e38, math.nan, math.inf, 1.1e38, 10**400],
     "normalize": [None, "l1"],
     "epsilon": [-1e-9, "0", False, math.nan, math.inf],
     "replace_fraction": [None, -0.1, 1.1, True],
