@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import INTERRUPTED, command_errors
-from dat_service.cli.output import print_left_out
+from dat_service.cli.output import MovingRate, live_progress, log, print_left_out, time_left
+
+if TYPE_CHECKING:
+    from dat_workers.training.progress import TrainProgress
 
 
 @command_errors("dat train-codec", interrupted="interrupted; the same command continues from the last checkpoint")
@@ -59,8 +64,11 @@ def train_codec(
     """Train a VQGAN codec on pictures.
 
     The losses are those of Appendix A of the DAT paper (Eq. 8-10). If a run was stopped or killed, the same command
-    continues it. Install the result with `dat codecs import OUT/NAME.safetensors --as NAME`.
+    continues it. While it runs, OUT/samples shows crops above their reconstructions, and OUT/loss.svg the terms of
+    the loss. Install the result with `dat codecs import OUT/NAME.safetensors --as NAME`.
     """
+    log(f"preparing the training of {name} ...")  # loading PyTorch takes seconds
+
     from dat_workers.codecs.file import Origin, read, write
     from dat_workers.codecs.spec import CodecError, CodecSpec
     from dat_workers.codecs.store import check_name, load_model
@@ -93,20 +101,77 @@ def train_codec(
         perceptual_weight=perceptual_weight, pool=pool, init=init, validation=tuple(validate or ()), seed=seed,
         device=str(pick_device(device)), skip=options.skips(on_error), upright=upright,
     )  # fmt: skip
-    typer.echo(f"reading pictures for {name} ...")
-    trainer = Trainer(config)
-    print_left_out(trainer.left_out.rows)
-    if not trainer.run(typer.echo):
+    with closing(_ProgressBars(batch)) as bars:
+        trainer = Trainer(config, bars.show)
+        bars.close()
+        print_left_out(trainer.left_out.rows)
+        if trainer.log.dropped:
+            log(f"{trainer.log.path}: removing {trainer.log.dropped} lines after step {trainer.step}")
+        if trainer.step:
+            log(f"continuing from step {trainer.step} of {steps}")
+        finished = trainer.run()
+    if not finished:
+        log(f"stopped at step {trainer.step}; run the same command to continue")
         raise typer.Exit(INTERRUPTED)
     if not trainer.codebook_ready:
         raise CodecError(f"{steps} steps are too few to start the codebook, so no codec was written")
     path = out / f"{name}.safetensors"
     origin = Origin.now(f"dat train-codec, {steps} steps, seed {seed}", "")
     write(path, spec, exported_weights(trainer.average, half=half), origin)
-    typer.echo(f"codec: {path}\ninstall it: dat codecs import {path} --as {name}")
+    typer.echo(
+        f"samples: {out / 'samples'}\nloss curve: {trainer.log.curve}\n"
+        f"codec: {path}\ninstall it: dat codecs import {path} --as {name}"
+    )
     if trainer.validation is not None:
         scores = trainer.evaluate(model=load_model(read(path)).to(trainer.device))
         typer.echo(
             f"validation: {scores.psnr_db:.2f} dB on {scores.pictures} pictures, "
             f"{scores.codebook_share:.1%} of {codebook_size} codebook entries in use"
         )
+
+
+class _ProgressBars:
+    """Shows the progress of a training whose batches have `batch` crops.
+
+    Each activity has a bar of its own, or, in a log, lines of its own.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._bar = ExitStack()
+        self._activity = ""
+
+    def show(self, progress: TrainProgress) -> None:
+        """Shows the progress; another activity than before ends the bar and begins one."""
+        if progress.activity != self._activity:
+            self.close()
+            self._show = self._bar.enter_context(live_progress(plain_every_s=60))
+            self._rate = MovingRate()
+            self._activity = progress.activity
+        (per_second,) = self._rate.per_second(time.monotonic(), progress.done)
+        share = None if progress.total is None else progress.done / progress.total
+        self._show(share, _progress_text(progress, per_second, self._batch))
+
+    def close(self) -> None:
+        """Ends the bar; in a log, the last text of the activity is printed."""
+        self._bar.close()
+        self._activity = ""
+
+
+def _progress_text(progress: TrainProgress, per_second: float, batch: int) -> str:
+    """Returns the progress as one line; `per_second` is how fast `progress.done` grows."""
+    if progress.total is None:
+        return f"{progress.activity}: {progress.done} so far, {per_second:.1f} {progress.unit}/s"
+    left = time_left(progress.total - progress.done, per_second)
+    if progress.terms:
+        terms = ", ".join(_term(name, value) for name, value in progress.terms.items())
+        return f"step {progress.done}/{progress.total}, {per_second * batch:.1f} images/s, {left}, {terms}"
+    if progress.done == progress.total:
+        return f"{progress.activity}: {progress.total} {progress.unit}"
+    return f"{progress.activity}: {progress.done} of {progress.total} {progress.unit}, {left}"
+
+
+def _term(name: str, value: float) -> str:
+    if name.endswith("psnr_db"):
+        return f"{'validation' if name.startswith('validation') else 'crops'} {value:.2f} dB"
+    return f"{name} {value:.0%}" if name == "codebook" else f"{name} {value:.4f}"

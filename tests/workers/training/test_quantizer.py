@@ -14,7 +14,7 @@ def test_codebook_follows_its_tokens_and_revives_the_dead() -> None:
     codebook = Codebook(16, 4)
     quantizer = EmaQuantizer(codebook, decay=0.8)
     latents = torch.randn(4096, 4)
-    quantizer.initialise(latents)
+    assert list(quantizer.initialise(latents)) == list(range(11))
     shifted = torch.randn(4, 4, 16, 16) + 5
     for _ in range(60):
         quantized, commitment, indices = quantizer(shifted, learn=True, revive=True)
@@ -37,4 +37,4 @@ def test_straight_through_passes_the_gradient_on() -> None:
 
 def test_kmeans_needs_enough_latents() -> None:
     with pytest.raises(ValueError, match=r"7 latent vectors.*8"):
-        EmaQuantizer(Codebook(8, 4)).initialise(torch.randn(7, 4))
+        list(EmaQuantizer(Codebook(8, 4)).initialise(torch.randn(7, 4)))

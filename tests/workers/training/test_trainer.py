@@ -12,9 +12,11 @@ import torch
 
 from dat_workers.codecs.file import Origin, write
 from dat_workers.codecs.spec import CodecError, CodecSpec
+from dat_workers.images.encoded import decode_picture
 from dat_workers.system.signals import handle_signals
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.export import exported_weights
+from dat_workers.training.progress import TrainProgress, throttled
 from dat_workers.training.trainer import Trainer
 
 SPEC = CodecSpec("toy-f2", ch=32, ch_mult=(1, 1), num_res_blocks=1, codebook_size=64, latent_dim=4)
@@ -93,5 +95,51 @@ def test_a_second_signal_acts_as_it_did_before_the_run(
 
     monkeypatch.setattr(trainer, "train_step", interrupted_step)
     with handle_signals(lambda number, _: earlier.append(number), signal.SIGTERM):
-        assert not trainer.run(lambda line: None)
+        assert not trainer.run()
     assert noted == trainer.received_signals == earlier == [signal.SIGTERM]
+
+
+def test_a_signal_ends_the_start_of_the_codebook_and_the_next_run_starts_the_same_one(
+    pictures: Path, tmp_path: Path
+) -> None:
+    whole = Trainer(config(pictures, tmp_path / "whole", codebook_start=0.25))
+    assert whole.run()
+
+    def interrupt(progress: TrainProgress) -> None:
+        if progress.activity == "starting the codebook by k-means":
+            activities.append(progress.done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    activities: list[int] = []
+    part = Trainer(config(pictures, tmp_path / "part", codebook_start=0.25), interrupt)
+    assert not part.run()
+    assert activities == [0]
+    assert part.step == 2
+    again = Trainer(config(pictures, tmp_path / "part", codebook_start=0.25))
+    assert again.run()
+    for name, tensor in whole.average.state_dict().items():
+        assert torch.equal(tensor, again.average.state_dict()[name]), name
+
+
+def test_all_sample_pictures_of_a_run_show_the_same_crops(pictures: Path, tmp_path: Path) -> None:
+    """Also where the pool's pictures are replaced all the time."""
+    trainer = Trainer(config(pictures, tmp_path, validation=(), pool=2, codebook_start=0.0))
+    for _ in range(8):
+        trainer.train_step()
+        trainer.save_samples()
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == [f"step-{step:07d}.jpg" for step in range(1, 9)]
+    decoded = [decode_picture(file.read_bytes(), field=file.name).astype(int) for file in files]
+    originals = [picture[:, :32] for picture in decoded]
+    assert originals[0].shape == (3, 32, 4 * 32)
+    assert all(np.abs(later - originals[0]).mean() < 2 for later in originals)
+    assert np.abs(decoded[0][:, 32:] - decoded[-1][:, 32:]).mean() > 2
+
+
+def test_progress_is_passed_on_at_the_ends_of_an_activity_and_now_and_then() -> None:
+    passed_on: list[tuple[str, int]] = []
+    report = throttled(lambda progress: passed_on.append((progress.activity, progress.done)), every_s=3600)
+    for activity in ("reading", "training"):
+        for done in range(6):
+            report(TrainProgress(activity, done, 5, "steps"))
+    assert passed_on == [("reading", 0), ("reading", 5), ("training", 0), ("training", 5)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -80,15 +80,18 @@ class PictureReader:
 
 def centre_crops(
     sources: Paths, size: int, limit: int | None = None, *, skip: bool = False, upright: bool = False,
-    left_out: LeftOut | None = None,
+    left_out: LeftOut | None = None, on_picture: Callable[[int], None] = lambda count: None,
 ) -> npt.NDArray[np.uint8]:  # fmt: skip
     """Returns centre crops of the pictures in `sources`, at most `limit`, as uint8 [N,3,size,size].
 
-    Smaller pictures are enlarged first. What is left out is added to `left_out`. Raises InvalidInput if the sources
-    hold no pictures, and as `PictureReader` does.
+    Smaller pictures are enlarged first. What is left out is added to `left_out`. `on_picture` receives the number
+    of crops after each one. Raises InvalidInput if the sources hold no pictures, and as `PictureReader` does.
     """
     reader = PictureReader(sources, skip=skip, upright=upright)
-    crops = [centre_crop(picture, size) for _, picture in islice(reader, limit)]
+    crops = []
+    for _, picture in islice(reader, limit):
+        crops.append(centre_crop(picture, size))
+        on_picture(len(crops))
     if left_out is not None:
         left_out.update(reader.left_out.rows)
     if not crops:

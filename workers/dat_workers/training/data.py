@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ class CropPool:
     A data set of at most `capacity` pictures is decoded once; a larger one is streamed, `turnover` new pictures a
     batch. Draws depend only on `seed` and the batch number, so that a resumed run continues as if it had never
     stopped, as long as the pool holds the whole data set. With `skip`, pictures that are not usable are left out;
-    with `upright`, pictures are turned by their EXIF orientation. Raises ValueError if there are no pictures, and
-    as `PictureReader` does.
+    with `upright`, pictures are turned by their EXIF orientation. `on_picture` receives the number of pictures
+    while the pool is filled. Raises ValueError if there are no pictures, and as `PictureReader` does.
     """
 
     def __init__(
         self, sources: Paths, crop: int, capacity: int, seed: int, turnover: int = 4, *, skip: bool = False,
-        upright: bool = False,
+        upright: bool = False, on_picture: Callable[[int], None] = lambda count: None,
     ) -> None:  # fmt: skip
         self.reader = PictureReader(sources, skip=skip, upright=upright)
         self.crop, self.seed, self.turnover = crop, seed, turnover
@@ -47,6 +47,7 @@ class CropPool:
                 break
             first = first or name
             self.pool.append(picture)
+            on_picture(len(self.pool))
 
     def _endless(self) -> Iterator[tuple[str, np.ndarray]]:
         while True:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dat_workers.codecs.networks.vqgan import VQGAN
-from dat_workers.images.encoded import encode_png
+from dat_workers.images.encoded import encode_jpeg
 from dat_workers.training.data import to_float
 
 BATCH = 4  # images evaluated together
+QUALITY = 95  # of the JPEG of reconstructions
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def evaluate(model: VQGAN, images: Tensor, device: torch.device, *, quantize: bo
 
 
 @torch.no_grad()
-def comparison_png(model: VQGAN, x: Tensor, *, quantize: bool) -> bytes:
-    """Returns a PNG of images in -1..1, in one row, above their reconstructions."""
+def comparison_jpeg(model: VQGAN, x: Tensor, *, quantize: bool) -> bytes:
+    """Returns a JPEG of images in -1..1, in one row, above their reconstructions."""
     y, _ = reconstruct(model, x, quantize=quantize)
     rows = torch.cat([torch.cat(list(images), 2) for images in (x, y.clamp(-1, 1))], 1)
-    return encode_png(rows.add(1).mul(127.5).round().byte().cpu().numpy())
+    return encode_jpeg(rows.add(1).mul(127.5).round().byte().cpu().numpy(), QUALITY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -33,21 +35,24 @@ class EmaQuantizer(nn.Module):
         self.register_buffer("sums", torch.zeros(size, dim))
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor) -> None:
+    def initialise(self, latents: Tensor) -> Iterator[int]:
         """Starts the codebook by Lloyd's k-means from a random choice of `latents` fp32 [M,d].
 
-        Raises ValueError unless M is at least K.
+        Yields the number of finished passes, of KMEANS_ITERATIONS; the codebook is ready when the iterator has
+        ended. Raises ValueError unless M is at least K.
         """
         weight = self.codebook.embedding.weight
         size = len(weight)
         if len(latents) < size:
             raise ValueError(f"{len(latents)} latent vectors are too few to start a codebook of {size} entries")
         weight.copy_(latents[torch.randperm(len(latents), device=latents.device)[:size]])
-        for _ in range(KMEANS_ITERATIONS):
+        for finished in range(KMEANS_ITERATIONS):
+            yield finished
             counts, sums = self._assign(latents)[1:]
             alive = counts > 0
             weight[alive] = sums[alive] / counts[alive, None]
         self.adopt()
+        yield KMEANS_ITERATIONS
 
     @torch.no_grad()
     def adopt(self) -> None:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,24 +23,31 @@ from dat_workers.system.files import replacing, write_atomically
 from dat_workers.system.signals import handle_signals
 from dat_workers.training.config import TrainConfig
 from dat_workers.training.data import CropPool, to_float
-from dat_workers.training.evaluation import Scores, comparison_png, evaluate
+from dat_workers.training.evaluation import Scores, comparison_jpeg, evaluate
+from dat_workers.training.loss_log import LossLog
 from dat_workers.training.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, perceptual_term
-from dat_workers.training.quantizer import EmaQuantizer
+from dat_workers.training.progress import TRAINING, Report, TrainProgress, no_report, throttled
+from dat_workers.training.quantizer import KMEANS_ITERATIONS, EmaQuantizer
 
 LATENTS_PER_ENTRY = 8  # latent vectors collected per codebook entry before k-means
-REPORT_EVERY_S = 10.0
+LOG_EVERY_S = 10.0
+LOG_ENTRIES = 200  # at least, in a whole run, so that a short run has a curve too
 SAVE_EVERY_S = 300.0
+SAMPLES = 20  # sample pictures of a run, apart from the one of its first step
 SAVED_PARTS = ("model", "average", "quantizer", "discriminator", "optimizer", "optimizer_d")
 
 
 class Trainer:
-    """One training run. `Trainer(config).run(print)` trains to the end or to SIGINT/SIGTERM, and can be run again.
+    """One training run. `Trainer(config).run()` trains to the end or to SIGINT/SIGTERM, and can be run again.
 
-    It writes OUT/checkpoint.pt (everything that is needed to continue), OUT/log.jsonl and OUT/samples-*.png.
+    It writes OUT/checkpoint.pt (everything that is needed to continue), OUT/log.jsonl, OUT/loss.svg and
+    OUT/samples/step-*.jpg. `report` receives the progress about twice a second, also while the pictures are read,
+    which the constructor does.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, report: Report = no_report) -> None:
         self.config = config
+        self.report = throttled(report)
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = self._initial_model().to(self.device)
@@ -56,13 +62,6 @@ class Trainer:
             self.discriminator.parameters(), lr=config.learning_rate / 2, betas=(0.5, 0.9), weight_decay=1e-4
         )
         self.perceptual = perceptual_term(config.perceptual, self.device)
-        reading = {"skip": config.skip, "upright": config.upright}
-        self.pool = CropPool(config.sources, config.crop, config.pool, config.seed, **reading)
-        self.left_out = self.pool.reader.left_out  # of the validation too
-        self.validation: Tensor | None = None
-        if config.validation:
-            crops = centre_crops(config.validation, config.validation_crop, left_out=self.left_out, **reading)
-            self.validation = torch.from_numpy(crops)
         self.step = 0
         self.seconds = 0.0  # of training, over all runs
         self.codebook_ready = config.init is not None
@@ -73,6 +72,43 @@ class Trainer:
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self.load()
+        self.log = LossLog(config.out, self.step, config.steps)
+        self.pool = self._read_pictures()
+        self.left_out = self.pool.reader.left_out  # of the validation too
+        self.validation = self._read_validation()
+        self.sample_crops = self.pool.batch(-1, 4) if self.validation is None else to_float(self.validation[:4])
+        self.validation_psnr_db: float | None = None  # as measured last
+
+    def _read_pictures(self) -> CropPool:
+        config = self.config
+        on_picture = self._counting("reading pictures")
+        pool = CropPool(
+            config.sources, config.crop, config.pool, config.seed, skip=config.skip, upright=config.upright,
+            on_picture=on_picture,
+        )  # fmt: skip
+        on_picture(len(pool.pool), len(pool.pool))
+        return pool
+
+    def _read_validation(self) -> Tensor | None:
+        config = self.config
+        if not config.validation:
+            return None
+        on_picture = self._counting("reading validation pictures")
+        crops = centre_crops(
+            config.validation, config.validation_crop, skip=config.skip, upright=config.upright,
+            left_out=self.left_out, on_picture=on_picture,
+        )  # fmt: skip
+        on_picture(len(crops), len(crops))
+        return torch.from_numpy(crops)
+
+    def _counting(self, activity: str) -> Callable[..., None]:
+        """Reports the beginning of an activity; returns a function that reports how many pictures it has read."""
+
+        def on_picture(count: int, total: int | None = None) -> None:
+            self.report(TrainProgress(activity, count, total, "pictures"))
+
+        on_picture(0)
+        return on_picture
 
     def _initial_model(self) -> VQGAN:
         model = VQGAN(self.config.spec)
@@ -105,16 +141,17 @@ class Trainer:
         """Trains on one batch by Eq. 8-10; returns the terms for the log."""
         config = self.config
         progress = self.step / config.steps
-        if not self.codebook_ready and progress >= config.codebook_start:
+        if self._codebook_due():
             self._start_codebook()
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(progress)
         images = self.pool.batch(self.step, config.batch).to(self.device)
         reconstructions, commitment = self._forward(images, progress)
         mse = F.mse_loss(reconstructions, images)
-        distortion = mse + config.perceptual_weight * self.perceptual(images, reconstructions)
+        perceptual = self.perceptual(images, reconstructions)
+        distortion = mse + config.perceptual_weight * perceptual
         loss = distortion + config.commitment_weight * commitment
-        terms = {"mse": mse.item(), "commitment": commitment.item()}
+        terms = {"mse": mse.item(), "perceptual": perceptual.item(), "commitment": commitment.item()}
         adversarial = progress >= config.discriminator_start and config.discriminator_weight > 0
         if adversarial:
             self.discriminator.requires_grad_(False)
@@ -144,17 +181,28 @@ class Trainer:
         for average, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(new, 1 - decay) if new.requires_grad else average.copy_(new)
 
+    def _codebook_due(self) -> bool:
+        return not self.codebook_ready and self.step / self.config.steps >= self.config.codebook_start
+
     @torch.no_grad()
     def _start_codebook(self) -> None:
+        """Starts the codebook by k-means. If a signal comes, it ends early and leaves `codebook_ready` False."""
         collected: list[Tensor] = []
-        missing = LATENTS_PER_ENTRY * self.config.spec.codebook_size
-        while missing > 0:
+        wanted = LATENTS_PER_ENTRY * self.config.spec.codebook_size
+        count = 0
+        while count < wanted:
             if self.received_signals:
                 return
+            self.report(TrainProgress("collecting latent vectors for the codebook", count, wanted, "vectors"))
             images = self.pool.batch(-1 - len(collected), self.config.batch).to(self.device)
             collected.append(self._latents(images).permute(0, 2, 3, 1).reshape(-1, self.config.spec.latent_dim))
-            missing -= len(collected[-1])
-        self.quantizer.initialise(torch.cat(collected))
+            count += len(collected[-1])
+        before = _random_states()
+        for passes in self.quantizer.initialise(torch.cat(collected)):
+            self.report(TrainProgress("starting the codebook by k-means", passes, KMEANS_ITERATIONS, "passes"))
+            if self.received_signals and passes < KMEANS_ITERATIONS:
+                _set_random_states(*before)  # so that the run which continues starts the same codebook
+                return
         self.codebook_ready = True
 
     # -- scores and samples -------------------------------------------------------------------------------------
@@ -165,10 +213,11 @@ class Trainer:
         return evaluate(model or self.average, self.validation[:limit], self.device, quantize=self.codebook_ready)
 
     def save_samples(self) -> Path:
-        """Writes OUT/samples-STEP.png: originals above, reconstructions below."""
-        x = self.pool.batch(-1, 4) if self.validation is None else to_float(self.validation[:4])
-        path = self.config.out / f"samples-{self.step:07d}.png"
-        write_atomically(path, comparison_png(self.average, x.to(self.device), quantize=self.codebook_ready))
+        """Writes OUT/samples/step-STEP.jpg: the same crops in every sample, and their reconstructions below."""
+        path = self.config.out / "samples" / f"step-{self.step:07d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        x = self.sample_crops.to(self.device)
+        write_atomically(path, comparison_jpeg(self.average, x, quantize=self.codebook_ready))
         return path
 
     # -- the checkpoint -----------------------------------------------------------------------------------------
@@ -176,13 +225,14 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint; an older one stays until the new one is complete."""
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in SAVED_PARTS}
+        rng, cuda_rng = _random_states()
         state |= {
             "config": json.dumps(self.config.frozen_part()),
             "step": self.step,
             "seconds": self.seconds,
             "codebook_ready": self.codebook_ready,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "rng": rng,
+            "cuda_rng": cuda_rng,
         }
         with replacing(self.checkpoint) as file:
             torch.save(state, file)
@@ -207,19 +257,15 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
         self.codebook_ready = state["codebook_ready"]
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+        _set_random_states(state["rng"], state["cuda_rng"])
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
-    def run(self, report: Callable[[str], None]) -> bool:
+    def run(self) -> bool:
         """Trains until the last step. If a signal ends it earlier, it writes the checkpoint and returns False."""
         config = self.config
-        last_save = last_report = started = time.monotonic()
-        first_step, seconds_before = self.step, self.seconds
-        if self.step:
-            report(f"continuing from step {self.step} of {config.steps}")
+        last_save = last_entry = started = time.monotonic()
+        seconds_before = self.seconds
         self.received_signals.clear()
         noting = ExitStack()
 
@@ -229,34 +275,53 @@ class Trainer:
             noting.close()
 
         noting.enter_context(handle_signals(note_signal, signal.SIGINT, signal.SIGTERM))
-        with noting, (config.out / "log.jsonl").open("a") as log:
+        with noting:
             while self.step < config.steps and not self.received_signals:
-                terms = self.train_step()
+                if self._codebook_due():
+                    self._start_codebook()
+                    continue
+                self.log.add(self.train_step())
                 now = time.monotonic()
                 self.seconds = seconds_before + now - started
-                if now - last_report >= REPORT_EVERY_S or self.step == config.steps:
-                    steps_per_s = (self.step - first_step) / (now - started)
-                    psnr = 10 * math.log10(4 / terms["mse"])
-                    entry = {"step": self.step, "seconds": round(self.seconds), "crop_psnr_db": psnr}
-                    log.write(json.dumps(entry | terms | {"codebook": self.quantizer.usage()}) + "\n")
-                    log.flush()
-                    left = timedelta(seconds=round((config.steps - self.step) / steps_per_s))
-                    report(
-                        f"step {self.step}/{config.steps}  {steps_per_s:.2f} steps/s  {left} left  "
-                        f"crops {psnr:.2f} dB  commitment {terms['commitment']:.4f}  "
-                        f"codebook {self.quantizer.usage():.0%}"
-                    )
-                    last_report = now
+                self._report_step()
+                if now - last_entry >= LOG_EVERY_S or _is_milestone(self.step, config.steps, LOG_ENTRIES):
+                    self._write_entry()
+                    last_entry = now
+                if self.step == 1 or _is_milestone(self.step, config.steps, SAMPLES):
+                    self.save_samples()
                 if now - last_save >= SAVE_EVERY_S:
                     self.save()
-                    self.save_samples()
                     if self.validation is not None:
-                        scores = self.evaluate(limit=16)
-                        report(f"validation, {scores.pictures} pictures: {scores.psnr_db:.2f} dB")
+                        self.validation_psnr_db = self.evaluate(limit=16).psnr_db
                     last_save = time.monotonic()
+            if self.log.pending:
+                self._write_entry()
             self.save()
-        if self.received_signals:
-            report(f"stopped at step {self.step}; run the same command to continue")
-            return False
-        report(f"samples: {self.save_samples()}")
-        return True
+        return not self.received_signals
+
+    def _report_step(self) -> None:
+        facts = self.log.means() | self._facts()
+        self.report(TrainProgress(TRAINING, self.step, self.config.steps, "steps", facts))
+
+    def _write_entry(self) -> None:
+        self.log.write(self.step, self.seconds, self._facts())
+
+    def _facts(self) -> dict[str, float]:
+        """Returns the share of the codebook that is used, and the PSNR of the validation as measured last."""
+        facts = {"codebook": self.quantizer.usage()} if self.codebook_ready else {}
+        return facts if self.validation_psnr_db is None else facts | {"validation_psnr_db": self.validation_psnr_db}
+
+
+def _is_milestone(step: int, steps: int, parts: int) -> bool:
+    """Returns whether another of `parts` equal parts of the run ends with this step."""
+    return step * parts // steps > (step - 1) * parts // steps
+
+
+def _random_states() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_random_states(cpu: Tensor, cuda: list[Tensor]) -> None:
+    torch.set_rng_state(cpu.cpu())
+    if cuda:
+        torch.cuda.set_rng_state_all([state.cpu() for state in cuda])
