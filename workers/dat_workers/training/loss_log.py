@@ -58,7 +58,7 @@ class LossLog:
         self._sums.clear()
         self._counts.clear()
         if self._rewrite:
-            text = "".join(json.dumps(kept) + "\n" for kept in self.entries)
+            text = "".join(json.dumps(each) + "\n" for each in self.entries)
             write_atomically(self.path, text.encode())
             self._rewrite = False
         else:
