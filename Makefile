@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak test-kills check format clean
+.PHONY: help setup demo test test-examples test-load test-cluster test-fuzz test-soak test-kills test-lowest check format clean
 
 help:
 	@echo "make demo           start the service, discretize photographs, draw a picture, stop the service"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-fuzz      10,000 mutated requests, and schemathesis: 15 min (DAT_FUZZ_N)"
 	@echo "make test-soak      everything at the same time: 30 min (DAT_SOAK_S)"
 	@echo "make test-kills     dat precompute killed at random moments, here and on Ray: 25 min (DAT_KILLS)"
+	@echo "Before a release:"
+	@echo "make test-lowest    the tests with the lowest versions that pyproject.toml allows, in .venv-lowest-*: 30 min"
 
 setup: $(INSTALLED)
 
@@ -55,6 +57,25 @@ test-soak: $(INSTALLED)
 test-kills: $(INSTALLED)
 	$(BIN)/python -m pytest -s -m slow tests/workers/precompute
 
+# Declared lower bounds are promises: new environments get the lowest version of each direct requirement (constraints.txt,
+# which pins what .venv and the images have, is not used), and a bound that was not installed is an error. The client has
+# lower bounds than the service, so its tests run a second time with the lowest that it allows by itself.
+CLIENT_BOUNDS := torch>=2.5 torchvision>=0.20 fsspec>=2024.2
+LOWEST = $(BIN)/uv pip install --quiet --resolution lowest-direct -e './client[torch,webdataset]' -e '.[dev]'
+
+test-lowest: $(INSTALLED)
+	rm -rf .venv-lowest-service .venv-lowest-client
+	$(PYTHON) -m venv .venv-lowest-service
+	$(LOWEST) --python .venv-lowest-service/bin/python
+	.venv-lowest-service/bin/python tests/lowest.py 'dat-service[dev]'
+	$(PYTHON) -m venv .venv-lowest-client
+	printf '%s\n' $(foreach bound,$(CLIENT_BOUNDS),'$(bound)') > .venv-lowest-client/overrides.txt
+	$(LOWEST) --python .venv-lowest-client/bin/python --override .venv-lowest-client/overrides.txt
+	.venv-lowest-client/bin/python tests/lowest.py 'dat-client[torch,webdataset]'
+	OMP_WAIT_POLICY=PASSIVE .venv-lowest-client/bin/python -m pytest -n 2 --dist loadfile tests/client
+	OMP_WAIT_POLICY=PASSIVE .venv-lowest-service/bin/python -m pytest -n 2 --dist loadfile \
+		tests/client tests/workers tests/service tests/cli/test_help.py
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +90,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest-service .venv-lowest-client

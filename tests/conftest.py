@@ -97,7 +97,9 @@ def app_in_thread(**settings: Any) -> Iterator[str]:
     port = free_port()
     worker = CodecWorker(Settings(port=port, **{"log_level": "error"} | settings))
     worker.load()
-    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=port, loop="asyncio", log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(worker), port=port, loop="asyncio", ws="none", log_level="warning")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

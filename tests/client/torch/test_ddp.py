@@ -46,7 +46,7 @@ def rank_main(rank: int, port: int, url: str, data: str, out: str, static_graph:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    x, labels = torch.load(data)
+    x, labels = torch.load(data, weights_only=True)
     model = network()
     wrapped = nn.parallel.DistributedDataParallel(model, static_graph=static_graph)
     with Client(url, timeout_s=60) as client:
@@ -68,7 +68,7 @@ def test_two_ranks_train_as_one(
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     train(model, codec, x, labels)
-    ranks = [torch.load(f"{out}.{rank}") for rank in range(2)]
+    ranks = [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)]
     for (name, p), old in zip(model.named_parameters(), before, strict=True):
         assert torch.equal(ranks[0][name], ranks[1][name])
         # rounding moves a token in a thousand, so not to the last bit

@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 import webdataset
+from fsspec.core import url_to_fs
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -97,7 +97,7 @@ def test_webdataset_alone_reads_them(augmented: tuple[Path, Path], dst: Path) ->
 def test_fsspec_addresses(pair: tuple[Path, Path], tmp_path: Path, address: str) -> None:
     base = address.format(n=random.randrange(1 << 60), tmp=tmp_path)
     for name, folder in zip(("src", "dst"), pair, strict=True):
-        fs, path = fsspec.url_to_fs(f"{base}/{name}")
+        fs, path = url_to_fs(f"{base}/{name}")
         fs.put(f"{folder}/", path, recursive=True)
     assert read_settings(f"{base}/dst") == read_settings(pair[1])
     assert read_manifest(f"{base}/dst") == read_manifest(pair[1])
@@ -107,7 +107,7 @@ def test_fsspec_addresses(pair: tuple[Path, Path], tmp_path: Path, address: str)
         read = {65535 - int(tokens[0, 0]): x for x, tokens, _ in loader}
         assert sorted(read) == KEPT
         assert all(torch.equal(x, pictures(number)[0]) for number, x in read.items())
-    fs.rm(fsspec.url_to_fs(base)[1], recursive=True)
+    fs.rm(url_to_fs(base)[1], recursive=True)
 
 
 def test_chained_addresses_in_patterns(pair: tuple[Path, Path]) -> None:

@@ -29,7 +29,9 @@ async def length_of_body(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    config = uvicorn.Config(length_of_body, http=LimitedHeaders, loop="uvloop", lifespan="off", log_level="error")
+    config = uvicorn.Config(
+        length_of_body, http=LimitedHeaders, loop="uvloop", ws="none", lifespan="off", log_level="error"
+    )
     server = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
