@@ -1,7 +1,7 @@
 """Checks that the lowest allowed version of each direct requirement is installed (`make test-lowest`).
 
-A bound that lies below the installed version is a promise that was not tested: another package asks for more, or that
-version cannot be had. Usage: python tests/lowest.py dat-client[torch,webdataset]
+A bound that lies below the installed version is a promise that was not tested: another package asks for more, or
+that version cannot be had. Usage: python tests/lowest.py dat-client[torch,webdataset]
 """
 
 from __future__ import annotations
