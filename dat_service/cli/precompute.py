@@ -112,7 +112,7 @@ def _finished(state: JobProgress) -> str:
 
 def _reporter(show: Callable[[float | None, str], None], codec: str) -> Callable[[JobProgress], None]:
     """Returns a function that shows a job's phase, progress, speed, time left, skipped samples and lost workers."""
-    from dat_workers.precompute.progress import COMPUTING, LOOKING
+    from dat_workers.precompute.progress import COMPUTING, CONTACT_SHEET, LOOKING
 
     rate = MovingRate()  # it starts again when the job has checked the shards in DST and its clock goes back to 0
 
@@ -126,9 +126,9 @@ def _reporter(show: Callable[[float | None, str], None], codec: str) -> Callable
             show(state.share, f"{state.phase}: {state.shards_looked} of {state.shards}, {left}")
             return
         text = f"{_finished(state)}, {state.shards_done} of {state.shards} shards"
-        if state.phase == COMPUTING:
+        if state.phase == COMPUTING and state.share < 1:
             text += f", {images_per_s:.1f} images/s, {left}"
-        else:
+        if state.phase == CONTACT_SHEET:
             text += f"; {state.phase} ..."
         if state.skipped:
             text += f", {state.skipped} skipped"

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from dat_client.dataset_format.tar_samples import Sample
 from dat_client.webdataset import load
 from dat_workers.codecs.spec import CodecError
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import InvalidInput
-from dat_workers.precompute import JobProgress, OtherRecipe, SampleFailed, job, precompute
+from dat_workers.precompute import JobProgress, OtherRecipe, SampleFailed, checks, job, precompute
+from dat_workers.sources.find import find
 from tests.workers.precompute.shards import (
     contents,
     encoded,
@@ -115,6 +117,18 @@ def test_kept_fields_are_looked_for_in_the_first_samples_alone(tmp_path: Path) -
     write_tar(tmp_path / "src" / "b.tar", [(f"{i:03}.txt", b"") for i in range(120)] + [("999.late", b"")])
     with pytest.raises(InvalidInput, match="the first 100 samples has a field 'late'; their fields are txt"):
         run(tmp_path / "src", tmp_path / "dst", keep=["late"])
+
+
+def test_little_is_read_to_look_for_kept_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find(str(write_tar(tmp_path / "a.tar", [(f"{i}.cls", b"0" * 1000) for i in range(50)])))
+    read: list[str] = []
+    fields = Sample.nbytes.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Sample, "nbytes", property(lambda self: (read.append(self.key), fields(self))[1]))
+    checks.check_kept_fields(source, ["cls"])
+    assert len(read) == 1
+    monkeypatch.setattr(checks, "FIRST_BYTES", 3500)
+    with pytest.raises(InvalidInput, match="none of the first 4 samples has a field 'txt'; their fields are cls"):
+        checks.check_kept_fields(source, ["txt"])
 
 
 def test_the_same_key_in_two_shards_of_a_folder(tmp_path: Path, reports: list[JobProgress]) -> None:

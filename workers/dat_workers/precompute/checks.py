@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 
 from dat_client.dataset_format.naming import key_and_suffix
-from dat_client.dataset_format.tar_samples import DamagedShard
+from dat_client.dataset_format.tar_samples import DamagedShard, Sample
 from dat_workers.codecs.store import CodecStore
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import check_config
@@ -20,6 +19,7 @@ from dat_workers.sources.reader import ShardReader, repeated_key
 
 FIRST_SHARDS = 8  # of a source, in which the kept fields are looked for
 FIRST_SAMPLES = 100  # of these shards together
+FIRST_BYTES = 64_000_000
 
 
 def check_codec(recipe: Recipe, config: EngineConfig | None) -> None:
@@ -38,28 +38,36 @@ def check_kept_fields(source: Source, keep: Collection[str]) -> None:
     """Raises InvalidInput if `keep` names a field that none of the first samples of the source has.
 
     For a folder of pictures all fields are known: the suffixes and, with classes, `cls`. For shards, up to 100
-    samples of the first shards are read.
+    samples of the first shards are read, or 64 MB.
     """
-    if not keep:
-        return
     known: set[str] = set()
+    number = 0
     if all(shard.files for shard in source.shards):
         known.update(key_and_suffix(name)[1] for shard in source.shards for name in shard.files)
         known.update(["cls"] if source.classes else [])
-        place = "the pictures"
     else:
-        number = 0
-        for shard in source.shards[:FIRST_SHARDS]:
-            with suppress(DamagedShard):  # reported when the shard is made
-                for sample in islice(ShardReader(shard, source.classes), FIRST_SAMPLES - number):
-                    known.update(sample.fields)
-                    number += 1
-        place = f"the first {number} samples"
+        for sample in first_samples(source):
+            if known.issuperset(keep):
+                return
+            known.update(sample.fields)
+            number += 1
     absent = [name for name in keep if name not in known]
     if absent and known:
-        present = ", ".join(sorted(known))
+        present, place = ", ".join(sorted(known)), f"the first {number} samples" if number else "the pictures"
         message = f"keep: none of {place} has a field {absent[0]!r}; their fields are {present}"
         raise InvalidInput("keep", absent[0], f"among {present}", message)
+
+
+def first_samples(source: Source) -> Iterator[Sample]:
+    """Yields some of the samples of the first shards; the job itself reports damaged ones."""
+    number = nbytes = 0
+    for shard in source.shards[:FIRST_SHARDS]:
+        with suppress(DamagedShard):
+            for sample in ShardReader(shard, source.classes):
+                yield sample
+                number, nbytes = number + 1, nbytes + sample.nbytes
+                if number == FIRST_SAMPLES or nbytes > FIRST_BYTES:
+                    return
 
 
 def with_repeated_keys(source: Source, *, skip: bool) -> Source:
