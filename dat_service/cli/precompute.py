@@ -13,6 +13,7 @@ from typer import Argument, Option
 from dat_service.cli import options
 from dat_service.cli.errors import command_errors
 from dat_service.cli.output import MovingRate, duration, live_progress, print_left_out, printable, time_left
+from dat_workers.system.ray_cluster import check_cluster
 from dat_workers.system.signals import handle_signals
 
 FIRST_REASONS = 20  # of shards that were made again
@@ -80,6 +81,9 @@ def precompute(
     # from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     skip = options.skips(on_error)
+
+    if ray and (cluster := os.environ.get("RAY_ADDRESS")):
+        check_cluster(cluster)  # before the codec is loaded and the source is listed, which may take minutes
 
     from dat_workers.engines.config import EngineConfig
     from dat_workers.precompute import SampleFailed

@@ -16,6 +16,7 @@ from dat_service.cli.errors import FAILED, command_errors
 from dat_service.cli.options import setting
 from dat_service.settings import Settings, SettingsError, make_settings
 from dat_service.signals import STOP, Requests, handled_signals, requested_by_signals
+from dat_workers.system.ray_cluster import check_cluster
 
 
 @command_errors("dat serve")
@@ -88,6 +89,10 @@ def _write_serve_config(all_settings: list[Settings], path: str) -> None:
 
 def _check_startable(all_settings: list[Settings], *, local: bool) -> None:
     """Raises ValueError or OSError for faults that would otherwise show late, such as a port in use."""
+    cluster = None if local else os.environ.get("RAY_ADDRESS")
+    if cluster:
+        check_cluster(cluster)  # before the imports below, which take seconds
+
     from dat_service.http.auth import read_keys
     from dat_service.observability import tracing
     from dat_workers.codecs.store import CodecStore
@@ -104,7 +109,7 @@ def _check_startable(all_settings: list[Settings], *, local: bool) -> None:
         CodecStore().load(each.codec)
     read_keys(settings.api_key_file)
     tracing.wanted()
-    if os.environ.get("RAY_ADDRESS") and not local:
+    if cluster:
         return  # Ray Serve listens on the cluster's nodes, and it may be doing so already
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as s:

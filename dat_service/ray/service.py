@@ -24,6 +24,7 @@ from dat_service.ray import deployments, haproxy
 from dat_service.ray.replica import CodecReplica
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings
+from dat_workers.system.ray_cluster import join_cluster
 from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_service")
@@ -162,16 +163,14 @@ class RayService:
         serve.run_many(targets, blocking=False, wait_for_applications_running=False)
 
     def _start_ray(self) -> None:
+        settings: Any = {"configure_logging": False, "log_to_driver": False, "namespace": "dat"}
+        if not self.own_cluster:
+            join_cluster(os.environ["RAY_ADDRESS"], **settings)
+            return
         before = set(psutil.Process().children())
         try:
             with delayed_signals():
-                ray.init(
-                    address="local" if self.own_cluster else os.environ["RAY_ADDRESS"],
-                    namespace="dat",
-                    include_dashboard=False,
-                    configure_logging=False,
-                    log_to_driver=False,
-                )
+                ray.init(address="local", include_dashboard=False, **settings)
         finally:
             self._roots = set(psutil.Process().children()) - before
 

@@ -181,7 +181,7 @@ def error_of(reply: Reply, url: str) -> DatError | None:
     return kind(message, field=body.field, value=body.value, limit=body.limit, status=status)
 
 
-# With these statuses a proxy refuses the request itself, whoever stands behind the proxy.
+# With these statuses a proxy refuses the request itself, whatever server stands behind the proxy.
 REFUSED_BY_PROXIES: dict[int, type[DatError]] = {
     400: errors.InvalidRequest, 401: errors.Unauthorized, 403: errors.Unauthorized, 411: errors.InvalidRequest,
     413: errors.TooLarge, 414: errors.InvalidRequest, 415: errors.InvalidRequest, 422: errors.InvalidRequest,

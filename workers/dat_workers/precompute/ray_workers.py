@@ -19,6 +19,7 @@ from dat_workers.precompute.progress import WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerLost
 from dat_workers.sources.folders import Shard
+from dat_workers.system.ray_cluster import check_cluster, join_cluster
 from dat_workers.system.signals import delayed_signals
 
 log = logging.getLogger("dat_workers")
@@ -33,7 +34,7 @@ class RayWorkers:
     """Actors in the cluster that RAY_ADDRESS names, or in a local Ray that this job starts.
 
     gpus: the number of GPUs of each worker, for example 0.5 for two workers on a GPU; None means 1 if the cluster
-    has GPUs, else 0. Raises the exception of a worker that cannot load its codec.
+    has GPUs, else 0. Raises NoCluster, and the exception of a worker that cannot load its codec.
     """
 
     def __init__(self, codec: str, config: EngineConfig, workers: int, gpus: float | None = None) -> None:
@@ -42,15 +43,18 @@ class RayWorkers:
         self._images_of_ended = 0  # of workers that have ended
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, gives all others priority
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = os.environ.get("RAY_ADDRESS")
+        if cluster:
+            check_cluster(cluster)
         import ray
 
         self._ray: Any = ray
-        cluster = os.environ.get("RAY_ADDRESS")
-        with delayed_signals():
-            ray.init(
-                address=cluster or "local", include_dashboard=False, configure_logging=False, log_to_driver=False,
-                namespace="dat",
-            )  # fmt: skip
+        settings: Any = {"configure_logging": False, "log_to_driver": False, "namespace": "dat"}
+        if cluster:
+            join_cluster(cluster, **settings)
+        else:
+            with delayed_signals():
+                ray.init(address="local", include_dashboard=False, **settings)
         logged_at = time.monotonic()
         try:
             present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
