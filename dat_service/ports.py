@@ -21,7 +21,7 @@ def take_block(port: int) -> socket.socket:
     """Reserves a block of 100 free ports for the service on `port`, and returns the socket that holds the block.
 
     The socket is bound to the first port of the block, and the block stays reserved until the socket is closed. The
-    99 ports above the first one are for replicas. Raises OSError if no block is free.
+    99 ports above the first one are for replicas and for Serve's own proxy. Raises OSError if no block is free.
 
     Without such blocks, Ray numbers the ports of replicas from 30000 in every cluster and opens them with
     SO_REUSEPORT, so two clusters on one machine would get some of each other's requests. The blocks lie below the

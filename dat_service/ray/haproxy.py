@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dat_service.ports import BLOCK, free_port
+from dat_service.ports import BLOCK
 
 # These are the same for every service. On a shared cluster, the nodes need them in their environment when Ray is
 # started.
@@ -66,9 +66,9 @@ def environment(folder: Path, host: str, port: int, first_port: int, prefixes: I
         # With Ray's default of 5 s, the start fails on a busy machine, because a proxy that is still starting
         # counts as dead.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        # Serve's own proxy listens on the last port of the block. It needs its port again after a fault, and an
+        # ephemeral port could belong to any connection by then.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first_port + BLOCK - 2),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 1),  # the maximum is exclusive
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 2),  # the maximum is exclusive
     }

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MARK = "# amended by dat-haproxy\n"
-LOOPBACK = r"\g<1>127.0.0.1:"
 
 # Serve reads these headers itself and decodes some of them without a check, so that a single byte above 127 would
 # lead to status 500. With `disconnect-disabled`, Serve leaves the body to the app; otherwise Serve reads the whole
@@ -83,11 +82,23 @@ def _listen(address: str) -> Amendment:
     return listen
 
 
-def _private_ports(config: str, _: Path) -> tuple[str, int]:
-    """Makes HAProxy's metrics and statistics reachable from this machine only."""
-    config, metrics = _replace(r"^(frontend prometheus\n    bind ):", LOOPBACK, config)
-    config, stats = _replace(r"^(listen stats\n  bind )\*:", LOOPBACK, config)
-    return config, min(metrics, stats)
+def _private_ports(own: bool) -> Amendment:
+    """Returns an amendment that makes HAProxy's metrics and statistics reachable from this machine only.
+
+    A service with a Ray of its own has them on sockets in its folder: HAProxy cannot start, or start again, if
+    another process has taken one of its ports meanwhile. On a shared cluster they stay on Ray's ports.
+    """
+
+    def private_ports(config: str, folder: Path) -> tuple[str, int]:
+        metrics, stats = (
+            rf"\g<1>unix@{folder}/{name}.sock mode 600" if own else r"\g<1>127.0.0.1:\g<2>"
+            for name in ("prometheus", "stats")
+        )
+        config, metrics_found = _replace(r"^(frontend prometheus\n    bind ):(\d+)$", metrics, config)
+        config, stats_found = _replace(r"^(listen stats\n  bind )\*:(\d+)$", stats, config)
+        return config, min(metrics_found, stats_found)
+
+    return private_ports
 
 
 def _errors(config: str, folder: Path) -> tuple[str, int]:
@@ -171,7 +182,7 @@ def _servers(config: str, _: Path) -> tuple[str, int]:
     return config, int(found == backends)
 
 
-AMENDMENTS: tuple[Amendment, ...] = (_frontend, _private_ports, _errors, _methods, _servers)
+AMENDMENTS: tuple[Amendment, ...] = (_frontend, _errors, _methods, _servers)
 
 
 def amend(
@@ -186,7 +197,12 @@ def amend(
     if config.startswith(MARK):
         return config, []
     missing = []
-    for amendment in (*AMENDMENTS, _unknown_paths(prefixes), *([_listen(listen)] if listen else [])):
+    for amendment in (
+        *AMENDMENTS,
+        _private_ports(own=bool(listen)),
+        _unknown_paths(prefixes),
+        *([_listen(listen)] if listen else []),
+    ):
         amended, found = amendment(config, folder)
         if found:
             config = amended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import socketserver
 import subprocess
 import threading
 from pathlib import Path
@@ -75,25 +76,48 @@ def test_its_own_errors_are_json(tmp_path: Path, path: str, status: int, text: s
     assert headers["Retry-After"] == ("1" if status == 503 else None)
 
 
+class HealthyUntilPost(socketserver.ThreadingTCPServer):
+    """Answers health checks, and hangs up on any POST as soon as `hang_up` is set."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.posted, self.hang_up = threading.Event(), threading.Event()
+        super().__init__(("127.0.0.1", 0), HealthyUntilPostHandler)
+
+
+class HealthyUntilPostHandler(socketserver.BaseRequestHandler):
+    server: HealthyUntilPost
+
+    def handle(self) -> None:
+        if self.request.recv(10_000).startswith(b"POST"):
+            self.server.posted.set()
+            self.server.hang_up.wait(60)
+        else:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
 @pytest.mark.parametrize(("rest", "status", "text"), [(b"nonsense\r\n", 400, "HTTP/1.1"), (b"", 502, "replica")])
 def test_errors_in_the_middle_of_a_request_are_json(tmp_path: Path, rest: bytes, status: int, text: str) -> None:
     """The replica takes the request; then a chunk of the body is malformed, or the replica hangs up."""
     port = free_port()
-    replica = socket.create_server(("127.0.0.1", 0))
-    config = ray_config(tmp_path, port, replica.getsockname()[1])
-    with replica, running(config, port), socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        taken, _ = replica.accept()
-        while not taken.recv(10_000).startswith(b"POST"):  # a health check
-            taken.close()
-            taken, _ = replica.accept()
-        client.sendall(rest)
-        if not rest:
-            taken.close()
-        response = http.client.HTTPResponse(client)
-        response.begin()
-        answer = json.loads(response.read())
-        taken.close()
+    with HealthyUntilPost() as replica:
+        serving = threading.Thread(target=replica.serve_forever, args=[0.05])
+        serving.start()
+        config = ray_config(tmp_path, port, replica.server_address[1])
+        with running(config, port), socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            assert replica.posted.wait(60)
+            client.sendall(rest)
+            if not rest:
+                replica.hang_up.set()
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            answer = json.loads(response.read())
+            response.close()
+        replica.hang_up.set()
+        replica.shutdown()
+        serving.join(10)
     assert (response.status, response.headers["Content-Type"]) == (status, "application/json")
     assert text in answer["error"]
 

@@ -316,6 +316,21 @@ def test_metrics_and_statistics_are_for_this_machine_alone(tmp_path: Path) -> No
     assert all(bind.startswith("127.0.0.1:") for bind in binds)
 
 
+def test_ports_of_metrics_and_statistics_that_are_taken_do_not_matter(tmp_path: Path) -> None:
+    """HAProxy starts again after a fault, and by then any process may have taken a port that was free before."""
+    port = free_port()
+    path = ray_config(tmp_path, port, free_port())
+    taken = [int(number) for number in re.findall(r"^ +bind \*?:(\d+)$", path.read_text(), re.M)]
+    assert len(taken) == 2
+    with (
+        socket.create_server(("", taken[0])),
+        socket.create_server(("", taken[1])),
+        running(path, port, "--own", f"127.0.0.1:{port},/"),
+    ):
+        assert get(port, "/-/routes")[0] == 404
+        assert {(tmp_path / f"{name}.sock").stat().st_mode & 0o777 for name in ("stats", "prometheus")} == {0o600}
+
+
 def test_amended_once(tmp_path: Path) -> None:
     path = ray_config(tmp_path, free_port(), free_port())
     prepare(binary(), path)
