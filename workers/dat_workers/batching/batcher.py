@@ -41,7 +41,7 @@ class Batcher:
 
     A batch holds rows of one task, which may come from several requests. It starts when it is full, or when its
     first row has waited `max_wait_s`. The default, None, means 2 ms on CUDA and 0 on a CPU: a CPU's batches are
-    small (up to 4 images, two computed at a time), and the rows already in the queue fill them. A request expected
+    small (4 images of 224², 128 of 32²), and the rows already in the queue fill them. A request expected
     to wait longer than `max_queue_s` is refused (Full). If no batch finishes for `watchdog_s` while one is being
     computed, the engine is considered hung. After each batch `on_batch` is called with its number of rows, its
     capacity and its seconds. If `padded` is set, every batch is padded to its full capacity, because on a GPU the

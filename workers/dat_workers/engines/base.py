@@ -22,6 +22,7 @@ class Engine(ABC):
     tricks = Tricks()  # the optimisations that are on
     batch = 1  # how many images of 224 x 224 to compute together
     most_pixels: int | None = None  # of one image; more do not fit the memory of the device; None: not known
+    most_rows = 0  # how many smaller images to compute together at most; 0 means `batch`
     returns_images_unchanged = False  # if True, requests for the reconstruction alone are not computed
 
     def describe(self) -> dict[str, str]:
@@ -53,9 +54,9 @@ def rows_at_once(engine: Engine, pixels: int) -> int:
     """Returns how many images of `pixels` pixels to compute together.
 
     The number is a power of two, like the batch sizes of the CUDA graphs. It is smaller for larger images, because
-    memory grows with the number of pixels.
+    memory and time grow with the number of pixels.
     """
-    rows = max(1, min(engine.batch, engine.batch * 224 * 224 // pixels))
+    rows = max(1, min(engine.most_rows or engine.batch, engine.batch * 224 * 224 // pixels))
     return 1 << (rows.bit_length() - 1)
 
 

@@ -26,6 +26,7 @@ from dat_workers.images.encoded import DATA_FORMATS, MAX_PIXELS, open_picture, p
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.views import encode_indices, encode_picture, replace_sample_tokens, views_of
 
+VIEW_BYTES = 6  # of memory for a pixel of a view: x and Q(x), uint8 RGB
 MAX_VIEW_PIXELS = 2048 * 2048  # limit of a view that the codec computes; the picture itself may be larger
 
 
@@ -172,13 +173,13 @@ def lower_priority() -> None:
 def decoded_bytes(sample: Sample, recipe: Recipe) -> int:
     """Estimates from the picture's header how many bytes x and Q(x) of a sample's views take."""
     if recipe.crop is not None:
-        return 6 * recipe.views * recipe.crop**2
+        return VIEW_BYTES * recipe.views * recipe.crop**2
     try:
         with (
             warnings.catch_warnings(),
             Image.open(io.BytesIO(sample.fields[picture_field(sample.fields)])) as image,
         ):
             warnings.simplefilter("ignore")
-            return 6 * recipe.views * image.width * image.height
+            return VIEW_BYTES * recipe.views * image.width * image.height
     except Exception:  # an unusable picture is reported when it is decoded
         return 0

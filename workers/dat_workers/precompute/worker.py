@@ -20,10 +20,11 @@ from dat_client.dataset_format.tar_samples import DamagedShard
 from dat_client.wire.tensors import Array
 from dat_workers.batching.batcher import Batcher
 from dat_workers.discretizer import Discretizer
+from dat_workers.engines.base import rows_at_once
 from dat_workers.engines.config import EngineConfig
 from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
 from dat_workers.precompute.output_folder import OutputFolder
-from dat_workers.precompute.pipeline import PendingSample, SamplePipeline
+from dat_workers.precompute.pipeline import VIEW_BYTES, PendingSample, SamplePipeline
 from dat_workers.precompute.progress import ShardCounts, WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.sources.folders import Shard
@@ -103,8 +104,6 @@ class Worker:
         skipped: list[tuple[str, str]] = []
         lacking: Counter[str] = Counter()
         pending: deque[PendingSample] = deque()
-        batch = self.discretizer.engine.batch
-        max_pending = max(4, (4 * batch + 16) // recipe.views)
         # On a GPU the kernel depends on the number of rows, and may decide a near-tie differently, so all batches
         # are padded to be full. They are not padded if pictures differ in size, since then a picture would be
         # repeated to fill a whole batch.
@@ -138,6 +137,7 @@ class Worker:
                     pending.append(self.pipeline.submit(sample, recipe, reader.nbytes - read_bytes))
                     read_bytes = reader.nbytes
                     pending_bytes += pending[-1].nbytes
+                    max_pending = self._most_pending(recipe, pending_bytes / len(pending))
                     while len(pending) > max_pending or pending_bytes > MAX_PENDING_BYTES:
                         pending_bytes -= pending[0].nbytes
                         finish(pending.popleft())
@@ -157,6 +157,14 @@ class Worker:
         )  # fmt: skip
         folder.record(entry)
         return entry
+
+    def _most_pending(self, recipe: Recipe, sample_bytes: float) -> int:
+        """Returns how many samples of a shard to process at the same time: enough for four batches of the codec.
+
+        Without a crop, pictures are as large as the mean of the samples being processed, which take `sample_bytes`.
+        """
+        pixels = recipe.crop**2 if recipe.crop is not None else round(sample_bytes / VIEW_BYTES / recipe.views)
+        return max(4, (4 * rows_at_once(self.discretizer.engine, max(1, pixels)) + 16) // recipe.views)
 
     def counts(self) -> WorkerCounts:
         """Returns the views computed since the start, and what is finished of the present shards."""

@@ -53,6 +53,28 @@ def test_index_is_that_of_the_plain_search(
     assert torch.equal(BallSearch(plain).nearest(as_latents(rows)), plain.nearest(as_latents(rows)))
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (8, 8), (33, 40)])
+def test_the_images_of_a_batch_do_not_depend_on_each_other(height: int, width: int) -> None:
+    """Near-ties in some images and none in others; the exact search gives the nearest entry in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2048, 4, generator=generator)
+    vectors[:, :3] *= 1e-3
+    vectors = (vectors + 30) * 3.7
+    z = torch.randn(9, 4, height, width, generator=generator) + 111
+    halfway = (vectors[:1000:2] + vectors[1:1000:2]).mul(0.5).repeat(20, 1)[: 5 * height * width]
+    z[4:] = halfway.reshape(5, height, width, 4).permute(0, 3, 1, 2)
+    plain = codebook(vectors)
+    search = BallSearch(plain)
+    assert torch.equal(search.nearest(z), torch.cat([plain.nearest(one) for one in torch.split(z, 1)]))
+    exact = search.nearest(z, exact=True)
+    assert torch.equal(exact, torch.cat([search.nearest(one, exact=True) for one in torch.split(z, 1)]))
+    rows = z.double().permute(0, 2, 3, 1).reshape(-1, 1, 4)
+    distances = torch.cat([(part - vectors.double()).square().sum(2) for part in torch.split(rows, 64)])
+    found = distances.gather(1, exact.view(-1, 1))[:, 0]
+    assert torch.allclose(found, distances.amin(1), rtol=1e-12, atol=0)
+    assert not torch.equal(exact, search.nearest(z))
+
+
 def test_no_block_of_vectors_is_too_short_to_round_as_the_whole() -> None:
     """MKL rounds products of a few rows otherwise; the published quantizer has one product."""
     generator = torch.Generator().manual_seed(0)

@@ -34,7 +34,7 @@ def test_tokens_are_the_published_modules(engine: CpuEngine, photographs: np.nda
 
 
 def test_an_image_does_not_depend_on_its_company(engine: CpuEngine, photographs: np.ndarray) -> None:
-    images = torch.from_numpy(photographs[:3, :, :64, :96]).float() / 255
+    images = torch.from_numpy(photographs[:3, :, :96, :128]).float() / 255
     indices = engine.encode(images)
     pictures = engine.decode(indices)
     for i in range(3):
@@ -43,7 +43,7 @@ def test_an_image_does_not_depend_on_its_company(engine: CpuEngine, photographs:
 
 
 def test_two_at_a_time_are_as_one_after_the_other(engine: CpuEngine, photographs: np.ndarray) -> None:
-    images = torch.from_numpy(photographs[[0, 1, 2, 3, 1], :, :64, :96]).float() / 255
+    images = torch.from_numpy(photographs[[0, 1, 2, 3, 1], :, :96, :128]).float() / 255
     other = create(EngineConfig("cpu", device="cpu"), load_model("tiny-f8"))
     assert isinstance(other, CpuEngine)
     other.threads = None
@@ -90,7 +90,7 @@ def test_the_model_handed_in_stays_as_it_was(engine: CpuEngine) -> None:
 
 def test_the_base_of_a_step_is_decoded_as_published() -> None:
     model = load_model("tiny-f8")
-    tokens = torch.randint(0, 16384, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 16384, (2, 12, 12), generator=torch.Generator().manual_seed(0))
     ours, reference = (create(EngineConfig(name, device="cpu"), model) for name in ("cpu", "reference"))
     each = torch.cat([reference.decode(one) for one in torch.split(tokens, 1)])
     assert torch.equal(ours.decode(tokens, exact=True), each)

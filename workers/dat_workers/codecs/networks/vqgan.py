@@ -80,16 +80,18 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        n, c, height, width = x.shape
         q, k, v = (conv(h).flatten(2) for conv in (self.q, self.k, self.v))
-        if height * width > LARGE_ATTENTION:
-            heads = (t.transpose(1, 2).contiguous()[:, None] for t in (q, k, v))  # fused kernels need this layout
-            h = F.scaled_dot_product_attention(*heads)[:, 0].transpose(1, 2)
-        else:
-            weights = torch.bmm(q.transpose(1, 2), k).mul(c**-0.5).softmax(2)
-            h = torch.bmm(v, weights.transpose(1, 2))
-        projected: Tensor = self.proj_out(h.reshape(n, c, height, width))
+        projected: Tensor = self.proj_out(self.attend(q, k, v).reshape(x.shape))
         return x + projected
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns the mean of the values v, weighted by the softmax of q·k; all are [N,C,positions]."""
+        _, channels, positions = q.shape
+        if positions > LARGE_ATTENTION:
+            q, k, v = (t.transpose(1, 2).contiguous()[:, None] for t in (q, k, v))  # fused kernels need this layout
+            return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        weights = torch.bmm(q.transpose(1, 2), k).mul(channels**-0.5).softmax(2)
+        return torch.bmm(v, weights.transpose(1, 2))
 
 
 class Downsample(nn.Module):
@@ -221,13 +223,13 @@ class Codebook(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Returns the index of the codebook vector nearest to each latent vector (Eq. 3).
 
-        z [N,d,h,w] gives int64 [N,h,w]. Distances are fp32 and are computed for one block of latent vectors at a
-        time, because all distances of an image of 224² at K = 16384 take 51 MB. A block of 4 M distances stays in a
-        CPU's cache, which makes the search twice as fast.
+        z [N,d,h,w] gives int64 [N,h,w]. Distances are fp32, or fp64 if z is. They are computed for one block of
+        latent vectors at a time, because all distances of an image of 224² at K = 16384 take 51 MB. A block of 4 M
+        distances stays in a CPU's cache, which makes the search twice as fast.
         """
         n, d, height, width = z.shape
-        flat = z.float().permute(0, 2, 3, 1).reshape(-1, d)
-        vectors = self.embedding.weight.float()
+        flat = (z if z.dtype == torch.float64 else z.float()).permute(0, 2, 3, 1).reshape(-1, d)
+        vectors = self.embedding.weight.to(flat.dtype)
         norms = vectors.square().sum(1)
         chunk = max(16, (1 << (27 if z.is_cuda else 22)) // len(vectors))
         # |z|² is the same for every codebook vector and could be left out. It is included, in the published order

@@ -15,7 +15,7 @@ and this bound grows more slowly than T. Therefore an entry at T₂ or beyond is
 formula, too, if T₂ − T₁ > 2c·(2|r| + √T₂)². The computed T is summed from differences, with an error of at most
 c·T. A ball is skipped only if the inequality excludes all of its entries, and an index is accepted only if the
 inequality excludes the second nearest entry. Otherwise (for one vector in forty of `tiny-f8`) the formula is
-computed for all K entries.
+computed for all K entries: in fp32, to round as published, or in fp64, to round as little as possible.
 """
 
 from __future__ import annotations
@@ -60,15 +60,21 @@ class BallSearch:
         self.radii = (radii * (1 + 1e-6)).float()  # rounded up
         self.error = (vectors.shape[1] + 4) * 2.0**-24  # c
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """Returns the nearest entries, int64 [N,h,w], of finite z fp32 [N,d,h,w], as `Codebook.nearest` does."""
-        n, d, height, width = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, d)
-        indices = torch.cat([self._nearest(rows, len(flat)) for rows in torch.split(flat, BLOCK_ROWS)])
-        return indices.view(n, height, width)
+    def nearest(self, z: Tensor, *, exact: bool = False) -> Tensor:
+        """Returns the nearest entries, int64 [N,h,w], of finite z fp32 [N,d,h,w], as `Codebook.nearest` does.
 
-    def _nearest(self, rows: Tensor, image_rows: int) -> Tensor:
-        """Searches for rows [n,d] of an image with `image_rows` vectors.
+        `exact` means that near-ties are decided in fp64. The images are searched together, but the result of an
+        image does not depend on the others.
+        """
+        n, d, height, width = z.shape
+        image_rows = height * width
+        whole_images = max(1, BLOCK_ROWS // image_rows) * image_rows
+        parts = torch.split(z.permute(0, 2, 3, 1).reshape(-1, d), whole_images)
+        blocks = [block for part in parts for block in torch.split(part, BLOCK_ROWS)]
+        return torch.cat([self._nearest(rows, image_rows, exact) for rows in blocks]).view(n, height, width)
+
+    def _nearest(self, rows: Tensor, image_rows: int, exact: bool) -> Tensor:
+        """Searches for rows [n,d]: a part of an image of `image_rows` vectors, or several such images.
 
         All distances are squared. The P pairs are the combinations (row, ball) in which the ball may hold the row's
         nearest entry.
@@ -82,7 +88,7 @@ class BallSearch:
         limit = (reach + self.radii).square_().mul_(1 + 8 * c).add_(9 * c * norms[:, None])
         row, ball = (to_centres <= limit).nonzero().unbind(1)
         if not count <= len(row) <= MOST_BALLS * count:  # fewer than one ball per row means that numbers overflow
-            return self._by_formula(rows, image_rows)
+            return self._by_formula(rows, torch.arange(count), image_rows, exact)
         distances = self.entries[ball].sub_(rows[row][:, None]).square_().sum(2)
         best, place = distances.topk(2, largest=False)
         first = minimum_by_row(best[:, 0], row, count)
@@ -96,22 +102,29 @@ class BallSearch:
         indices = self.members[ball[winner], place[winner, 0]]
         unsure = (second - first > self._margin(norms, second)).logical_not().nonzero()[:, 0]
         if len(unsure):
-            indices[unsure] = self._by_formula(rows[unsure], image_rows)
+            indices[unsure] = self._by_formula(rows, unsure, image_rows, exact)
         return indices
 
     def _margin(self, norms: Tensor, distances: Tensor) -> Tensor:
         """Returns by how much an entry must be nearer than `distances` to be also nearer by the formula D."""
         return 2.02 * self.error * ((2 * norms.sqrt() + distances.sqrt()).square_() + distances)
 
-    def _by_formula(self, rows: Tensor, image_rows: int) -> Tensor:
-        """Returns the nearest entries of rows of an image, by the published formula over all entries.
+    def _by_formula(self, rows: Tensor, chosen: Tensor, image_rows: int, exact: bool) -> Tensor:
+        """Returns the nearest entries of the rows at the ascending places `chosen`, by the published formula.
 
-        The matrix product has at least LEAST_ROWS rows, unless the image has fewer: MKL rounds short products
-        differently, and the published quantizer computes all vectors of an image in one product.
+        Each image has its own matrix product, so that rounding does not depend on the other images. In fp32 the
+        product has at least LEAST_ROWS rows, unless the image has fewer: MKL rounds short products differently, and
+        the published quantizer computes all vectors of an image in one product.
         """
-        missing = max(0, min(LEAST_ROWS, image_rows) - len(rows))
-        padded = torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
-        return self.codebook.nearest(padded.t()[None, :, None])[0, 0, : len(rows)]
+        found: list[Tensor] = []
+        for places in torch.split(chosen, (chosen // image_rows).bincount().tolist()):
+            if not len(places):
+                continue
+            part = rows[places].double() if exact else rows[places]
+            missing = 0 if exact else max(0, min(LEAST_ROWS, image_rows) - len(part))
+            padded = torch.cat([part, part[:1].expand(missing, -1)]) if missing else part
+            found.append(self.codebook.nearest(padded.t()[None, :, None])[0, 0, : len(part)])
+        return torch.cat(found)
 
 
 def minimum_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:

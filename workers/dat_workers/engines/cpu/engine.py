@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from dat_workers.codecs.networks.vqgan import VQGAN, Decoder, Level, ResnetBlock, Upsample
 from dat_workers.engines.base import Engine, mark_non_finite
-from dat_workers.engines.cpu.ball_search import pick_search
+from dat_workers.engines.cpu.ball_search import BallSearch, pick_search
+from dat_workers.engines.cpu.tiles import Tiles, for_tiles, tile_rows
 from dat_workers.system.threads import DaemonThreads
 
 CHANNELS_LAST = torch.channels_last
@@ -27,7 +28,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # m
 
 
 class CpuEngine(Engine):
-    """Runs a VQGAN in fp32 on the CPU, each image by itself; computes two images at a time if it has all cores.
+    """Runs a VQGAN in fp32 on the CPU; an image's result is bit-equal whatever the other images of its batch.
+
+    Large images are computed each by itself, two of them at a time if the engine has all cores. Small images are
+    computed in tiles of several, each tile by one thread (`tiles.py`).
 
     >>> CpuEngine(load_model("tiny-f8"), torch.device("cpu")).dtype  # doctest: +SKIP
     'fp32'
@@ -49,31 +53,63 @@ class CpuEngine(Engine):
         # meanwhile.
         all_cores = torch.get_num_threads() == len(os.sched_getaffinity(0)) > 1
         self.threads = DaemonThreads(2, "codec") if all_cores else None
+        self.tiles = Tiles()
+        self.tile_model, self.tile_decoder = for_tiles(self.model), for_tiles(self.decoder)
+        self.most_rows = max(self.batch, 4 * self._tile_rows(32, 32))
         keep_freed_memory()
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self._each(self._encode, images)
+    def warm_up(self, side: int) -> None:
+        spec = self.model.spec
+        tokens = -(-side // spec.factor)  # along a side
+        pixels = tokens * spec.factor
+        rows = self._tile_rows(pixels, pixels)
+        if rows > 1:
+            self.tiles.prepare(self.tile_model.latents, (3, pixels, pixels), rows)
+            self.tiles.prepare(self.tile_decoder, (spec.latent_dim, tokens, tokens), rows)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        z = self.model.latents(image.mul(2).sub_(1))
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        x = images.mul(2).sub_(1)
+        rows = self._tile_rows(*images.shape[2:])
+        if rows > 1:
+            return self.tiles.run(self.tile_model.latents, self._nearest_exactly, x, rows)
+        return self._each(lambda image: self._nearest(self.model.latents(image)), x)
+
+    def _nearest(self, z: Tensor) -> Tensor:
         return mark_non_finite(self.search.nearest(z.nan_to_num()), z)
 
+    def _nearest_exactly(self, z: Tensor) -> Tensor:
+        """Searches for z of several images; each result is that of the image by itself."""
+        finite = z.nan_to_num()
+        if isinstance(self.search, BallSearch):
+            return mark_non_finite(self.search.nearest(finite, exact=True), z)
+        images = torch.split(finite.double(), 1)  # because the rounding depends on the number of vectors
+        return mark_non_finite(torch.cat([self.search.nearest(image) for image in images]), z)
+
+    @torch.inference_mode()
     def decode(self, indices: Tensor, *, exact: bool = False) -> Tensor:
+        z = self.model.quantize.lookup(indices.clamp(min=0))
+        factor = self.model.spec.factor
+        rows = self._tile_rows(factor * z.shape[2], factor * z.shape[3])
+        if rows > 1:
+            return self.tiles.run(self.tile_model.pictures if exact else self.tile_decoder, as_image, z, rows)
         decoder = self.model.pictures if exact else self.decoder
+        return self._each(lambda latents: as_image(decoder(latents)), z)
 
-        def decode_one(tokens: Tensor) -> Tensor:
-            image: Tensor = decoder(self.model.quantize.lookup(tokens.clamp(min=0)))
-            return image.add_(1).div_(2).contiguous()
-
-        return self._each(decode_one, indices)
+    def _tile_rows(self, height: int, width: int) -> int:
+        return tile_rows(height * width, self.model.spec.ch)
 
     def _each(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """Computes each row [1,...] by itself, because a CPU's order of additions depends on the batch size."""
+        """Computes each row [1,...] by itself, because PyTorch's order of additions depends on the batch size."""
         apply = torch.inference_mode()(compute)  # inference mode is set per thread
         parts = torch.split(rows, 1)
         apply_all = map if self.threads is None or len(parts) == 1 else self.threads.map
-        with torch.inference_mode():
-            return torch.cat(list(apply_all(apply, parts)))
+        return torch.cat(list(apply_all(apply, parts)))
+
+
+def as_image(decoded: Tensor) -> Tensor:
+    """Returns decoded values in -1..1 as an image in 0..1; overwrites its argument."""
+    return decoded.add_(1).div_(2).contiguous()
 
 
 class FastDecoder(nn.Module):
@@ -101,7 +137,7 @@ class FastDecoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Decodes z [1,d,h,w] to an image [1,3,H,W] in about -1..1, as `VQGAN.pictures` does."""
+        """Decodes z [N,d,h,w] to images [N,3,H,W] in about -1..1, as `VQGAN.pictures` does."""
         decoder = self.decoder
         h = decoder.mid(decoder.conv_in(self.post_quant_conv(z).contiguous(memory_format=CHANNELS_LAST)))
         for level in reversed(decoder.up):
@@ -126,15 +162,17 @@ class FastBlock(ResnetBlock):
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Returns silu(norm(x)) of [1,C,H,W] in channels_last.
+    """Returns silu(norm(x)) of [N,C,H,W] in channels_last.
 
-    If each group is a single channel, batch_norm over the one image replaces group_norm. batch_norm makes two
+    If each group is a single channel, batch_norm over each image replaces group_norm. batch_norm makes two
     passes, the first for the mean; in this layout group_norm sums x and x² in one pass, and digits cancel. The
     error was up to a fifth of a grey level (of 255) with group_norm and is 0.01 with batch_norm. Larger groups are
     normalised in the contiguous layout.
     """
     if norm.num_groups == norm.num_channels:
-        out = F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        normed = [F.batch_norm(image, None, None, weight, bias, True, 0.0, eps) for image in torch.split(x, 1)]
+        out = normed[0] if len(normed) == 1 else torch.cat(normed)
     else:
         out = F.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
         out = out.contiguous(memory_format=CHANNELS_LAST)
