@@ -118,8 +118,9 @@ def test_gradient_scale_and_alpha_cancel(codec: Client, batch: tuple[np.ndarray,
 
     def tokens(s: float, dtype: str) -> np.ndarray:
         scaled = (g * s).astype(np.float32)
-        options: dict[str, Any] = {"alpha": 1 / s, "gradient_dtype": dtype, "outputs": ["adversarial_indices"]}
-        return np.asarray(codec.discretize(images, scaled, **options).adversarial_indices)
+        options: dict[str, Any] = {"preset": "paper", "alpha": 1 / s, "gradient_dtype": dtype}
+        q = codec.discretize(images, scaled, outputs=["adversarial_indices"], **options)
+        return np.asarray(q.adversarial_indices)
 
     assert np.array_equal(tokens(scale, "FP16"), tokens(1.0, "FP16"))
     assert (tokens(1e-6, "FP32") == tokens(1.0, "FP32")).mean() > 0.995
@@ -129,7 +130,9 @@ def test_gradient_scale_and_alpha_cancel(codec: Client, batch: tuple[np.ndarray,
 def test_half_precision_gradients_flip_next_to_nothing(codec: Client, batch: tuple[np.ndarray, np.ndarray]) -> None:
     images, g = batch
     answers = [
-        codec.discretize(images, gradients=g, alpha=1.0, gradient_dtype=dtype, outputs=["adversarial_indices"])
+        codec.discretize(
+            images, gradients=g, preset="paper", alpha=1.0, gradient_dtype=dtype, outputs=["adversarial_indices"]
+        )
         for dtype in ("FP16", "FP32")
     ]
     half, full = (q.adversarial_indices for q in answers)
@@ -139,7 +142,7 @@ def test_half_precision_gradients_flip_next_to_nothing(codec: Client, batch: tup
 
 def test_two_clients_interleaved_get_their_own(codec: Client, batch: tuple[np.ndarray, np.ndarray]) -> None:
     images, g = batch
-    steps: list[dict[str, Any]] = [{"alpha": 1.0}, {"preset": "easyrobust", "alpha": 3.0}]
+    steps: list[dict[str, Any]] = [{"preset": "paper", "alpha": 1.0}, {"preset": "easyrobust", "alpha": 3.0}]
     expected = [codec.discretize(images, gradients=g, outputs=["adversarial_indices"], **s) for s in steps]
 
     def run(which: int) -> list[Any]:

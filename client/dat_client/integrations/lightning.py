@@ -44,7 +44,8 @@ class DiscreteAdversarialTraining(Callback):
     ) -> None:
         """Replaces the images of the batch. Lightning calls this between moving the batch and the training step."""
         if not isinstance(batch, list) or not batch:
-            raise invalid("batch", "a list with the images first", found=type(batch).__name__)
+            hint = "let the collate_fn of the DataLoader return [images, labels, ...]"
+            raise invalid("batch", "a list with the images first", found=type(batch).__name__, hint=hint)
         rest = batch[1:]
         with trainer.precision_plugin.forward_context():  # the autocast of the training step
             q = adversarial(

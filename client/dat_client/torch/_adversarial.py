@@ -16,7 +16,15 @@ from dat_client.calls.checks import choice, seconds, share
 from dat_client.client import Client
 from dat_client.errors import invalid, shown
 from dat_client.torch._gradient import checked_modules, loss_gradient
-from dat_client.torch._images import checked_images, checked_reconstruction, float_dtype, from_wire, to_wire
+from dat_client.torch._images import (
+    checked_images,
+    checked_reconstruction,
+    float_dtype,
+    from_wire,
+    is_empty,
+    normal_tensors,
+    to_wire,
+)
 from dat_client.torch._outage import OUTAGE_S, Outages
 from dat_client.wire.vocabulary import DEFAULTS, PRESETS
 
@@ -30,7 +38,8 @@ class Adversarial:
     Attributes:
         reconstruction: x̂ = Q(x).
         adversarial: Q(x + δ).
-        loss: the loss at the point where the gradient was taken, detached; the mean if loss_fn returned [N].
+        loss: the loss at the point where the gradient was taken, detached; the mean if loss_fn returned [N]; 0 for
+            a batch of 0 images, for which loss_fn is not called and nothing is requested.
         tokens_changed: the share, 0..1, of the tokens in which Q(x + δ) differs from Q(x); None if the codec has no
             tokens.
     """
@@ -96,17 +105,21 @@ def adversarial(
     attack = Attack(
         client, model, reduction, random_start, generator, gradient_dtype, answer_options, parameters, outage_s
     )
-    sent = to_wire(checked_images(x))
-    if reconstruction is None:
-        plain = attack.outages.outlast(lambda: client.discretize(sent, **answer_options))
-        reconstruction = plain.reconstruction
-    else:
-        checked_reconstruction(reconstruction, x)
-    x_hat = from_wire(reconstruction, x.device, float_dtype(x))
-    request, loss = attack.request(x_hat, loss_fn)
-    answer = attack.outages.outlast(lambda: client.discretize(sent, **request))
-    adversarial_images = from_wire(answer.adversarial, x.device, float_dtype(x))
-    return Adversarial(x_hat, adversarial_images, loss, answer.tokens_changed)
+    with normal_tensors():
+        sent = to_wire(checked_images(x))
+        if is_empty(sent):
+            nothing = from_wire(sent, x.device, float_dtype(x))
+            return Adversarial(nothing, nothing.clone(), torch.zeros((), device=x.device), None)
+        if reconstruction is None:
+            plain = attack.outages.outlast(lambda: client.discretize(sent, **answer_options))
+            reconstruction = plain.reconstruction
+        else:
+            checked_reconstruction(reconstruction, x)
+        x_hat = from_wire(reconstruction, x.device, float_dtype(x))
+        request, loss = attack.request(x_hat, loss_fn)
+        answer = attack.outages.outlast(lambda: client.discretize(sent, **request))
+        adversarial_images = from_wire(answer.adversarial, x.device, float_dtype(x))
+        return Adversarial(x_hat, adversarial_images, loss, answer.tokens_changed)
 
 
 @dataclass

@@ -23,20 +23,23 @@ LOSS_SCALE = 2.0**8
 def untouched(modules: list[nn.Module]) -> Iterator[None]:
     """Replaces the modules' buffers (BatchNorm statistics, queues) by copies inside the `with` block.
 
-    After the block the modules get their original buffer objects back. The values are not copied back instead,
-    because a graph that waits for its backward pass may hold the original objects. DistributedDataParallel is
-    bypassed: it takes each forward pass for the beginning of a training step, and with `static_graph` a forward
-    pass without a backward pass leaves the ranks with different weights (observed with torch 2.15). Raises
-    InvalidRequest if the block changed a parameter, because that cannot be undone.
+    After the block the modules get their original buffer objects back, and the parameters their `.grad`. The values
+    are not copied back instead, because a graph that waits for its backward pass may hold the original objects.
+    DistributedDataParallel is bypassed: it takes each forward pass for the beginning of a training step, and with
+    `static_graph` a forward pass without a backward pass leaves the ranks with different weights (observed with
+    torch 2.15). Raises InvalidRequest if the block changed a parameter, because that cannot be undone.
     """
     owners = list({id(owner): owner for module in modules for owner in module.modules()}.values())
     parameters = [p for module in modules for p in module.parameters() if not p.is_inference()]
     versions = [p._version for p in parameters]
+    grads = [(p, p.grad) for p in parameters]
     originals = [(owner, dict(owner._buffers)) for owner in owners if owner._buffers]
     wrappers = [owner for owner in owners if isinstance(owner, nn.parallel.DistributedDataParallel)]
     patched = [wrapper.__dict__.get("forward") for wrapper in wrappers]
     copies: dict[int, Tensor] = {}
     try:
+        for parameter in parameters:
+            parameter.grad = None
         for wrapper in wrappers:
             wrapper.__dict__["forward"] = wrapper.module.__call__
         for owner, buffers in originals:
@@ -45,6 +48,8 @@ def untouched(modules: list[nn.Module]) -> Iterator[None]:
                     owner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
         yield
     finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
         for wrapper, forward in zip(wrappers, patched, strict=True):
             wrapper.__dict__.pop("forward", None)
             if forward is not None:
@@ -63,6 +68,9 @@ def checked_modules(model: Any) -> list[nn.Module]:
         if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
             limit = "a torch.nn.Module or several of them, none a ScriptModule"
             raise invalid("model", limit, found=type(module).__name__)
+        if any(parameter.is_inference() for parameter in module.parameters()):
+            limit, hint = "parameters that can have gradients", "make the model outside torch.inference_mode()"
+            raise invalid("model", limit, found="parameters made in torch.inference_mode()", hint=hint)
     return modules
 
 
@@ -85,7 +93,7 @@ def loss_gradient(
         untouched(modules),
     ):
         leaf = images.detach().clone().requires_grad_()
-        loss = _checked_loss(loss_fn(leaf), len(leaf))
+        loss = _loss_at(leaf, loss_fn, modules)
         # The backward pass of N · mean begins with the same value as the backward pass of a summed loss.
         total = loss.float().sum() if loss.ndim or reduction == "sum" else loss.float() * len(leaf)
         scale = 1.0 if loss.dtype == torch.float16 else LOSS_SCALE
@@ -95,10 +103,10 @@ def loss_gradient(
     value = loss.detach().float().mean()
     gradient = gradient.float() / scale
     finite = gradient.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        overflowed = [i for i, is_finite in enumerate(finite.tolist()) if not is_finite]
+    if not bool(finite.all() & value.isfinite()):
         if not bool(value.isfinite()):
             raise _refused(f"is {value.item():g}, must be finite")
+        overflowed = [i for i, is_finite in enumerate(finite.tolist()) if not is_finite]
         where = f"images {overflowed[:8]} of {len(images)}"
         message = f"the attack's gradient is not finite for {where}: it counts as 0 there"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -117,14 +125,37 @@ def _restored_generators(images: Tensor, modules: list[nn.Module]) -> AbstractCo
     return torch.random.fork_rng(indices, device_type=device_type)
 
 
+def _loss_at(leaf: Tensor, loss_fn: Callable[[Tensor], Any], modules: list[nn.Module]) -> Tensor:
+    """Returns the loss at `leaf` [N,3,H,W]. Raises InvalidRequest for one that cannot be used."""
+    try:
+        loss = loss_fn(leaf)
+    except RuntimeError as error:
+        dtypes = {p.dtype for module in modules for p in module.parameters() if p.dtype.is_floating_point}
+        if dtypes and leaf.dtype not in dtypes:
+            named = " and ".join(sorted(map(str, dtypes)))
+            hint = "convert the images before (.float(), .to(...)), or x̂ inside loss_fn"
+            error.add_note(f"x̂ has the dtype of the images, {leaf.dtype}, and the model has {named}: {hint}")
+        raise
+    if leaf.grad is not None:
+        raise InvalidRequest(
+            "loss_fn: it calls backward(), must only compute the loss and return it: remove backward(), "
+            "optimizer.step() and zero_grad() from it; the gradient at the images is taken for you",
+            field="loss_fn",
+        )
+    return _checked_loss(loss, len(leaf))
+
+
 def _checked_loss(loss: Any, batch: int) -> Tensor:
     if isinstance(loss, Mapping):
         raise _refused(f"is a {type(loss).__name__}; return one loss, for example the sum of its values")
     if not isinstance(loss, Tensor) or not (loss.ndim == 0 or loss.shape == (batch,)):
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise _refused(f"is {found}, must be a scalar or one value for each image, [{batch}]")
+        raise _refused(f"is {found}, must be a tensor: a scalar, or one value for each image, [{batch}]")
     if not loss.requires_grad:
-        raise _refused("does not depend on the images (it has no gradient)")
+        cure = "compute it from the images that loss_fn gets, without torch.no_grad(), .detach() and .item()"
+        raise _refused(f"does not depend on the images (it has no gradient): {cure}")
+    if loss.is_complex():
+        raise _refused(f"is {loss.dtype}, must be real: return its .abs() or .real")
     return loss
 
 

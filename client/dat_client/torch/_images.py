@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +16,36 @@ from dat_client.errors import invalid
 LEVEL_TOLERANCE = 1e-4
 
 
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Lets the `with` block make tensors that can be trained on, also inside torch.inference_mode()."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 def checked_images(images: Any, field: str = "images") -> Tensor:
-    """Returns `images`; raises InvalidRequest, naming `field`, unless it is a tensor of 4 axes."""
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise invalid(field, "a torch tensor [N,3,H,W], uint8 or float in 0..1", found=found)
-    return images
+    """Returns `images`; raises InvalidRequest, naming `field`, unless it is a dense tensor of 4 axes with data."""
+    found = hint = None
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+        hint = "convert it with torch.from_numpy" if found == "ndarray" else None
+    elif images.ndim != 4:
+        found = f"shape {list(images.shape)}"
+    elif images.layout != torch.strided or images.is_meta or images.is_quantized:
+        found = f"a tensor of layout {images.layout} on {images.device}, or quantized"
+        hint = "make it an ordinary tensor with data (.to_dense(), .dequantize())"
+    if found:
+        raise invalid(field, "a torch tensor [N,3,H,W], uint8 or float in 0..1", found=found, hint=hint)
+    checked: Tensor = images
+    return checked
+
+
+def is_empty(images: Tensor) -> bool:
+    """Returns True for a batch of 0 images [0,3,H,W], about which nothing is requested."""
+    return len(images) == 0 and images.shape[1] == 3
 
 
 def checked_reconstruction(reconstruction: Any, images: Tensor) -> Tensor:
@@ -65,8 +91,12 @@ def float_dtype(images: Tensor) -> torch.dtype:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`. A copy to the CPU blocks: a program could read it before it is complete."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    """Returns the tensor on `device`. A copy to the CPU blocks: a program could read it before it is complete.
+
+    A tensor that was made inside torch.inference_mode() is copied to one that can be trained on.
+    """
+    moved = tensor.to(device, non_blocking=device.type != "cpu")
+    return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
 
 
 def from_wire(images: Any, device: torch.device, dtype: torch.dtype) -> Tensor:

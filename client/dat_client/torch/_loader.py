@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,8 @@ from dat_client.torch._images import (
     checked_reconstruction,
     float_dtype,
     from_wire,
+    is_empty,
+    normal_tensors,
     to_device,
     to_wire,
 )
@@ -79,8 +81,9 @@ class AdversarialLoader:
 
     Args:
         loader: yields tuples or lists whose first element is the images: [N,3,H,W], uint8 or float in 0..1 before
-            normalisation. Batches are read in advance, so `loader` must not reuse the memory of an earlier batch.
-            With several ranks `loader` must shard the data itself (DistributedSampler), under Lightning too.
+            normalisation. A batch of 0 images comes back without an attack. Batches are read in advance, so
+            `loader` must not reuse the memory of an earlier batch. With several ranks `loader` must shard the data
+            itself (DistributedSampler), under Lightning too.
         client: a Client; the loader has at most `depth + prefetch + 1` calls under way at the same time.
         loss_fn: called with x̂ and with the elements after the images, all on the device; returns the loss to be
             attacked, as for `adversarial`. Enter autocast inside `loss_fn` if the model needs it, because the call
@@ -170,7 +173,7 @@ class AdversarialLoader:
 
     def _read(self, source: Iterator[Any], pending: _PendingBatch) -> bool:
         """Reads the loader's next batch into `pending` and requests its Q(x); returns False if there is none."""
-        with pending.noting_errors("reading it from the loader"):
+        with pending.noting_errors("reading it from the loader"), normal_tensors():
             try:
                 batch = next(source)
             except StopIteration:
@@ -178,13 +181,19 @@ class AdversarialLoader:
             leading = 2 if self.precomputed else 1
             is_sequence = isinstance(batch, tuple | list)
             if not is_sequence or len(batch) < leading:
-                limit = f"a tuple or list ({'images, Q(x)' if self.precomputed else 'images'}, ...) for each batch"
+                leaders = "images, Q(x)" if self.precomputed else "images"
                 found = type(batch).__name__ + (f" of {len(batch)}" if is_sequence else "")
-                raise invalid("loader", limit, found=found)
+                hint = f"let the collate_fn of the loader return ({leaders}, labels, ...)"
+                if isinstance(batch, Mapping):
+                    keys = ", ".join(f"batch[{key!r}]" for key in batch)
+                    hint += f", here made of {keys}"
+                raise invalid("loader", f"a tuple or list ({leaders}, ...) for each batch", found=found, hint=hint)
             pending.images, pending.rest = checked_images(batch[0]).detach(), tuple(batch[leading:])
             pending.sent = to_wire(pending.images)
             if self.precomputed:
                 pending.reconstruction = checked_reconstruction(batch[1], pending.images)
+            elif is_empty(pending.sent):
+                pending.reconstruction = pending.sent
             else:
                 pending.submit = lambda: self.client.submit(pending.sent, **self._attack.answer_options)
                 pending.future = pending.submit()
@@ -194,7 +203,7 @@ class AdversarialLoader:
         """Takes the gradient for one batch (Algorithm 1, line 3) and sends the request for Q(x + δ) (line 4)."""
         if batch.attacked or batch.error is not None:
             return
-        with batch.noting_errors("Q(x) and the gradient there"):
+        with batch.noting_errors("Q(x) and the gradient there"), normal_tensors():
             device = self.device
             batch.images = from_wire(batch.images, device, float_dtype(batch.images))
             if batch.future is not None:
@@ -202,7 +211,7 @@ class AdversarialLoader:
             batch.reconstruction = from_wire(batch.reconstruction, device, batch.images.dtype)
             batch.rest = _moved(batch.rest, device)
             batch.future, batch.attacked = None, True
-            if int((batch.position + 1) * self.mix) == int(batch.position * self.mix):
+            if is_empty(batch.sent) or int((batch.position + 1) * self.mix) == int(batch.position * self.mix):
                 return
             if self._attack.generator is None:  # created for the first batch and used in all later passes
                 self._attack.generator = torch.Generator(device).manual_seed(torch.initial_seed())
@@ -214,7 +223,7 @@ class AdversarialLoader:
 
     def _finish(self, batch: _PendingBatch) -> AdversarialBatch:
         """Waits for Q(x + δ) and returns the batch that the loop receives next, or raises the batch's error."""
-        with batch.noting_errors("Q(x + δ)"):
+        with batch.noting_errors("Q(x + δ)"), normal_tensors():
             if batch.error is None:
                 adversarial, tokens_changed = batch.reconstruction, None
                 if batch.future is not None:

@@ -86,6 +86,6 @@ class Outages:
 
     def _warn(self, message: str) -> None:
         now_s = time.monotonic()
-        if now_s - self._warned_s >= WARN_EVERY_S:
+        if now_s - self._warned_s >= WARN_EVERY_S / 2:  # a call of 60 s may end a few seconds early
             self._warned_s = now_s
             log.warning("%s", message)

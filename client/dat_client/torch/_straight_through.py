@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dat_client.calls.checks import seconds
 from dat_client.client import Client
-from dat_client.torch._images import checked_images, float_dtype, from_wire, to_wire
+from dat_client.torch._images import checked_images, float_dtype, from_wire, is_empty, to_wire
 from dat_client.torch._outage import OUTAGE_S, Outages
 
 
@@ -51,6 +51,8 @@ def straight_through(
     """
     sent = to_wire(checked_images(x))
     outages = Outages(client, seconds("outage_s", outage_s))
+    if is_empty(sent):
+        return x.to(float_dtype(x))
     answer = outages.outlast(lambda: client.discretize(sent, output_dtype=output_dtype, timeout_s=timeout_s))
     q = from_wire(answer.reconstruction, x.device, float_dtype(x))
     differentiable: Tensor = _StraightThrough.apply(x, q)

@@ -34,7 +34,7 @@ def train(model: nn.Module, client: Client, x: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         images = (x / 255).requires_grad_()
         loss = F.cross_entropy(model(straight_through(client, images)), labels)
-        q = adversarial(client, x, lambda i: F.cross_entropy(model(i), labels), model=model)
+        q = adversarial(client, x, lambda i: F.cross_entropy(model(i), labels), model=model, random_start=0)
         adversarial_loss = F.cross_entropy(model(batch.adversarial), labels)
         loss = loss + adversarial_loss + F.cross_entropy(model(q.adversarial), labels)
         loss.backward()
