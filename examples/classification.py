@@ -7,10 +7,10 @@
 
 --data is a folder that holds a folder of pictures for each class, or WebDataset shards with jpg and cls.
 
---reconstructions is a folder with the same names that holds Q(x) of each picture. Write it once, with `dat
-discretize imagenet/train/CLASS/* --out q/CLASS` for each class. A picture and its Q(x) then get the same crop and
-flip, and the service computes only Q(x + δ). The crop of Q(x) differs slightly from Q of the crop: tokens lie on
-a grid of f x f pixels, which the crop shifts and scales. The gradient is taken at the crop of Q(x).
+--reconstructions is a folder with the same names that holds Q(x) of each picture. Write it once, with
+`dat discretize imagenet/train --out q`. A picture and its Q(x) then get the same crop and flip, and the service
+computes only Q(x + δ). The crop of Q(x) differs slightly from Q of the crop: tokens lie on a grid of f x f pixels,
+which the crop shifts and scales. The gradient is taken at the crop of Q(x).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ Augmentations work on uint8, because a picture then crosses the network in a qua
 from __future__ import annotations
 
 import glob
-import io
 import json
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -19,8 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision import datasets, tv_tensors
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from dat_client.dataset_format.folders import list_folder, pictures_of
+from dat_client.dataset_format.naming import TAR_SUFFIXES, picture_field
+from dat_client.dataset_format.pictures import decode
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "retina")
 WINDOWS = 64  # of each photograph
@@ -85,18 +89,31 @@ def labelled(options: Namespace, transform: Callable[[Tensor, int], Any]) -> tup
 
 
 class Folder(Dataset[Any]):
-    """A folder with a folder for each class: `transform(picture, label)` of each picture."""
+    """A folder with a folder for each class: `transform(picture, label)` of each picture.
+
+    Classes are numbered as torchvision's ImageFolder numbers them. The rules are those of `dat precompute`: what
+    cannot be read is an error, and what is left out is named.
+    """
 
     def __init__(self, data: list[str], transform: Callable[..., Any]) -> None:
         if len(data) > 1:
             raise DataError(f"--data: must be one folder or several .tar files, got {' '.join(data)}")
-        try:
-            found = datasets.ImageFolder(data[0])
-        except OSError as error:
-            raise DataError(f"--data: {error}".splitlines()[0]) from error
         self.root = Path(data[0])
-        self.samples: list[tuple[str, int]] = found.samples
-        self.classes: list[str] = found.classes
+        try:
+            listing = list_folder(data[0])
+            found = pictures_of(listing)
+        except (OSError, ValueError) as error:  # LinkCycle and LoosePictures are ValueErrors
+            raise DataError(f"--data: {error}") from error
+        if found.problems:
+            named = "; ".join(f"{name} ({reason})" for name, reason in list(found.problems.items())[:20])
+            raise DataError(f"--data: {len(found.problems)} names of {self.root} cannot be read: {named}")
+        if not found.classes:
+            raise DataError(f"--data: {self.root} holds no class folders with pictures")
+        for reason, count, names in (*listing.left_out.rows, *found.left_out.rows):
+            print(f"--data: left out {count} of {self.root}, since {reason}: {', '.join(names)}", file=sys.stderr)
+        numbers = {name: number for number, name in enumerate(found.classes)}
+        self.samples = [(str(self.root / name), numbers[name.split("/")[0]]) for name in found.names]
+        self.classes = list(found.classes)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -110,8 +127,8 @@ class Folder(Dataset[Any]):
 class PairedFolder(Folder):
     """A folder, paired with one of the same names that holds Q(x): `transform(picture, Q(picture), label)`.
 
-    `reconstructions/CLASS/NAME.png` belongs to `data/CLASS/NAME.*`, as `dat discretize data/CLASS/* --out
-    reconstructions/CLASS` writes them. Raises DataError if one is missing or has another size than its picture.
+    `reconstructions/CLASS/NAME.png` belongs to `data/CLASS/NAME.*`, as `dat discretize data --out
+    reconstructions` writes them. Raises DataError if one is missing or has another size than its picture.
     """
 
     def __init__(self, data: list[str], reconstructions: str, transform: Callable[..., Any]) -> None:
@@ -164,7 +181,7 @@ def view_augmentation(image_size: int, *, jitter: float = 0.4, smallest: float =
 
 def is_shards(data: list[str]) -> bool:
     """Returns whether --data names WebDataset shards rather than a folder."""
-    return all(name.endswith(".tar") for name in data)
+    return all(name.lower().endswith(TAR_SUFFIXES) for name in data)
 
 
 def shards(options: Namespace, sample: Callable[[dict[str, Any]], Any]) -> IterableDataset[Any]:
@@ -191,12 +208,10 @@ def shards(options: Namespace, sample: Callable[[dict[str, Any]], Any]) -> Itera
 
 def picture_of(sample: dict[str, Any]) -> Tensor:
     """Returns the picture of a WebDataset sample, uint8 [3,H,W]. Raises DataError if there is none."""
-    for suffix in ("jpg", "jpeg", "png", "webp"):
-        if suffix in sample:
-            return _opened(io.BytesIO(sample[suffix]))
-    raise DataError(
-        f"the sample has no jpg, png or webp, only {sorted(key for key in sample if not key.startswith('__'))}"
-    )
+    try:
+        return _decoded(sample[picture_field([key for key in sample if not key.startswith("__")])])
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def boxes_of(sample: dict[str, Any], classes: int) -> tuple[Tensor, Tensor]:
@@ -274,10 +289,13 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _opened(file: str | Path | io.BytesIO) -> Tensor:
-    with Image.open(file) as picture:
-        tensor: Tensor = v2.functional.pil_to_tensor(picture.convert("RGB"))
-        return tensor
+def _opened(file: str | Path) -> Tensor:
+    return _decoded(Path(file).read_bytes())
+
+
+def _decoded(content: bytes) -> Tensor:
+    tensor: Tensor = v2.functional.pil_to_tensor(decode(content))
+    return tensor
 
 
 def _labelled_sample(transform: Callable[[Tensor, int], Any], sample: dict[str, Any]) -> Any:

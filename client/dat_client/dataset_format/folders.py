@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
+from collections import Counter
 from dataclasses import dataclass, field
 
 from dat_client.dataset_format.left_out import LeftOut
-from dat_client.dataset_format.naming import passed_over_name
+from dat_client.dataset_format.naming import passed_over_name, suffix_reason
 
 SPECIAL_FILES = (
     (stat.S_ISFIFO, "FIFOs are not read"),
@@ -113,3 +115,64 @@ def _entered(link: os.DirEntry[str], entered: tuple[str, ...]) -> tuple[str, ...
             "remove the link, or name folders without it"
         )
     return (*chain, target)
+
+
+class LoosePictures(ValueError):
+    """A folder has pictures both beside its class folders and in them, so the class of the former is unknown."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a folder.
+
+    Attributes:
+        names: their paths below the folder, sorted. A link that leads nowhere and is named like a picture is one of
+            them, so that it is found and reported when it is read.
+        classes: the names of the class folders, whose positions are the labels; None if there are none.
+        problems: the reason for each name that should have been read and cannot be; for labelled pictures, for each
+            class without pictures too.
+        left_out: files of other types.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    problems: dict[str, str]
+    left_out: LeftOut
+
+
+def pictures_of(listing: Listing, *, labelled: bool = True) -> Pictures:
+    """Returns the pictures of a listed folder.
+
+    Classes are the class folders as they stand: each has the position that torchvision's
+    ImageFolder(allow_empty=True) gives it. Raises LoosePictures if the pictures are `labelled`.
+    """
+    left_out = LeftOut()
+    for name in listing.files:
+        if reason := suffix_reason(name):
+            left_out.add(reason, name)
+    names = tuple(sorted(name for name in (*listing.files, *listing.problems) if not suffix_reason(name)))
+    problems = dict(listing.problems)
+    if not labelled:
+        return Pictures(names, None, problems, left_out)
+    loose = next((name for name in names if "/" not in name), None)
+    classed = next((name for name in names if "/" in name), None)
+    if loose and classed:
+        raise LoosePictures(f"{loose} is in no folder of a class, unlike {classed}: move it into one")
+    classes = tuple(name for name in listing.folders if "/" not in name)
+    if loose or not classes:
+        return Pictures(names, None, problems, left_out)
+    filled = {name.split("/")[0] for name in (*names, *listing.problems)}
+    for name in classes:
+        if name not in filled:
+            problems[f"{name}/"] = f"a class folder without pictures{other_types(listing, f'{name}/')}"
+    return Pictures(names, classes, problems, left_out)
+
+
+def other_types(listing: Listing, prefix: str = "") -> str:
+    """Returns how many files of each other type are below `prefix`, as the end of a sentence, "" if none are."""
+    counts = Counter(
+        posixpath.splitext(name)[1].lower() or "without a suffix"
+        for name in listing.files
+        if name.startswith(prefix) and suffix_reason(name)
+    )
+    return ": it has " + ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(5)) if counts else ""

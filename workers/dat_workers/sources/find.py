@@ -11,6 +11,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from dat_client.dataset_format.folders import LoosePictures, pictures_of
 from dat_client.dataset_format.left_out import NAMED, LeftOut, Row
 from dat_client.dataset_format.naming import TAR_SUFFIXES, expand, output_name, suffix_reason
 from dat_workers.errors import InvalidInput
@@ -126,12 +127,15 @@ class _Found:
         if not tars or self.only_pictures:
             if self.labelled and self.number > 1:
                 raise InvalidInput("source", path, "folders with shards, if there are several sources")
-            divided = divide_pictures(
-                address, root, listing, self.pictures_a_shard, labelled=self.labelled, left_out=self.left_out
-            )
-            self.shards += divided.shards
-            self.classes = divided.classes
-            problems = divided.problems
+            try:
+                pictures = pictures_of(listing, labelled=self.labelled)
+            except LoosePictures as error:
+                message = f"{root}: {error}"
+                raise InvalidInput("source", root, "pictures in folders of their class", message) from error
+            self.left_out.update(below(root, pictures.left_out.rows))
+            self.shards += divide_pictures(address, root, listing, pictures, self.pictures_a_shard)
+            self.classes = pictures.classes
+            problems = pictures.problems
         else:
             refuse_mixture(root, tars, [name for name in listing.files if not suffix_reason(name)])
             for name in listing.files:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fsspec.implementations.local import LocalFileSystem
 
-from dat_client.dataset_format.folders import LinkCycle, Listing, list_folder
-from dat_client.dataset_format.left_out import LeftOut
-from dat_client.dataset_format.naming import PICTURE_SUFFIXES, passed_over_name, suffix_reason
+from dat_client.dataset_format.folders import LinkCycle, Listing, Pictures, list_folder, other_types
+from dat_client.dataset_format.naming import PICTURE_SUFFIXES, passed_over_name
 from dat_workers.errors import InvalidInput
 
 PICTURES_A_SHARD = 1000
@@ -47,15 +44,6 @@ class Shard:
     def with_problems(self, problems: dict[str, str]) -> Self:
         """Returns a copy whose reader reports these problems, reasons by key, before its samples."""
         return replace(self, problems=(*self.problems, *problems.items()))
-
-
-@dataclass(frozen=True)
-class PictureFolder:
-    """A folder of pictures: its shards, its classes (None if there are none), and the reason of each problem."""
-
-    shards: list[Shard]
-    classes: tuple[str, ...] | None
-    problems: dict[str, str]
 
 
 def list_address(fs: Any, path: str) -> Listing:
@@ -96,51 +84,18 @@ def _list_remote(fs: Any, path: str) -> Listing:
 
 
 def divide_pictures(
-    address: str, root: str, listing: Listing, pictures_a_shard: int, *, labelled: bool, left_out: LeftOut
-) -> PictureFolder:
-    """Divides a folder of pictures into shards; its sub-folders, if they hold the pictures, are the classes.
-
-    A link that leads nowhere and is named like a picture is one of the pictures, so that it is listed in its shard.
-    Where the pictures are `labelled`, a class folder without pictures is a problem: with every class, it has the
-    position that torchvision's ImageFolder(allow_empty=True) gives it. Raises InvalidInput for a folder without
-    pictures, and for one with pictures both in and beside class folders if they are labelled.
-    """
-    others: dict[str, Counter[str]] = {}
-    for name in listing.files:
-        if reason := suffix_reason(name):
-            left_out.add(reason, f"{root}/{name}")
-            others.setdefault(name.split("/")[0], Counter())[posixpath.splitext(name)[1].lower()] += 1
-    names = sorted(name for name in (*listing.files, *listing.problems) if not suffix_reason(name))
-    problems = dict(listing.problems)
-    classes: tuple[str, ...] | None = None
-    if labelled:
-        loose = next((name for name in names if "/" not in name), None)
-        classed = next((name for name in names if "/" in name), None)
-        if loose and classed:
-            raise InvalidInput(
-                "source", loose, f"pictures in a folder of their class ({classed.split('/')[0]}/...), like the rest"
-            )
-        top_folders = tuple(name for name in listing.folders if "/" not in name)
-        classes = top_folders if top_folders and not loose else None
-        filled = {name.split("/")[0] for name in (*names, *listing.problems)}
-        for name in classes or ():
-            if name not in filled:
-                problems[f"{name}/"] = f"a class folder without pictures{_listed(others.get(name))}"
+    address: str, root: str, listing: Listing, pictures: Pictures, pictures_a_shard: int
+) -> list[Shard]:
+    """Divides the pictures of a folder into shards. Raises InvalidInput for a folder without pictures."""
+    names = pictures.names
     if not names:
-        held = _listed(sum(others.values(), Counter()))
         suffixes = ", ".join(PICTURE_SUFFIXES)
+        held = other_types(listing)
         raise InvalidInput("source", root, "", f"{root} holds neither shards nor pictures ({suffixes}){held}")
     shards = []
     for i, start in enumerate(range(0, len(names), pictures_a_shard)):
-        part = tuple(names[start : start + pictures_a_shard])
+        part = names[start : start + pictures_a_shard]
         shards.append(Shard(f"{i:06d}.tar", address, sum(listing.files.get(name, 0) for name in part), part))
-    pictures = set(names)
-    shards[0] = shards[0].with_problems({name: why for name, why in problems.items() if name not in pictures})
-    return PictureFolder(shards, classes, problems)
-
-
-def _listed(suffixes: Counter[str] | None) -> str:
-    """Returns the number of other files by suffix, as the end of a sentence."""
-    if not suffixes:
-        return ""
-    return ": it has " + ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in suffixes.most_common(5))
+    read = set(names)
+    shards[0] = shards[0].with_problems({name: why for name, why in pictures.problems.items() if name not in read})
+    return shards
