@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 means one for each core.")
     # The path is made absolute, because replicas have different working directories.
     api_key_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
-        None, description="File with one API key per line. [default: no API key is required]"
+        None, description="File with one API key per line.  [default: no API key is required]"
     )
     max_body_bytes: int = Field(256 * MIB, ge=1024, description="Largest size of a request body, in bytes.")
     max_json_bytes: int = Field(2 * MIB, ge=1024, description="Largest JSON in a request or response, in bytes.")
@@ -59,7 +59,10 @@ class Settings(BaseSettings):
         10.0, gt=0, description="A request that would probably wait longer than this many seconds gets 503."
     )
     max_wait_ms: float | None = Field(
-        None, ge=0, le=1000, description="Milliseconds a batch waits for more images. [default: 2 on CUDA, else 0]"
+        None,
+        ge=0,
+        le=1000,
+        description="Milliseconds a batch waits for more images.  [default: 2 on CUDA, else 0]",
     )
     watchdog_s: float = Field(
         120.0, gt=0, description="Replace a replica if one batch takes longer than this, in seconds."
@@ -74,10 +77,15 @@ class Settings(BaseSettings):
     )
     replicas: int = Field(1, ge=1, le=1024, description="Replicas of each codec; each loads its own copy.")
     autoscale: str | None = Field(
-        None, pattern=r"^[0-9]+:[0-9]+$", description="Run MIN to MAX replicas, depending on how many images wait."
+        None,
+        pattern=r"^[0-9]+:[0-9]+$",
+        description="Run MIN to MAX replicas, depending on how many images wait.  [default: --replicas]",
     )
     gpus: float | None = Field(
-        None, ge=0, le=64, description="GPUs for each replica; with 0.5, two share one GPU. [default: 1 if present]"
+        None,
+        ge=0,
+        le=64,
+        description="GPUs for each replica; with 0.5, two share one GPU.  [default: 1 if present]",
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

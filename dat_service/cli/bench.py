@@ -28,15 +28,15 @@ def codec(
     dtype: Annotated[list[str] | None, Option(help="Measure only this dtype; may be repeated.")] = None,
     device: options.Device = "auto",
     batch: Annotated[
-        int | None, Option(min=1, help="Number of images in a batch. [default: 64 on CUDA, 16 on a CPU]")
+        int | None, Option(min=1, help="Number of images in a batch.  [default: 64 on CUDA, 16 on a CPU]")
     ] = None,
     size: Annotated[int, Option(min=8, help="Height and width of the images in pixels.")] = 224,
     images: Annotated[
         list[str] | None,
-        Option(help="Pictures, folders or .tar shards to measure on. [default: photographs of scikit-image]"),
+        Option(help="Pictures, folders or .tar shards to measure on.  [default: photographs of scikit-image]"),
     ] = None,
     rounds: Annotated[int, Option(min=1, help="Number of times that each engine is measured.")] = 5,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads. [default: one for each core]")] = None,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads.  [default: one for each core]")] = None,
     out: Annotated[Path | None, Option(help="Also write the result to this JSON file.")] = None,
 ) -> None:
     """Measure the images per second of each engine, and the share of its tokens that equal the reference's."""

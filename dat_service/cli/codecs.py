@@ -56,7 +56,7 @@ def list_codecs() -> None:
 @app.command()
 @command_errors("dat codecs show")
 def show(
-    name: Annotated[str, Argument(help="Name of the codec; `dat codecs list` shows all names.")],
+    name: Annotated[str, Argument(metavar="NAME", help="Name of the codec; `dat codecs list` shows all names.")],
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show the geometry, source, licence and status of a codec. An installed codec is read and verified."""
@@ -91,9 +91,11 @@ def show(
 @app.command()
 @command_errors("dat codecs pull", interrupted="interrupted; the same command resumes the download")
 def pull(
-    name: Annotated[str, Argument(help="Name of a published codec; `dat codecs list` shows all names.")],
+    name: Annotated[
+        str, Argument(metavar="NAME", help="Name of a published codec; `dat codecs list` shows all names.")
+    ],
     url: Annotated[
-        str | None, Option(help="Address to download from. [default: the address where it was published]")
+        str | None, Option(help="Address to download from.  [default: the address where it was published]")
     ] = None,
 ) -> None:
     """Download a published codec, check it and install it. An interrupted download is resumed."""
@@ -142,7 +144,7 @@ def import_checkpoint(
 
 @command_errors("dat export")
 def export(
-    folder: Annotated[Path, Argument(help="Folder to write the files to.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder to write the files to.")],
     codec: options.Codec = "tiny-f8",
     force: Annotated[
         bool, Option("--force", help="Write even if the folder already holds a different codec or unrelated files.")

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @command_errors("dat discretize")
 def discretize(
     pictures: Annotated[
-        list[str], Argument(help="Picture files, or folders whose pictures, at any depth, are reconstructed.")
+        list[str], Argument(
+            metavar="PICTURES", help="Picture files, or folders whose pictures, at any depth, are reconstructed."
+        ),
     ],
     out: Annotated[
         Path,

@@ -13,7 +13,7 @@ from dat_workers.errors import InvalidInput
 def setting(name: str, **options: Any) -> Any:
     """Returns an option whose help text is the description of a field of `Settings`, followed by its default."""
     field = Settings.model_fields[name]
-    default = "" if field.default is None else f" [default: {field.default}]"
+    default = "" if field.default is None else f"  [default: {field.default}]"
     return typer.Option(help=f"{field.description}{default}", show_default=False, **options)
 
 

@@ -47,14 +47,14 @@ def precompute(
     variants: Annotated[int, Option(help="Versions of each crop, with different tokens replaced.")] = 1,
     seed: Annotated[int, Option(help="Seed of the random crops and the random tokens.")] = 0,
     keep: Annotated[
-        str | None, Option(help="Fields of SRC to copy, such as cls,json. [default: all except the picture]")
+        str | None, Option(help="Fields of SRC to copy, such as cls,json.  [default: all except the picture]")
     ] = None,
     workers: Annotated[int, Option(help="Workers, each with its own codec; use one for each GPU.")] = 1,
     ray: Annotated[
         bool, Option("--ray", help="Run the workers on the Ray cluster at RAY_ADDRESS; if unset, on a new Ray.")
     ] = False,
     gpus: Annotated[
-        float | None, Option(help="GPUs for each worker on Ray; with 0.5, two share one. [default: 1 if present]")
+        float | None, Option(help="GPUs for each worker on Ray; with 0.5, two share one.  [default: 1 if present]")
     ] = None,
     on_error: options.OnError = "fail",
     upright: options.Upright = False,

@@ -23,7 +23,7 @@ from dat_workers.system.ray_cluster import check_cluster
 def serve(
     context: typer.Context,
     codec: Annotated[
-        list[str] | None, Option(help="Codec to serve; if repeated, each is at /NAME. [default: tiny-f8]")
+        list[str] | None, Option(help="Codec to serve; if repeated, each is at /NAME.  [default: tiny-f8]")
     ] = None,
     port: Annotated[int | None, setting("port")] = None,
     host: Annotated[str | None, setting("host")] = None,

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def train_codec(
     shards: Annotated[
         list[str],
-        Argument(help="WebDataset shards, folders of shards or of pictures, patterns and addresses to train on."),
+        Argument(
+            metavar="SHARDS",
+            help="WebDataset shards, folders of shards or of pictures, patterns and addresses to train on.",
+        ),
     ],
     out: Annotated[Path, Option(help="Folder for the checkpoint, the log, the sample pictures and the codec.")],
     name: Annotated[str, Option(help="Name of the new codec.")] = "my-f8",

@@ -22,10 +22,13 @@ COLUMNS = ("engine", "dtype", "tokens", "fidelity", "own Q(x)", "PSNR dB", "larg
 
 @command_errors("dat codecs verify")
 def verify(
-    name: Annotated[str, Argument(help="Name of an embedded or installed codec.")],
+    name: Annotated[str, Argument(metavar="NAME", help="Name of an embedded or installed codec.")],
     pictures: Annotated[
         list[str] | None,
-        Argument(help="Pictures, folders or .tar shards to compare on. [default: photographs of scikit-image]"),
+        Argument(
+            metavar="PICTURES",
+            help="Pictures, folders or .tar shards to compare on.  [default: photographs of scikit-image]",
+        ),
     ] = None,
     engine: Annotated[list[str] | None, Option(help="Compare only this engine; may be repeated.")] = None,
     device: options.Device = "auto",

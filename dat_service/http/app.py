@@ -49,8 +49,8 @@ def create_app(worker: CodecWorker, *, all_metrics: MetricsSource | None = None)
         description=f"Q(x), the VQGAN discretizer of Discrete Adversarial Training; codec `{settings.codec}`.",
         lifespan=lifespan,
         dependencies=[Depends(check_headers)],
+        docs_url=None,  # pages.py serves /docs without the internet
         redoc_url=None,  # /docs shows the same content
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would lead to the Host that the client sent, which may be any
     )
     app.state.worker = worker

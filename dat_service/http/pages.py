@@ -1,10 +1,12 @@
-"""Defines the routes for people: a page to try the codec, and a route that reconstructs one picture."""
+"""Defines the routes for people: a page to try the codec, the documentation, and a route for one picture."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse
 
 from dat_service.http.auth import require_key
@@ -24,9 +26,46 @@ PICTURE_BODY = {
 }
 
 
+STATIC = Path(__file__).parent / "static"
+DOCS_FILES = ("swagger-ui.css", "swagger-ui-bundle.js")
+# Browsers load nothing from other hosts for these pages. Their scripts and styles are partly inline.
+PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:"}
+
+
 @router.get("/", include_in_schema=False)
 async def home() -> FileResponse:
-    return FileResponse(Path(__file__).parent / "static" / "index.html")
+    return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+
+
+@router.get("/favicon.ico", include_in_schema=False)
+@router.get("/favicon.svg", include_in_schema=False)
+async def favicon() -> FileResponse:
+    return FileResponse(STATIC / "favicon.svg")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """Returns Swagger UI, whose files come from the package fastapi-offline instead of the internet.
+
+    All addresses are relative, so that the page works below the prefix of a codec or of a proxy.
+    """
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=request.app.title,
+        swagger_css_url=f"docs/{DOCS_FILES[0]}",
+        swagger_js_url=f"docs/{DOCS_FILES[1]}",
+        swagger_favicon_url="favicon.svg",
+        swagger_ui_parameters={"validatorUrl": None},  # by default, it sends the page's address to a service
+    )
+    page.headers.update(PAGE_HEADERS)
+    return page
+
+
+@router.get("/docs/{name}", include_in_schema=False)
+async def docs_file(name: str) -> FileResponse:
+    if name not in DOCS_FILES:
+        raise HTTPException(404, "Not Found")
+    return FileResponse(str(files("fastapi_offline") / "static" / name))
 
 
 @router.post(

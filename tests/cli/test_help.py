@@ -48,6 +48,22 @@ def test_every_option_is_described(name: str) -> None:
         assert words(parameter.help) in printed  # rich's markup would drop what is in brackets
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_commands_have_one_style(name: str) -> None:
+    """Defaults stand after two spaces, as click writes them; arguments are in capitals."""
+    for parameter in COMMANDS[name].params:
+        assert not re.search(r"\S \[default", parameter.help or ""), parameter.name
+        if parameter.param_type_name == "argument":
+            assert parameter.metavar.isupper(), parameter.name
+
+
+def test_serve_says_all_defaults() -> None:
+    """Except those of switches, which are off, and of --serve-config, which is another thing to do."""
+    for parameter in COMMANDS["serve"].params:
+        if not parameter.is_flag and parameter.name not in ("serve_config", "help"):
+            assert "  [default: " in parameter.help, parameter.name
+
+
 def test_serve_says_the_defaults_of_the_settings() -> None:
     printed = help_of("serve")
     for name in ("port", "host", "engine", "device", "dtype", "tricks", "threads", "replicas", "max_queue_s"):

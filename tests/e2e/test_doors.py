@@ -6,10 +6,12 @@ import asyncio
 import http.client
 import io
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 import pytest
@@ -153,8 +155,40 @@ def test_picture_lying_on_its_side_is_put_upright(url: str) -> None:
 
 def test_pages_for_people(url: str) -> None:
     assert b"/v1/reconstruct" in send(url, "GET", "/openapi.json").body
-    assert b"swagger" in send(url, "GET", "/docs").body.lower()
+    assert b"SwaggerUIBundle" in send(url, "GET", "/docs").body
     assert b"v1/reconstruct" in send(url, "GET", "/").body
+    assert send(url, "GET", "/favicon.ico").headers["content-type"] == "image/svg+xml"
+
+
+class Links(HTMLParser):
+    """Collects all addresses in a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_need_no_other_host(url: str, path: str) -> None:
+    """All that a page loads comes from the service, and the browser is told to load nothing else."""
+    page = send(url, "GET", path)
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    text = page.body.decode()
+    assert not re.findall(r"https?://", text)
+    links = Links(text).found
+    assert {"/": "docs", "/docs": "docs/swagger-ui-bundle.js"}[path] in links
+    for link in links:
+        reply = send(url, "GET", urljoin(path, link))
+        assert reply.status == 200, link
+        assert reply.body, link
+    if path == "/docs":
+        assert 'validatorUrl": null' in text
+        assert b"SwaggerUIBundle" in send(url, "GET", "/docs/swagger-ui-bundle.js").body
+        assert send(url, "GET", "/docs/redoc.standalone.js").status == 404
 
 
 def test_what_the_service_refuses_reaches_the_caller_as_the_right_error(client: Client, url: str) -> None:

@@ -140,9 +140,11 @@ def test_what_is_open_without_a_key(serve_app: Callable[..., str], file: Path) -
         (m.upper(), path.replace("{codec}", "identity")) for path, methods in described.items() for m in methods
     }
     routes |= {("GET", path) for path in ("/", "/docs", "/openapi.json", "/redoc", "/docs/oauth2-redirect")}
+    routes |= {("GET", path) for path in ("/favicon.ico", "/favicon.svg", "/docs/swagger-ui.css")}
     statuses = {path: send(url, method, path).status for method, path in routes}
     assert {path for path, status in statuses.items() if status == 200} == {
         "/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready",
+        "/favicon.ico", "/favicon.svg", "/docs/swagger-ui.css",
     }  # fmt: skip
     assert {path for path, status in statuses.items() if status == 404} == {"/redoc", "/docs/oauth2-redirect"}
     assert set(statuses.values()) == {200, 401, 404}
