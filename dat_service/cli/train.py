@@ -108,11 +108,14 @@ def train_codec(
         trainer = Trainer(config, bars.show)
         bars.close()
         print_left_out(trainer.left_out.rows)
+        left_out = trainer.left_out.total
         if trainer.log.dropped:
             log(f"{trainer.log.path}: removing {trainer.log.dropped} lines after step {trainer.step}")
         if trainer.step:
             log(f"continuing from step {trainer.step} of {steps}")
         finished = trainer.run()
+    if trainer.left_out.total > left_out:  # more pictures than the pool holds are read during the run
+        print_left_out(trainer.left_out.rows)
     if not finished:
         log(f"stopped at step {trainer.step}; run the same command to continue")
         raise typer.Exit(INTERRUPTED)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dat_client.dataset_format.left_out import LeftOut
 from dat_workers.errors import InvalidInput
 from dat_workers.images.crops import UNUSABLE, PictureReader, centre_crops
 from dat_workers.images.encoded import encode_png
@@ -78,6 +79,18 @@ def test_pictures_that_are_not_usable_are_errors_or_left_out(tmp_path: Path) -> 
     (tmp_path / "b.png").unlink()
     with pytest.raises(InvalidInput, match="pictures that are usable"):
         centre_crops(tmp_path, 8, skip=True)
+
+
+def test_what_is_left_out_is_known_before_a_shard_is_read_to_its_end(tmp_path: Path) -> None:
+    for name, content in {"a.png": b"no picture", "b.png": png(1), "c.png": png(2)}.items():
+        (tmp_path / name).write_bytes(content)
+    reader = PictureReader(tmp_path, skip=True)
+    stream = iter(reader)
+    next(stream)
+    assert [(reason, count) for reason, count, _ in reader.left_out.rows] == [(UNUSABLE, 1)]
+    left_out = LeftOut()
+    assert centre_crops(tmp_path, 8, limit=1, skip=True, left_out=left_out)[:, 0, 0, 0].tolist() == [1]
+    assert left_out.total == 1
 
 
 def test_a_damaged_shard_is_refused_by_name(tmp_path: Path) -> None:

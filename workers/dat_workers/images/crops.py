@@ -30,24 +30,20 @@ class PictureReader:
 
     Each pass yields (name, picture uint8 [3,H,W]). Sources are found when the reader is created, which raises as
     `find` does. A picture that is not usable raises InvalidInput; if `skip` is set, it is left out. `left_out` has
-    everything that was left out in the passes so far; later passes add nothing new, because they read the same.
+    everything that was left out so far; later passes add nothing, because they read the same.
     """
 
     def __init__(self, sources: Paths, *, skip: bool = False, upright: bool = False) -> None:
         self.source = find(sources, labelled=False, skip=skip)
         self.skip, self.upright = skip, upright
         self.left_out = LeftOut(self.source.left_out)
-        self._counted: set[int] = set()  # the positions of shards that were read once
+        self._counted: set[int] = set()  # the positions of shards whose reading has begun once
 
     def __iter__(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
         for number, shard in enumerate(self.source.shards):
-            counted = LeftOut()
-            try:
-                yield from self._pictures(shard, counted)
-            finally:  # the caller may want no more pictures
-                if number not in self._counted:
-                    self._counted.add(number)
-                    self.left_out.update(counted.rows)
+            first_time = number not in self._counted
+            self._counted.add(number)
+            yield from self._pictures(shard, self.left_out if first_time else LeftOut())
 
     def _pictures(self, shard: Shard, left_out: LeftOut) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
         reader = ShardReader(shard)
@@ -74,8 +70,9 @@ class PictureReader:
                     yield f"{shard.address}, sample {sample.key}", picture
         except DamagedShard as error:
             unusable(error.key, str(error))
-        for reason, count, names in reader.left_out.rows:
-            left_out.update([(reason, count, tuple(f"{shard.address}: {name}" for name in names))])
+        finally:  # the caller may want no more pictures
+            for reason, count, names in reader.left_out.rows:
+                left_out.update([(reason, count, tuple(f"{shard.address}: {name}" for name in names))])
 
 
 def centre_crops(
