@@ -13,7 +13,8 @@ or the time to launch them if that is longer. The assumptions are:
 - A bias is a kernel of its own (read and write), and so is a residual sum (two reads, one write).
 - PyTorch's GroupNorm reads twice and writes once, sigmoid reads and writes, and the product reads twice and writes.
   On channels_last tensors GroupNorm first copies to NCHW, and the next convolution copies back.
-- The fused norm reads twice and writes once, swish included.
+- The fused norm reads twice and writes once, swish included, and so is the bias of the convolution before it, where
+  that convolution is the first of a residual block.
 - A folded upsample has 4/9 of the FLOP, never writes the enlarged tensor, and interleaves four phases (a copy).
 - Plain attention moves its matrix six times (product, scale, softmax, product); SDPA never writes it.
 - Plain distances are fp32, written once and read once. Fused ones never leave the chip.
@@ -163,7 +164,8 @@ def _of_module(name: str, module: nn.Module, tricks: Collection[str], how: Arith
     """Returns the cost of a module without its children; None if it does not compute anything itself."""
     if isinstance(module, nn.Conv2d):
         folded = name.endswith("upsample.conv") and "folded_upsample" in tricks
-        return lambda x, y: _convolution(module, x, y, "channels_last" in tricks, how, folded)
+        bias = not (name.endswith(".conv1") and "fused_norm" in tricks)
+        return lambda x, y: _convolution(module, x, y, "channels_last" in tricks, how, folded, bias)
     if isinstance(module, nn.GroupNorm):
         swish = ".attn" not in name
         return lambda x, y: _norm(x, swish, "channels_last" in tricks, "fused_norm" in tricks, how)
@@ -177,12 +179,12 @@ def _of_module(name: str, module: nn.Module, tricks: Collection[str], how: Arith
 
 
 def _convolution(
-    conv: nn.Conv2d, x: Tensor, y: Tensor, channels_last: bool, how: Arithmetic, folded: bool
+    conv: nn.Conv2d, x: Tensor, y: Tensor, channels_last: bool, how: Arithmetic, folded: bool, bias: bool
 ) -> list[Kernel]:
     size = how.bytes
     flop = 2.0 * y.numel() * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
     read = x.numel()
-    found = [Kernel(0, size * 2 * y.numel())]  # the bias
+    found = [Kernel(0, size * 2 * y.numel())] if bias else []
     if folded:  # x is the enlarged tensor, which no longer exists
         flop, read = flop * 4 / 9, read // 4
         found.append(Kernel(0, size * 2 * y.numel()))

@@ -48,6 +48,19 @@ def test_norm_swish(given: torch.dtype, wanted: torch.dtype, swish: bool) -> Non
     torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[wanted], rtol=TOLERANCE[wanted])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (48, 40)])
+def test_norm_of_what_is_shifted(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """The bias of the convolution before the norm, larger than the spread, and different within a group."""
+    x, weight, bias = norm_inputs((2, 96, *size), dtype, 0.5)
+    shift = torch.linspace(-20, 30, 96).to(DEVICE)
+    y = kernels.norm_swish(x, weight, bias, shift, eps=1e-6, swish=True, dtype=dtype)
+    expected = norm_reference(x.float() + shift[:, None, None], weight, bias, True)
+    torch.testing.assert_close(
+        y.double(), expected, atol=max(1e-5, TOLERANCE[dtype]), rtol=max(1e-5, TOLERANCE[dtype])
+    )
+
+
 @pytest.mark.parametrize(
     ("channels", "height", "width"),
     [(32, 1, 1), (32, 3, 5), (96, 7, 9), (128, 33, 31), (256, 17, 1), (512, 9, 11), (1024, 2, 3), (32, 113, 301)],

@@ -42,18 +42,20 @@ def test_norm_compiles(dtype: str, arch: int) -> None:
     # The interpreter divides exactly. "/" becomes div.full, which is off by up to 2 units in the last place.
     check_resources(moments, arch)
     assert (moments.count("div.rn.f32"), moments.count("div.full")) == (3, 0)
-    vectors = dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr"), "*fp32")
+    vectors = dict.fromkeys(("weight_ptr", "bias_ptr", "shift_ptr", "mean_ptr", "rstd_ptr"), "*fp32")
     pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", **vectors}
-    constants = {"GROUP_SIZE": 8, "SWISH": True, **tile}
-    check_resources(compiled(kernels._normalise, pointers, constants, arch=arch), arch)
+    for shifted in (False, True):
+        constants = {"GROUP_SIZE": 8, "SWISH": True, "SHIFTED": shifted, **tile}
+        check_resources(compiled(kernels._normalise, pointers, constants, arch=arch), arch)
 
 
 @each_arch
 def test_merge_compiles(arch: int) -> None:
     from dat_workers.engines.torch import kernels
 
-    pointers = dict.fromkeys(("mean_ptr", "m2_ptr", "group_mean_ptr", "group_rstd_ptr"), "*fp32")
-    constants = {"GROUP_SIZE": 16, "BLOCK_PARTS": kernels.MOST_PARTS, "BLOCK_G": 16}
+    names = ("mean_ptr", "m2_ptr", "shift_ptr", "group_mean_ptr", "group_rstd_ptr")
+    pointers = dict.fromkeys(names, "*fp32")
+    constants = {"GROUP_SIZE": 16, "SHIFTED": True, "BLOCK_PARTS": kernels.MOST_PARTS, "BLOCK_G": 16}
     for one in ({}, {"pixels": 1, "parts": 1}):  # Triton takes an argument of 1 for a constant
         merge = compiled(kernels._merge, pointers, constants | one, arch=arch, floats=("eps",))
         check_resources(merge, arch)
@@ -67,7 +69,7 @@ def test_nearest_compiles_to_fused_multiply_adds(d: int, arch: int) -> None:
     from dat_workers.engines.torch import kernels
 
     pointers = {"z_ptr": "*fp32", "codebook_ptr": "*fp32", "norms_ptr": "*fp32", "out_ptr": "*i64"}
-    blocks = kernels.NEAREST_BLOCKS
+    blocks = kernels.nearest_blocks(d)
     nearest = compiled(kernels._nearest, pointers, {"D": d, **blocks}, arch=arch)
     check_resources(nearest, arch)
     threads = 4 * 32

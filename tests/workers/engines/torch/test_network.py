@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dat_workers.codecs.networks.vqgan import VQGAN, Upsample
+from dat_workers.codecs.networks.vqgan import VQGAN, ResnetBlock, Upsample
 from dat_workers.codecs.registry import REGISTRY
 from dat_workers.codecs.spec import CodecSpec
 from dat_workers.codecs.store import load_model
@@ -62,6 +62,25 @@ def test_tiny_f8_by_every_trick(tricks: str, photographs: np.ndarray) -> None:
     # another order of additions moves a token in a thousand (ARCHITECTURE.md); these two keep the order
     assert agreement.token_agreement >= (1 if tricks in ("none", "fused_codebook") else 0.998)
     assert agreement.largest_difference < 1e-4
+
+
+def test_the_fused_norm_takes_the_bias_of_the_convolution_before_it() -> None:
+    torch.manual_seed(0)
+    model = VQGAN(TOY).double()
+    blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, ResnetBlock)]
+    for _, block in blocks:
+        torch.nn.init.uniform_(block.conv1.bias, -5, 5)
+    fast = build(model, "fp32", Tricks(fused_norm=True))
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    for name, block in blocks:
+        moved = fast.get_submodule(name)
+        assert moved.conv1.bias is None
+        assert torch.equal(moved.norm2.shift, block.conv1.bias.float())
+        assert moved.norm1.shift is None
+        assert moved.conv2.bias is not None
+    torch.testing.assert_close(fast.latents(x).double(), model.latents(x.double()), rtol=1e-3, atol=1e-4)
+    half = build(model.float(), "bf16", Tricks(fused_norm=True))  # the bias is not rounded to 8 bits
+    assert torch.equal(half.decoder.mid.block_1.norm2.shift, model.decoder.mid.block_1.conv1.bias)
 
 
 @pytest.mark.parametrize("name", ["vqgan-openimages-f8-16384", "vqgan-imagenet-f16-1024"])

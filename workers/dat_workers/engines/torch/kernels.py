@@ -18,7 +18,6 @@ from torch import Tensor
 GROUPS = 32  # groups of every GroupNorm in these networks
 TILE = 4096  # elements per program: 32 per thread
 MOST_PARTS = 256  # limit of the parts of an image; the moments of each part are computed and then merged
-NEAREST_BLOCKS = {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128}  # tl.dot needs sides of 16 or more
 # Triton 3.10 no longer fuses a·b + c by default, and 3.9 warns of this change. With an explicit setting every
 # version gives the same bits.
 FUSION = {"enable_fp_fusion": False}
@@ -61,10 +60,13 @@ def _moments(x_ptr, mean_ptr, m2_ptr, pixels, channels, rows, BLOCK_P: tl.conste
 
 @triton.jit
 def _merge(
-    mean_ptr, m2_ptr, group_mean_ptr, group_rstd_ptr, pixels, channels, rows, parts, eps,
-    GROUP_SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
+    mean_ptr, m2_ptr, shift_ptr, group_mean_ptr, group_rstd_ptr, pixels, channels, rows, parts, eps,
+    GROUP_SIZE: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Merges the moments of parts and channels into mean and 1/sqrt(variance + eps) of one group of one image."""
+    """Merges the moments of parts and channels into mean and 1/sqrt(variance + eps) of one group of one image.
+
+    A shift of a channel moves its mean and leaves the sum of its squared deviations as it is.
+    """
     image = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     part = tl.arange(0, BLOCK_PARTS)
@@ -76,6 +78,9 @@ def _merge(
     n = tl.minimum(tl.maximum(pixels - part * rows, 0), rows).to(tl.float32)[:, None]
     total = pixels * GROUP_SIZE * 1.0  # not .to(), because Triton specialises pixels = 1 to a Python int
     origin = tl.load(mean_ptr + image * parts * channels + group * GROUP_SIZE)  # a value close to all the means
+    if SHIFTED:
+        means += tl.load(shift_ptr + group * GROUP_SIZE + j, mask=j < GROUP_SIZE, other=0.0)[None, :]
+        origin += tl.load(shift_ptr + group * GROUP_SIZE)
     shifted = tl.where(mask, means - origin, 0.0)
     shift = tl.div_rn(tl.sum(tl.sum(n * shifted, 1), 0), total)
     deviation = tl.where(mask, shifted - shift, 0.0)
@@ -87,10 +92,11 @@ def _merge(
 
 @triton.jit
 def _normalise(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, pixels, channels, groups,
-    GROUP_SIZE: tl.constexpr, SWISH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, pixels, channels, groups,
+    GROUP_SIZE: tl.constexpr, SWISH: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Computes (x - mean)·rstd·weight + bias and then swish, in fp32 with one rounding; this is the second pass."""
+    """Computes (x + shift - mean)·rstd·weight + bias, then swish, in fp32 with one rounding; the second pass."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -103,17 +109,29 @@ def _normalise(
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SHIFTED:
+        x += tl.load(shift_ptr + c, mask=inside, other=0.0)[None, :]
     y = (x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
     if SWISH:
         y = y * tl.sigmoid(y)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_swish(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, swish: bool, dtype: torch.dtype) -> Tensor:
-    """Applies GroupNorm over 32 groups, then x·sigmoid(x) if `swish` is set; returns [N,C,H,W] of `dtype` in NHWC.
+def norm_swish(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None = None,
+    *,
+    eps: float,
+    swish: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Applies GroupNorm over 32 groups to x + shift, then x·sigmoid(x) if `swish` is set.
 
     x: fp16, bf16 or fp32 [N,C,H,W], with C a multiple of 32; if it is not in NHWC order, it is copied first.
-    weight, bias: fp32 [C].
+    weight, bias: fp32 [C]. shift: fp32 [C], the bias of the convolution before the norm, or None. Returns [N,C,H,W]
+    of `dtype` in NHWC order.
     """
     n, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -128,14 +146,17 @@ def norm_swish(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, swish: bo
     columns = triton.cdiv(channels, block_c)
     blocks = {"BLOCK_P": block_p, "BLOCK_C": block_c, **FUSION}
     _moments[(parts, n, columns)](x, means, m2, pixels, channels, rows, **blocks)
-    size = channels // GROUPS
+    size, shifted = channels // GROUPS, shift is not None
+    shift = weight if shift is None else shift  # a pointer that is not read
     _merge[(n, GROUPS)](
-        means, m2, group_mean, group_rstd, pixels, channels, rows, parts, eps, GROUP_SIZE=size,
-        BLOCK_PARTS=triton.next_power_of_2(parts), BLOCK_G=triton.next_power_of_2(size), **FUSION,
+        means, m2, shift, group_mean, group_rstd, pixels, channels, rows, parts, eps,
+        GROUP_SIZE=size, SHIFTED=shifted, BLOCK_PARTS=triton.next_power_of_2(parts),
+        BLOCK_G=triton.next_power_of_2(size), **FUSION,
     )  # fmt: skip
     _normalise[(triton.cdiv(pixels, block_p), n, columns)](
-        x, y, weight, bias, group_mean, group_rstd, pixels, channels, GROUPS, GROUP_SIZE=size, SWISH=swish, **blocks
-    )
+        x, y, weight, bias, shift, group_mean, group_rstd, pixels, channels, GROUPS, GROUP_SIZE=size, SWISH=swish,
+        SHIFTED=shifted, **blocks,
+    )  # fmt: skip
     return y
 
 
@@ -173,6 +194,12 @@ def _nearest(
     tl.store(out_ptr + m, index.to(tl.int64), mask=m < vectors)
 
 
+def nearest_blocks(d: int) -> dict[str, int]:
+    """Returns the sizes of the blocks of the search for vectors of size d; they do not change the result."""
+    # tl.dot needs sides of 16 or more. With d of several blocks, 128 entries at a time spill registers on sm_89.
+    return {"BLOCK_D": 16, "BLOCK_M": 32, "BLOCK_K": 128 if d <= 16 else 64}
+
+
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
     """Returns the indices, int64 [M], of the vectors in codebook fp32 [K,d] nearest to latents fp32 [M,d] (Eq. 3).
 
@@ -182,7 +209,8 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
     latents, codebook = latents.contiguous(), codebook.contiguous()
     vectors, d = latents.shape
     out = torch.empty(vectors, dtype=torch.int64, device=latents.device)
-    grid = (triton.cdiv(vectors, NEAREST_BLOCKS["BLOCK_M"]),)
+    blocks = nearest_blocks(d)
+    grid = (triton.cdiv(vectors, blocks["BLOCK_M"]),)
     norms = codebook.square().sum(1)
-    _nearest[grid](latents, codebook, norms, out, vectors, len(codebook), D=d, **NEAREST_BLOCKS, **FUSION)
+    _nearest[grid](latents, codebook, norms, out, vectors, len(codebook), D=d, **blocks, **FUSION)
     return out

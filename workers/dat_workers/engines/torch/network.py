@@ -21,6 +21,7 @@ from dat_workers.codecs.networks.vqgan import (
     Codebook,
     Norm,
     NormSwish,
+    ResnetBlock,
     Upsample,
     swish,
 )
@@ -70,6 +71,11 @@ def build(model: VQGAN, precision: str, tricks: Tricks) -> VQGAN:
         return model
     network = copy.deepcopy(model)
     _convert(network, "", precision, tricks)
+    if tricks.fused_norm:
+        for name, block in model.named_modules():
+            if isinstance(block, ResnetBlock):
+                assert block.conv1.bias is not None
+                _move_bias(network.get_submodule(name), block.conv1.bias)
     if not needs_fp32("encoder", precision):
         # conv_in computes in fp32, but returns the dtype of the layers after it.
         first: nn.Module = network.encoder.conv_in
@@ -91,6 +97,17 @@ def _convert(module: nn.Module, prefix: str, precision: str, tricks: Tricks) -> 
             if isinstance(part, Convolution):
                 part.exact = exact and precision == "tf32"
         setattr(module, name, faster.requires_grad_(False).eval())
+
+
+def _move_bias(block: nn.Module, bias: Tensor) -> None:
+    """Moves the fp32 bias of a block's first convolution into the norm after it.
+
+    On CUDA, PyTorch adds the bias of a convolution in a pass of its own over its output.
+    """
+    convolution, norm = block.conv1, block.norm2
+    assert isinstance(convolution, Convolution)
+    assert isinstance(norm, FastNorm)
+    convolution.bias, norm.shift = None, nn.Parameter(bias.detach().float(), requires_grad=False)
 
 
 def _faster(layer: nn.Module, dtype: torch.dtype, tricks: Tricks) -> nn.Module | None:
@@ -148,13 +165,19 @@ class FastNorm(nn.Module):
             nn.Parameter(norm.bias.detach().float()),
         )
         self.eps, self.swish, self.dtype, self.fused = norm.eps, isinstance(norm, NormSwish), dtype, fused
+        self.shift: nn.Parameter | None = (
+            None  # fp32 [C], added to the input: the bias of the convolution before it
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and x.is_cuda:
             from dat_workers.engines.torch import kernels  # imported here because it needs Triton
 
-            return kernels.norm_swish(x, self.weight, self.bias, eps=self.eps, swish=self.swish, dtype=self.dtype)
-        h = F.group_norm(x.float().contiguous(), 32, self.weight, self.bias, self.eps)
+            return kernels.norm_swish(
+                x, self.weight, self.bias, self.shift, eps=self.eps, swish=self.swish, dtype=self.dtype
+            )
+        x = x.float() if self.shift is None else x.float() + self.shift[:, None, None]
+        h = F.group_norm(x.contiguous(), 32, self.weight, self.bias, self.eps)
         return (swish(h) if self.swish else h).to(self.dtype)
 
 

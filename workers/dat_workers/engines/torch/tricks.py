@@ -16,7 +16,7 @@ class Tricks:
     """
 
     channels_last: bool = False  # NHWC activations and weights, the order that tensor cores read
-    fused_norm: bool = False  # GroupNorm and swish in one kernel of two passes (kernels.py)
+    fused_norm: bool = False  # a bias, GroupNorm and swish in one kernel of two passes (kernels.py)
     folded_upsample: bool = False  # nearest x2 folded into the 3x3 convolution after it: 9 taps become 4
     sdpa: bool = False  # attention by scaled_dot_product_attention; q, k and v from one product
     fused_codebook: bool = False  # nearest codebook entry without distances in memory (kernels.py)
