@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,11 @@ def verify(
     }
     _print(facts, rows)
     for row in deciding:
-        typer.echo(f"{row.name}: {'FAIL: ' + row.shortfall if row.shortfall else 'PASS'}")
+        verdict = "TOO FEW TOKENS" if row.undecided else "FAIL"
+        typer.echo(f"{row.name}: {f'{verdict}: {row.shortfall}' if row.shortfall else 'PASS'}")
+        if row.undecided and row.agreement is not None:
+            more = math.ceil(len(images) * row.agreement.pictures_factor)
+            typer.echo(f"compare more pictures: name some after the codec, with --limit {more}")
     typer.echo(f"the fastest that passes: {best.name if best else 'none'}")
     if json_file is not None:
         table = {"rows": [row.to_dict() for row in rows], "fastest_that_passes": best.name if best else None}
@@ -146,12 +151,18 @@ def _print(facts: dict[str, Any], rows: list[Row]) -> None:
             _percentage(agreement.own_fidelity), f"{agreement.psnr_db:.1f}",
             f"{agreement.largest_difference:.1e}", str(agreement.non_finite),
             "–" if row.images_per_s is None else f"{row.images_per_s:.3g}",
-            ("default, " if row.default else "") + (f"falls short: {row.shortfall}" if row.shortfall else "passes"),
+            ("default, " if row.default else "") + _verdict(row),
         )  # fmt: skip
     print_table(table)
     for row in rows:
         if row.overflow:
             typer.echo(f"{row.name} overflows in {row.overflow}")
+
+
+def _verdict(row: Row) -> str:
+    if row.undecided:
+        return f"cannot be judged: {row.shortfall}"
+    return f"falls short: {row.shortfall}" if row.shortfall else "passes"
 
 
 def _percentage(value: float | None) -> str:

@@ -113,3 +113,18 @@ def test_command_takes_gradients_from_a_file(tmp_path: Path) -> None:
 )
 def test_command_refuses(arguments: list[str], says: str) -> None:
     assert says in run(*arguments, status=1).stderr
+
+
+def test_too_few_tokens_are_not_called_falling_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(
+        "cpu", "fp32", True, Agreement(127 / 128, 90.0, 1e-3, 0, False, 1.0, 1.0, tokens=128, changed=50), 1.0
+    )
+    monkeypatch.setattr("dat_workers.verify.survey.survey", lambda *a, **k: [row])
+    printed = run(status=1).stdout
+    assert (
+        "cpu fp32: TOO FEW TOKENS: token agreement 99.2188%, must be at least 99.99%: 128 tokens are too few"
+        in printed
+    )
+    assert "name some after the codec, with --limit 157" in printed  # 2 pictures had 128 tokens; it takes 10,000
+    assert "falls short" not in printed
+    assert "the fastest that passes: none" in printed

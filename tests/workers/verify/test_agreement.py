@@ -12,7 +12,9 @@ from torch import Tensor
 from dat_workers.codecs.store import load_model
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
+from dat_workers.errors import InvalidInput
 from dat_workers.verify.agreement import (
+    Agreement,
     compare_outputs,
     encode,
     jaccard,
@@ -78,3 +80,55 @@ def test_images_that_overflow_are_counted_one_by_one(images: Tensor) -> None:
     assert "2 images are not finite" in agreement.shortfall
     assert np.isnan(agreement.psnr_db)
     json.dumps(Row("overflowing", "fp16", False, agreement).to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("differing", "tokens", "half", "undecided", "text"),
+    [
+        (
+            1,
+            3136,
+            False,
+            True,
+            "token agreement 99.9681%, must be at least 99.99%: 3136 tokens are too few to judge it",
+        ),
+        (5, 3136, False, False, "token agreement 99.8406%, must be at least 99.99%"),
+        (2, 10_000, False, False, "token agreement 99.9800%, must be at least 99.99%"),
+        (
+            1,
+            128,
+            True,
+            True,
+            "token agreement 99.2188%, must be at least 99.50%: 128 tokens are too few to judge it",
+        ),
+        (64, 128, True, False, "token agreement 50.0000%, must be at least 99.50%"),
+        (0, 128, True, False, ""),
+    ],
+)
+def test_few_tokens_decide_only_what_they_can(
+    differing: int, tokens: int, half: bool, undecided: bool, text: str
+) -> None:
+    agreement = Agreement(1 - differing / tokens, 100.0, 0.0, 0, half, tokens=tokens)
+    assert agreement.undecided == undecided
+    assert agreement.shortfall.startswith(text)
+    if undecided:
+        needed = 200 if half else 10_000
+        assert agreement.shortfall.endswith(f"which takes {needed}")
+        assert agreement.pictures_factor == pytest.approx(needed / tokens)
+
+
+def test_fidelity_of_few_tokens_is_not_judged_either() -> None:
+    agreement = Agreement(1.0, 100.0, 0.0, 0, False, fidelity=0.9, tokens=20_000, changed=10)
+    assert agreement.undecided
+    assert "10 tokens are too few to judge it, which takes 20" in agreement.shortfall
+    assert not Agreement(1.0, 100.0, 0.0, 0, False, fidelity=0.5, tokens=20_000, changed=10).undecided
+    assert not Agreement(1.0, 20.0, 0.0, 0, False, fidelity=0.9, tokens=20_000, changed=10).undecided
+
+
+def test_a_step_that_changes_nothing_gives_no_fidelity(images: Tensor) -> None:
+    reference = create(EngineConfig("reference", device="cpu"), load_model("tiny-f8"))
+    expected = reference_outputs(reference, images, lambda q: torch.zeros_like(q))
+    agreement = compare_outputs(reference, expected)
+    assert (agreement.fidelity, agreement.own_fidelity, agreement.changed) == (None, None, 0)
+    with pytest.raises(InvalidInput, match="0 images"):
+        reference_outputs(reference, images[:0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from dat_workers.codecs.networks.vqgan import VQGAN
 from dat_workers.engines.base import Engine, rows_at_once
 from dat_workers.engines.config import EngineConfig
 from dat_workers.engines.factory import create
+from dat_workers.errors import InvalidInput
 from dat_workers.perturbation import PRESETS, perturb
 
 MIN_AGREEMENT = 0.9999  # in fp32, where a different order of additions sometimes decides a near-tie differently
@@ -25,6 +27,7 @@ MIN_HALF_PSNR_DB = 40.0  # in any precision below fp32: an error of about one gr
 
 STEP = PRESETS["easyrobust"]  # α = 0.1, l2, from Q(x): the smallest δ in use, 2.6e-4 a pixel at 224²
 STAND_IN_CLASSIFIER = "untrained convolutional classifier, seed 0 (a stand-in for a trained one)"
+MIN_CHANCE = 0.01  # a result of few tokens that is less probable than this, for an engine at its limit, misses it
 NO_TOKEN = -1  # stands for each token of an image whose encoding overflowed, and never equals a token
 
 
@@ -39,22 +42,70 @@ class Agreement:
     half: bool  # whether the engine is less precise than fp32
     fidelity: float | None = None  # see `changed_tokens`; both engines step from the reference's Q(x)
     own_fidelity: float | None = None  # the same, but each engine steps from its own Q(x)
+    tokens: int | None = None  # how many tokens were compared
+    changed: int | None = None  # how many tokens δ changes in either engine, of which fidelity is a share
 
     @property
     def shortfall(self) -> str:
         """The values that miss the limits of this precision, each with its limit; empty if none does."""
-        min_agreement = MIN_HALF_AGREEMENT if self.half else MIN_AGREEMENT
+        return "; ".join([*self._misses, *self._unjudged])
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing surely misses its limit, but too few tokens were compared to say that it is kept."""
+        return bool(self._unjudged) and not self._misses
+
+    @property
+    def pictures_factor(self) -> float:
+        """How many times as many pictures would have tokens enough for every limit that was not judged; or 1."""
+        return max([1.0, *(needed / count for _, _, count, needed in self._shares if count and count < needed)])
+
+    @property
+    def _shares(self) -> list[tuple[str, float, int | None, int]]:
+        """The text of each share that misses its limit, the chance of it, its tokens, and how many it takes."""
+        limits = [("token agreement", self.token_agreement, self.min_agreement, self.tokens)]
+        if self.fidelity is not None:
+            limits.append(("fidelity", self.fidelity, MIN_FIDELITY, self.changed))
+        return [
+            (f"{name} {share:.4%}, must be at least {limit:.2%}", _chance(share, limit, count), count,
+             round(1 / (1 - limit)))
+            for name, share, limit, count in limits
+            if not share >= limit
+        ]  # fmt: skip
+
+    @property
+    def min_agreement(self) -> float:
+        """The limit of the token agreement in this precision."""
+        return MIN_HALF_AGREEMENT if self.half else MIN_AGREEMENT
+
+    @property
+    def _misses(self) -> list[str]:
         min_psnr_db = MIN_HALF_PSNR_DB if self.half else MIN_PSNR_DB
-        misses = []
-        if self.non_finite:
-            misses.append(f"{self.non_finite} images are not finite")
-        if not self.token_agreement >= min_agreement:
-            misses.append(f"token agreement {self.token_agreement:.4%}, must be at least {min_agreement:.2%}")
-        if self.fidelity is not None and not self.fidelity >= MIN_FIDELITY:
-            misses.append(f"fidelity {self.fidelity:.2%}, must be at least {MIN_FIDELITY:.0%}")
+        misses = [f"{self.non_finite} images are not finite"] if self.non_finite else []
+        misses += [text for text, chance, _, _ in self._shares if chance <= MIN_CHANCE]
         if not self.psnr_db >= min_psnr_db:
             misses.append(f"PSNR {self.psnr_db:.1f} dB, must be at least {min_psnr_db:g}")
-        return "; ".join(misses)
+        return misses
+
+    @property
+    def _unjudged(self) -> list[str]:
+        return [
+            f"{text}: {count} tokens are too few to judge it, which takes {needed}"
+            for text, chance, count, needed in self._shares
+            if chance > MIN_CHANCE
+        ]
+
+
+def _chance(share: float, limit: float, count: int | None) -> float:
+    """Returns how probable at most this share of `count` equal tokens is if each is equal with probability `limit`.
+
+    It is 0 where the share decides by itself: if `count` is unknown, or if the limit allows a token to differ.
+    """
+    if count is None or not math.isfinite(share) or count >= round(1 / (1 - limit)):
+        return 0.0
+    differing = round((1 - share) * count)
+    fewer = (math.comb(count, k) * (1 - limit) ** k * limit ** (count - k) for k in range(min(differing, 50)))
+    return max(0.0, 1 - sum(fewer))
 
 
 @dataclass(frozen=True)
@@ -94,9 +145,11 @@ def reference_outputs(
     """Computes the reference's outputs for fp32 images [N,3,H,W] in 0..1, H and W multiples of f.
 
     `gradients` returns the loss's gradient at Q(x): fp32 [N,3,H,W] to the same shape (`stand_in_gradients`).
-    Without it fidelity is not measured.
+    Without it fidelity is not measured. Raises InvalidInput if there are no images.
     """
     x = torch.as_tensor(images)
+    if not len(x):
+        raise InvalidInput("images", "0 images", "at least 1, since nothing follows from none")
     indices = encode(reference, x)
     outputs = ReferenceOutputs(x, indices, decode(reference, indices, x[0, 0].numel()))
     if gradients is None:
@@ -114,9 +167,11 @@ def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:
     difference = (decoded - expected.reconstructions)[finite]
     mse = float(difference.double().square().mean()) if len(difference) else float("nan")
     lost = (indices == NO_TOKEN).flatten(1).any(1) | ~finite
-    fidelity = own_fidelity = None
+    fidelity = own_fidelity = changed = None
     if expected.gradients is not None and expected.changed is not None:
-        fidelity = jaccard(changed_tokens(engine, expected.base, expected.gradients), expected.changed)
+        by_engine = changed_tokens(engine, expected.base, expected.gradients)
+        changed = int((by_engine | expected.changed).sum())
+        fidelity = jaccard(by_engine, expected.changed) if changed else None
         own_base = expected.base if lost.any() else decode(engine, indices, pixels).nan_to_num().clamp(0, 1)
         own_fidelity = jaccard(changed_tokens(engine, own_base, expected.gradients), expected.changed)
     return Agreement(
@@ -126,7 +181,9 @@ def compare_outputs(engine: Engine, expected: ReferenceOutputs) -> Agreement:
         non_finite=int(lost.sum()),
         half=engine.dtype != "fp32",
         fidelity=fidelity,
-        own_fidelity=own_fidelity,
+        own_fidelity=own_fidelity if changed else None,
+        tokens=indices.numel(),
+        changed=changed,
     )
 
 

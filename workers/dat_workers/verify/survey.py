@@ -49,9 +49,14 @@ class Row:
         """The limits that the engine misses, or the reason why it did not run; empty if it passes."""
         return self.agreement.shortfall if self.agreement else self.error or "not run"
 
+    @property
+    def undecided(self) -> bool:
+        """Whether too few tokens were compared to say that the engine passes or that it does not."""
+        return self.agreement is not None and self.agreement.undecided
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the row as plain JSON types, with None in place of NaN, which JSON does not have."""
-        values = asdict(self) | {"shortfall": self.shortfall}
+        values = asdict(self) | {"shortfall": self.shortfall, "undecided": self.undecided}
         if self.agreement:
             values["agreement"] = {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
