@@ -263,7 +263,7 @@ def test_step_parameters_do_not_belong_to_decoding(codec: Client) -> None:
 def test_identity_shows_the_step_itself() -> None:
     images = np.full((1, 3, 4, 4), 0.5, np.float32)
     with app_in_thread(codec="identity") as url, Client(url, "identity") as client:
-        q = client.discretize(images, np.full_like(images, 2.0), alpha=0.1)
+        q = client.discretize(images, np.full_like(images, 2.0), preset="paper", alpha=0.1)
     assert q.adversarial is not None
     assert np.allclose(q.adversarial, 0.7)
     assert q.tokens_changed is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ def to_numpy(value: Any, field: str) -> tuple[npt.NDArray[Any], Kind]:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         hint = "join the list with np.stack or torch.stack" if isinstance(value, list | tuple) else None
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, str | os.PathLike):
+            hint = "pass the bytes of the files: [pathlib.Path(path).read_bytes() for path in paths]"
         raise invalid(field, "a numpy array or a torch tensor", found=type(value).__name__, hint=hint)
     try:
         return value.detach().cpu().numpy(), Kind(torch, value.device)

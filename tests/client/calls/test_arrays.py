@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,8 @@ def test_the_borders_of_0_1_are_inside(dtype):
         (np.zeros((4, 4), np.uint8), "shape"),
         ([np.zeros((3, 4, 4), np.uint8)], "np.stack"),
         ([], "np.stack"),
+        ("cat.jpg", r"pass the bytes of the files: .*read_bytes\(\) for path in paths"),
+        ([Path("cat.jpg")], r"pass the bytes of the files"),
         ("text", "str"),
         (None, "NoneType"),
         (PNG, r"\[picture\]"),
