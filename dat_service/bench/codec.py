@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dat_client.dataset_format.left_out import LeftOut
 from dat_client.wire.tensors import Array
 from dat_service.bench.timing import Timing, groups_with_baseline, ratio, time_in_turns
 from dat_workers.codecs.store import CodecStore, load_model
@@ -82,7 +83,10 @@ def measure(
     gets a line of text before each step. Raises CodecError for an unknown codec, InvalidInput for unreadable
     pictures, and RuntimeError if scikit-image is needed but not installed.
     """
-    crops = sample_crops(pictures, size, min(batch, PHOTOGRAPHS))
+    left_out = LeftOut()
+    crops = sample_crops(pictures, size, min(batch, PHOTOGRAPHS), left_out=left_out)
+    for line in left_out.lines():
+        report(line)
     images = np.resize(crops, (batch, *crops.shape[1:]))
     file = CodecStore().load(codec)
     names = {f"{engine} {dtype}": EngineConfig(engine, device, dtype) for engine, dtype in pairs}

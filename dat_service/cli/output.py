@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dat_client.dataset_format.left_out import Row
+from dat_client.dataset_format.left_out import LeftOut, Row
 from dat_workers.errors import InvalidInput
 from dat_workers.system.files import write_atomically
 from dat_workers.system.text import duration as duration
@@ -59,10 +59,8 @@ def print_table(table: Table) -> None:
 
 def print_left_out(rows: Iterable[Row]) -> None:
     """Prints to stderr how many names were left out for each reason, and the first 20 of these names."""
-    for reason, count, names in rows:
-        shown = "".join(f"\n  {name}" for name in names)
-        more = f"\n  ... and {count - len(names)} more" if count > len(names) else ""
-        log(f"left out: {count}, since {reason}:{shown}{more}")
+    for line in LeftOut(rows).lines():
+        log(line)
 
 
 @contextmanager

@@ -40,6 +40,14 @@ class LeftOut:
         """One row for each reason, in the order in which the reasons first occurred."""
         return tuple((reason, count, names) for reason, (count, names) in self._rows.items())
 
+    def lines(self) -> list[str]:
+        """Returns one text for each reason, with the number of names and the first of them, one a line."""
+        texts = []
+        for reason, count, names in self.rows:
+            more = [f"... and {count - len(names)} more"] if count > len(names) else []
+            texts.append("\n  ".join([f"left out: {count}, since {reason}:", *names, *more]))
+        return texts
+
     @property
     def total(self) -> int:
         """The number of names that were left out."""

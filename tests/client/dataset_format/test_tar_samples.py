@@ -217,3 +217,6 @@ def test_what_belongs_to_no_sample_is_counted_by_reason(tmp_path: Path) -> None:
         many.add(".gif files are not read", str(number))
     assert many.rows == ((".gif files are not read", 50, tuple(map(str, range(20)))),)
     assert many.total == 50
+    (text,) = many.lines()
+    assert text.splitlines()[:2] == ["left out: 50, since .gif files are not read:", "  0"]
+    assert text.splitlines()[20:] == ["  19", "  ... and 30 more"]
