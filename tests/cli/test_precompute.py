@@ -137,9 +137,9 @@ def test_progress_says_what_it_counts(tmp_path: Path) -> None:
 
 def test_what_is_lacking_and_what_is_made_again_is_said(tmp_path: Path) -> None:
     source, dst = write_shards(tmp_path / "src", 2), tmp_path / "dst"
-    write_tar(source / "z.tar", [(b"caf\xe9.png".decode("utf-8", "surrogateescape"), b"")])
+    write_tar(source / "z.tar", [(b"cafe\xe9.png".decode("utf-8", "surrogateescape"), b"")])
     options = ("--codec", "identity", "--on-error", "skip", "--keep", "cls")
-    assert "z.tar, caf\\udce9: " in run(source, dst, *options)
+    assert "z.tar, cafe\\udce9: " in run(source, dst, *options)
     write_tar(source / "train-000001.tar", [*sample_files(7), ("8.png", encoded(picture(8)))])
     (dst / "manifest" / "train-000000.tar.json").write_text("{")
     out = run(source, dst, *options)

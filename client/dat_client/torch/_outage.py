@@ -74,7 +74,7 @@ class Outages:
         return answer
 
     def result(self, future: Future[T]) -> T:
-        """Returns or raises what `future.result()` does, and warns each minute that there is no answer yet."""
+        """Returns or raises what `future.result()` does, and warns each minute while the answer is missing."""
         begun_s = time.monotonic()
         while True:
             try:

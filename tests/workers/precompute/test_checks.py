@@ -188,7 +188,7 @@ def test_what_was_skipped_is_passed_over_in_the_source(tmp_path: Path, name: str
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
-    folder = tmp_path / "src" / b"caf\xe9".decode("utf-8", "surrogateescape")
+    folder = tmp_path / "src" / b"cafe\xe9".decode("utf-8", "surrogateescape")
     folder.mkdir(parents=True)
     name = b"\xff.png".decode("utf-8", "surrogateescape")
     for other in (name, "2.png"):
