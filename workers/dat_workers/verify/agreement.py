@@ -57,7 +57,7 @@ class Agreement:
 
     @property
     def pictures_factor(self) -> float:
-        """Returns the factor by which the pictures must grow to judge every limit that was not judged; at least 1."""
+        """Returns how many times as many pictures would let every limit be judged; 1 if all were judged."""
         return max([1.0, *(needed / count for _, _, count, needed in self._shares if count and count < needed)])
 
     @property
