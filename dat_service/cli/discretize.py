@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import FAILED, command_errors
-from dat_service.cli.output import log, print_left_out
+from dat_service.cli.output import log, print_left_out, printable
 
 if TYPE_CHECKING:
     from dat_client.dataset_format.tar_samples import Sample
@@ -81,7 +81,7 @@ def discretize(
                 failed += 1
                 continue
             _write(out / targets[path], {name: array[0] for name, array in q.items()}, orientation)
-            typer.echo(str(out / targets[path]))
+            typer.echo(printable(str(out / targets[path])))
             written += 1
     print_left_out(source.left_out)
     if failed and (not skip or not written):

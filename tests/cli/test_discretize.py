@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_x_and_q_are_turned_alike_by_a_viewer(tmp_path: Path, upright: bool) -> 
         assert q.getexif().get(0x0112) == (None if upright else 6)
         seen_by_viewer = [np.asarray(ImageOps.exif_transpose(picture)) for picture in (x, q)]
     assert np.array_equal(*seen_by_viewer)
+
+
+def test_names_that_are_not_utf8_are_written_and_printed(tmp_path: Path) -> None:
+    pictures = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    pictures.mkdir()
+    for name in ("a.png", os.fsdecode(b"\xff.png")):
+        (pictures / name).write_bytes(encoded(crop("coffee", 40, 50), "PNG"))
+    done = dat_discretize(pictures, "--out", tmp_path / "out", "--codec", "identity")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"{tmp_path}/out/a.png", f"{tmp_path}/out/\\udcff.png"]
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == [b"a.png", b"\xff.png"]

@@ -83,18 +83,18 @@ class Originals:
 
     def _picture_in_folder(self, origin: str, key: str) -> bytes:
         folder, _, last = key.rpartition("/")
-        url = f"{origin}/{folder}".rstrip("/")
-        names = _pictures_of(url).get(last, [])
+        fs, root = url_to_fs(origin)
+        path = f"{root}/{folder}".rstrip("/")  # joined here: "::" in an address would have a meaning
+        names = _pictures_of(fs, path).get(last, [])
         if not names:
             raise InvalidDataset(f"source: sample {key} is not in {origin}")
         if len(names) - 1 > self.skipped.get(key, 0):
             raise InvalidDataset(
-                f"source: {len(names)} files of {url} have the key {key}, and {self.skipped.get(key, 0)} of them "
+                f"source: {len(names)} files of {path} have the key {key}, and {self.skipped.get(key, 0)} of them "
                 "are listed as skipped in the manifest, so it is not known which one Q(x) was made from: rename or "
                 "remove what was added, or let dat precompute finish"
             )
-        fs, path = url_to_fs(f"{url}/{names[0]}")
-        content: bytes = fs.cat_file(path)
+        content: bytes = fs.cat_file(f"{path}/{names[0]}")
         return content
 
 
@@ -141,9 +141,8 @@ def _picture_in_shard(origin: str, samples: Iterator[Sample], shard: str, key: s
 
 
 @lru_cache(maxsize=1)  # keys come folder by folder, and one folder may hold the pictures of many shards
-def _pictures_of(url: str) -> dict[str, list[str]]:
+def _pictures_of(fs: Any, path: str) -> dict[str, list[str]]:
     """Returns the file names of the pictures in a folder, grouped by the last part of their key and sorted."""
-    fs, path = url_to_fs(url)
     found: dict[str, list[str]] = {}
     for info in fs.ls(path, detail=True):
         name = posixpath.basename(info["name"])

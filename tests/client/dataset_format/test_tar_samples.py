@@ -117,6 +117,19 @@ def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) 
     both = tmp_path / "both.tar"
     both.write_bytes(whole.read_bytes() * 2)
     assert "something after the end" in str(read_damaged(both)[1])
+    both.write_bytes(gzip.compress(whole.read_bytes()) * 2)  # tarfile would stop after the first
+    assert "something after the end" in str(read_damaged(both)[1])
+
+
+def test_gzip_members_are_read_to_the_last_and_their_checksums_compared(tmp_path: Path) -> None:
+    whole = (write_shards(tmp_path, 1, 3) / "train-000000.tar").read_bytes()
+    packed = tmp_path / "packed.tar.gz"
+    packed.write_bytes(gzip.compress(whole[:1000]) + gzip.compress(whole[1000:]))
+    assert [sample.fields["cls"] for sample in read(packed)] == [b"0", b"1", b"2"]
+    content = bytearray(gzip.compress(whole, 0))  # stored, so that a label can be changed in its place
+    content[content.index(b"0001.cls") + 512] = ord("7")
+    packed.write_bytes(content)
+    assert "CRC check failed" in str(read_damaged(packed)[1])
 
 
 def test_a_field_beyond_the_limit_is_a_problem_of_its_sample(

@@ -214,3 +214,30 @@ def test_damaged_manifest_entries_are_made_again_and_reported(tmp_path: Path) ->
     assert summary.remade[0][1].startswith("its manifest entry cannot be read: ")
     assert summary.remade[1][1] == "it is not there, but its manifest entry is"
     assert run(source, dst).remade == ()
+
+
+def test_what_cannot_be_read_only_now_is_listed_though_its_shard_was_made_before(tmp_path: Path) -> None:
+    source, dst = tmp_path / "src", tmp_path / "dst"
+    for i, name in enumerate(("a/0.png", "b/1.png")):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_bytes(encoded(picture(i)))
+    assert run(source, dst, pictures_a_shard=1, skip=True).skipped == 0
+    (source / "b" / "1.png").rename(source / "a" / "1.png")  # class b is empty now
+    summary = run(source, dst, pictures_a_shard=1, skip=True)
+    assert (summary.samples, summary.skipped_first) == (
+        2,
+        (("000000.tar", "b/", "a class folder without pictures"),),
+    )
+    assert summary.remade[0][1] == "its manifest entry does not list all that cannot be read in its source now"
+    assert run(source, dst, pictures_a_shard=1, skip=True).shards_kept == 2
+
+
+def test_manifests_of_unusable_pictures_do_not_differ_from_run_to_run(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "0.png").write_bytes(encoded(picture(0)))
+    (tmp_path / "src" / "1.png").write_bytes(b"no picture")
+    for dst in ("one", "two"):
+        assert run(tmp_path / "src", tmp_path / dst, skip=True).skipped == 1
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    (entry,) = (tmp_path / "one" / "manifest").iterdir()
+    assert "its first bytes are those of none of these formats" in entry.read_text()

@@ -16,7 +16,7 @@ from dat_client import Client, InvalidDataset
 from dat_client.webdataset import load
 from dat_client.webdataset.originals import _pictures_of
 from dat_workers.engines.config import EngineConfig
-from dat_workers.precompute import precompute
+from dat_workers.precompute import SampleFailed, precompute
 from tests.workers.precompute.shards import as_array, encoded, picture, sample_files, write_shards, write_tar
 
 ONE_THREAD = EngineConfig(threads=1)
@@ -160,3 +160,30 @@ def test_sources_that_are_links_of_a_hubs_cache_are_found_again(tmp_path: Path) 
         for number, (x, q, _) in enumerate(found):
             assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))
             assert np.array_equal(q.numpy(), x.numpy())
+
+
+def test_pictures_whose_names_mean_something_in_addresses(tmp_path: Path) -> None:
+    names = ("b::c/a::b.png", "p%20q/{0..1}.png", "z#1/x#2?[3].png")
+    for number, name in enumerate(names):
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encoded(picture(number)))
+    precompute(tmp_path / "src", tmp_path / "dst", codec="identity", picture="png")
+    found = items(tmp_path / "dst", source=tmp_path / "src")
+    assert [label for _, _, label in found] == [0, 1, 2]
+    for number, (x, q, _) in enumerate(found):
+        assert np.array_equal(x.numpy(), as_array(encoded(picture(number))))
+        assert np.array_equal(q.numpy(), x.numpy())
+
+
+def test_a_class_that_readers_of_shards_pass_over_is_not_written(tmp_path: Path) -> None:
+    for number, name in enumerate(("__cat__/0.png", "dog/__1__.png")):
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encoded(picture(number)))
+    with pytest.raises(SampleFailed, match=r"sample __cat__/0: readers of shards pass over names such as __cat__/"):
+        precompute(tmp_path / "src", tmp_path / "dst", codec="identity", picture="png")
+    summary = precompute(tmp_path / "src", tmp_path / "dst", codec="identity", picture="png", skip=True)
+    assert (summary.samples, [key for _, key, _ in summary.skipped_first]) == (1, ["__cat__/0"])
+    ((x, q, label),) = items(tmp_path / "dst", source=tmp_path / "src")
+    assert (torch.equal(x, q), label) == (True, 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dat_client.dataset_format import pictures
 from dat_workers.errors import InvalidInput, TooLarge
@@ -45,7 +45,10 @@ def open_picture(
     except Image.DecompressionBombError as error:  # Pillow's own limit, above MAX_PIXELS
         raise TooLarge(field, f"{len(data)} bytes ({error})", f"at most {max_pixels} pixels") from error
     except Exception as error:  # Pillow's decoders raise many types of exception for damaged files
-        reason = f"{len(data)} bytes ({type(error).__name__}: {error})"
+        fault = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # it has an address in memory, so every run would differ
+            fault = "its first bytes are those of none of these formats"
+        reason = f"{len(data)} bytes ({fault})"
         *others, last = (FORMAT_NAMES.get(name, name) for name in formats)
         raise InvalidInput(field, reason, f"a whole {', '.join(others)} or {last} picture") from error
 

@@ -211,6 +211,8 @@ class OutputFolder:
                 return f"its source had {source_bytes} bytes and has {shard.nbytes} now"
             if not unchanged:
                 return "its pictures have other names now"
+        if not set(shard.problems) <= set(entry.skipped):
+            return "its manifest entry does not list all that cannot be read in its source now"
         path = self.at(shard.name)
         try:
             nbytes = self.fs.size(path)

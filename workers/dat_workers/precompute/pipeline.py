@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, picture_field, view_prefix
+from dat_client.dataset_format.naming import INDICES_FIELD, VIEWS_FIELD, key_and_field, picture_field, view_prefix
 from dat_client.dataset_format.pictures import orientation, turned_upright
 from dat_client.dataset_format.tar_samples import Sample
 from dat_client.wire.tensors import Array
@@ -89,6 +89,9 @@ class SamplePipeline:
         """Decodes a sample's picture and submits each view of it to the codec."""
         if sample.problem:
             raise ValueError(sample.problem)
+        if key_and_field(f"{sample.key}.{INDICES_FIELD}") is None:
+            folder = sample.key.split("/")[0]
+            raise ValueError(f"readers of shards pass over names such as {folder}/...: give it another name")
         name = picture_field(sample.fields)
         picture = open_picture(sample.fields[name], field=name, max_pixels=MAX_PIXELS, formats=DATA_FORMATS)
         original: tuple[str, bytes] | None = name.rpartition(".")[2], sample.fields[name]
