@@ -50,6 +50,7 @@ class CodecWorker:
             watchdog_s=settings.watchdog_s,
             on_batch=self.metrics.batch,
         )
+        self.admitted = 0  # requests from `admit` until their response has been sent; their bodies may still arrive
         self._stopped = False
         self._threads = ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side")
 
@@ -101,9 +102,7 @@ class CodecWorker:
         Raises Full if the holder's share has no room for a slot and the bytes now, TooLarge if `nbytes` exceeds the
         whole capacity, and Unhealthy if the codec cannot compute now.
         """
-        if not self.ready:
-            why = "the service is shutting down" if self._stopped else "the codec is not loaded"
-            raise Unhealthy(self.why_unhealthy or why)
+        self.check_ready()
         if nbytes > self.bytes.capacity:
             raise too_many_bytes(nbytes, self.bytes.capacity)
         with self.lock:
@@ -112,6 +111,12 @@ class CodecWorker:
             if not self.bytes.fits(holder, nbytes):
                 raise self.full_of_bytes(nbytes)
         return Reservation(self, holder)
+
+    def check_ready(self) -> None:
+        """Raises Unhealthy, with the reason, if the codec cannot compute now."""
+        if not self.ready:
+            why = "the service is shutting down" if self._stopped else "the codec is not loaded"
+            raise Unhealthy(self.why_unhealthy or why)
 
     def full_of_requests(self) -> Full:
         """Returns the error for a request that gets no slot."""
@@ -167,10 +172,17 @@ class Reservation:
         self.worker, self.holder = worker, holder
         self.nbytes, self.slots = 0, 0
         self.open = True
+        with worker.lock:
+            worker.admitted += 1
 
     def take_slot(self) -> None:
-        """Takes a slot, once. Raises Full if the holder's share has no free slot now."""
+        """Takes a slot, once.
+
+        Raises Full if the holder's share has no free slot now, and Unhealthy if the codec was stopped or failed
+        while the body arrived.
+        """
         with self.worker.lock:
+            self.worker.check_ready()
             if self.open and not self.slots:
                 if not self.worker.slots.take(self.holder, 1):
                     raise self.worker.full_of_requests()
@@ -199,6 +211,7 @@ class Reservation:
         with self.worker.lock:
             if self.open:
                 self.open = False
+                self.worker.admitted -= 1
                 self.worker.bytes.give(self.holder, self.nbytes)
                 self.worker.slots.give(self.holder, self.slots)
 

@@ -89,6 +89,14 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
         raise MalformedBody(
             "compressed bodies are not supported", "Content-Encoding", shown(encoding), "must be absent"
         )
+    transfer = ", ".join(request.headers.getlist("transfer-encoding")).lower()
+    if transfer not in (
+        "",
+        "chunked",
+    ):  # the HTTP parser ignores other codings, and so takes packed bytes for the body
+        raise MalformedBody(
+            "compressed bodies are not supported", "Transfer-Encoding", shown(transfer), "must be chunked or absent"
+        )
     length = request.headers.get("content-length")
     if length is None:
         return None

@@ -60,7 +60,7 @@ class LocalServer(uvicorn.Server):
         old, self._app = self._app, self._load()
         worker: CodecWorker = old.state.worker
         deadline = time.monotonic() + self._settings.max_queue_s + STOP_S
-        while worker.held and time.monotonic() < deadline:
+        while worker.admitted and time.monotonic() < deadline:
             time.sleep(0.05)
         asyncio.run(_stop(old))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -52,6 +55,23 @@ def test_local_service_loads_its_codec_again(tmp_path: Path) -> None:
             assert np.array_equal(client.discretize(images).reconstruction, answers[-1].reconstruction)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_a_body_that_arrives_during_an_update_is_answered() -> None:
+    entry = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 1, 1], "data": [1, 2, 3]}
+    body = json.dumps({"inputs": [entry]}).encode()
+    head = f"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with dat_serve("--codec", "identity", "--local") as (url, process):
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as connection:
+            connection.sendall(head + body[:10])
+            time.sleep(0.5)
+            process.send_signal(signal.SIGHUP)
+            time.sleep(2)
+            connection.sendall(body[10:])
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert (response.status, json.loads(response.read())["outputs"][0]["data"]) == (200, [1, 2, 3])
 
 
 def test_local_service_survives_hangups_in_every_phase() -> None:

@@ -300,6 +300,14 @@ def test_compressed_body(identity: str) -> None:
     refused(reply, 400, "Content-Encoding", "gzip", "absent")
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", "deflate,chunked"])
+def test_body_whose_transfer_is_compressed(identity: str, coding: str) -> None:
+    reply = send(
+        identity, "POST", "/v2/models/identity/infer", b"1\r\nx\r\n0\r\n\r\n", {"Transfer-Encoding": coding}
+    )
+    refused(reply, 400, "Transfer-Encoding", coding, "must be chunked or absent")
+
+
 def test_json_deeper_than_any_tensor(identity: str) -> None:
     assert infer(identity, b'{"inputs":' + b"[" * 100_000, length=100_010).status == 400
 

@@ -87,3 +87,14 @@ def test_slots_and_bytes_of_a_worker() -> None:
 def test_a_request_and_its_answer_must_fit() -> None:
     with pytest.raises(SettingsError, match="max_held_bytes is 1000000"):
         make_settings(max_held_bytes=1_000_000)
+
+
+def test_a_body_that_arrives_after_the_codec_was_stopped_gets_503() -> None:
+    worker = CodecWorker(Settings(codec="identity"))
+    worker.load()
+    with worker.admit("a", 100) as reservation:
+        assert worker.admitted == 1
+        worker.stop()
+        with pytest.raises(Unhealthy, match="the service is shutting down"):
+            reservation.take_slot()
+    assert (worker.admitted, worker.held, worker.held_bytes) == (0, 0, 0)

@@ -7,7 +7,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from dat_client.errors import Unavailable
@@ -76,13 +76,9 @@ class Outages:
     def result(self, future: Future[T]) -> T:
         """Returns or raises what `future.result()` does, and warns each minute while the answer is missing."""
         begun_s = time.monotonic()
-        while True:
-            try:
-                return future.result(WARN_EVERY_S)
-            except TimeoutError:
-                if future.done():
-                    raise
+        while not wait([future], WARN_EVERY_S).done:
             self._warn(f"no answer for {time.monotonic() - begun_s:.0f} s; the call goes on until its timeout_s")
+        return future.result()
 
     def _warn(self, message: str) -> None:
         now_s = time.monotonic()

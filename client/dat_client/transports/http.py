@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from dat_client import errors, wire
 from dat_client.calls.answers import MOST_JSON_BYTES, most_reply_bytes, read_response
 from dat_client.calls.core import Call, Exchange, new_id
-from dat_client.errors import DatError, ProtocolError, Unavailable, invalid, shown
+from dat_client.errors import DatError, ProtocolError, Unavailable, invalid, sentence, shown
 from dat_client.transports.base import Question
 from dat_client.transports.connections import Connections, Reply
 from dat_client.wire.headers import (
@@ -136,7 +136,7 @@ class HttpTransport:
         except ProtocolError as error:
             raise ProtocolError(f"{self.address(target)}: {error}") from error
         except (HTTPException, OSError) as error:
-            cause = f"{type(error).__name__}: {error}"
+            cause = sentence(f"{type(error).__name__}: {error}")
             raise Unavailable(f"{self.address(target)}: {cause}", cause=cause) from error
         refusal = error_of(reply, self.address(target))
         if refusal is not None:
@@ -160,7 +160,7 @@ def error_of(reply: Reply, url: str) -> DatError | None:
     if status == 200:
         return None
     if 300 <= status < 400:
-        location = reply.header("location") or "another address, which it does not name"
+        location = sentence(reply.header("location") or "another address, which it does not name")
         return errors.ProtocolError(f"{url}: {status}: the server redirects to {location}; use that address")
     if not 400 <= status < 600:
         problem = "no inference service answers with this status; check the URL, and the proxies on the way"
@@ -168,7 +168,7 @@ def error_of(reply: Reply, url: str) -> DatError | None:
     body = wire.decode_error(reply.body)
     if body is None:
         return _error_of_other_server(reply, url)
-    message = f"{url}: {status}: {body.error}"
+    message = f"{url}: {status}: {sentence(body.error)}"
     pause_s = retry_after_s(reply.header(RETRY_AFTER), time.time())
     if status == 429 or (status == 503 and pause_s is not None):
         return errors.Overloaded(message, cause=message, status=status, retry_after_s=pause_s)

@@ -32,7 +32,7 @@ def pause_s(attempt: int, error: Unavailable, jitter: Callable[[float, float], f
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if 1000 <= seconds < 1e12 else f"{seconds:.3g} s"
 
 
 def repeat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, NoReturn, TypeVar
 
 from dat_client.errors import WireError, sentence
@@ -33,8 +34,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object, and refuses a key that occurs twice: programs disagree about which of both counts."""
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in parsed if keys.count(key) > 1)
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         malformed("body: a key of the JSON occurs twice in one object", value=repeated)
     return parsed
 

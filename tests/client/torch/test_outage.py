@@ -126,6 +126,23 @@ def test_outage_s_0_ends_the_training_after_one_timeout(server, client) -> None:
     assert time.monotonic() - begun < 1
 
 
+def test_an_answer_that_arrives_just_after_the_time_of_a_warning_is_taken(monkeypatch) -> None:
+    class Late(Future[str]):
+        def result(self, timeout: float | None = None) -> str:
+            try:
+                return super().result(timeout)
+            except TimeoutError:
+                self.set_result("answer")
+                raise
+
+    monkeypatch.setattr(_outage, "WARN_EVERY_S", 0.05)
+    future = Late()
+    timer = threading.Timer(0.2, lambda: future.done() or future.set_result("answer"))
+    timer.start()
+    assert Outages(None, 1.0).result(future) == "answer"
+    timer.join()
+
+
 def test_a_long_call_is_reported_before_its_timeout(caplog, monkeypatch) -> None:
     monkeypatch.setattr(_outage, "WARN_EVERY_S", 0.1)
     future: Future[int] = Future()

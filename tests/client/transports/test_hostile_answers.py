@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError
+from dat_client import AsyncClient, Client, InvalidRequest, ProtocolError, Unavailable
 from dat_client.calls.picture_size import picture_pixels
 
 MOST_MEMORY = 12 << 20  # bytes; an honest answer may have 1 MiB beside its pictures
@@ -275,3 +275,19 @@ def test_an_endless_answer_to_a_question(client: Client, server, question: str, 
         getattr(client, question)()
     assert not client.ready()
     assert not client.live()
+
+
+LONG = {
+    "status line": (b"\0" * 30_000 + b"\r\n\r\n", Unavailable),
+    "redirect": (b"HTTP/1.1 302 A\r\nLocation: " + b"x" * 30_000 + b"\r\nContent-Length: 0\r\n\r\n", ProtocolError),
+    "error": (b'HTTP/1.1 422 A\r\nContent-Length: 30012\r\n\r\n{"error":"' + b"x" * 30_000 + b'"}', InvalidRequest),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_text_of_a_server_is_cut(server, images, name: str) -> None:
+    answer, kind = LONG[name]
+    server.raw = lambda stream, *_: stream.write(answer)
+    with Client(server.url, retries=0) as client, pytest.raises(kind) as caught:
+        client.discretize(images)
+    assert 100 < len(str(caught.value)) < 1500

@@ -89,3 +89,8 @@ def test_timeout_is_named_when_it_is_eaten():
 def test_closing_ends_the_repeats():
     with pytest.raises(Unavailable, match="closed"):
         Time(stop=True).run([Unavailable("a"), "good"])
+
+
+def test_an_absurd_retry_after_is_reported_in_few_digits():
+    with pytest.raises(Overloaded, match=r"the next attempt, in 1e\+300 s, would begin"):
+        Time().run([Overloaded("full", retry_after_s=1e300)])

@@ -296,6 +296,8 @@ def test_weights_that_are_no_vqgan(spec: CodecSpec, weights: dict[str, Tensor]) 
     with pytest.raises(CodecError, match=r"missing keys: decoder\.conv_out"):
         infer_spec(without("decoder.conv_out"), "x")
     odd = {**weights, "encoder.conv_in.weight": torch.zeros(20, 3, 3, 3)}
+    with pytest.raises(CodecError, match="not multiples of ch=0"):
+        infer_spec({**odd, "encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "x")
     with pytest.raises(CodecError, match="not multiples of ch=20"):
         infer_spec(odd, "x")
 

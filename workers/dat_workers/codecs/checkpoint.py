@@ -213,7 +213,7 @@ def infer_spec(tensors: dict[str, Tensor], name: str) -> CodecSpec:
         )
     ch = shapes["encoder.conv_in.weight"][0]
     widths = [blocks[i][0] for i in levels]
-    if any(width % ch for width in widths):
+    if not ch or any(width % ch for width in widths):
         raise CodecError(f"codec {name!r}: its levels have {widths} channels, which are not multiples of ch={ch}")
     resolution = max(256, 1 << (len(widths) - 1))
     codebook_size, latent_dim = shapes["quantize.embedding.weight"]
