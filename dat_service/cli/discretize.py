@@ -100,11 +100,15 @@ def _targets(source: Source, out: Path) -> dict[str, PurePosixPath]:
     for folder in source.folders:
         if out.resolve().is_relative_to(Path(_path(folder, "")).resolve()):
             raise InvalidInput("--out", out, f"a folder outside of the pictures in {_path(folder, '')}")
-    targets = {
-        _path(shard.address, name): PurePosixPath(name).with_suffix(".png")
+    pairs = [
+        (_path(shard.address, name), PurePosixPath(name).with_suffix(".png"))
         for shard in source.shards
         for name in shard.files
-    }
+    ]
+    targets = dict(pairs)
+    if len(targets) < len(pairs):
+        twice = Counter(path for path, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice} is named twice, perhaps by a folder and by itself; name each picture once")
     numbers = Counter(targets.values())
     repeated = [(path, target) for path, target in targets.items() if numbers[target] > 1]
     if repeated:

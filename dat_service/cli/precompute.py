@@ -157,6 +157,11 @@ def _print_summary(summary: Summary, dst: str) -> None:
         typer.echo(f"{summary.workers_lost} times a worker ended, and its shard was computed again")
     if summary.others:
         typer.echo(f"{summary.others} more shards in {dst}/manifest do not belong to this source")
+    if summary.removed:
+        names = ", ".join(summary.removed[:FIRST_REASONS]) + (
+            ", ..." if len(summary.removed) > FIRST_REASONS else ""
+        )
+        typer.echo(f"{len(summary.removed)} shards removed, since SRC fills fewer shards now: {names}")
     for name, number in summary.lacking:
         typer.echo(f"{number} of {summary.samples} samples have no field {name}, which --keep names")
     if summary.remade:

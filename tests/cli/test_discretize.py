@@ -131,3 +131,13 @@ def test_names_that_are_not_utf8_are_written_and_printed(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"{tmp_path}/out/a.png", f"{tmp_path}/out/\\udcff.png"]
     assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == [b"a.png", b"\xff.png"]
+
+
+def test_a_picture_in_a_folder_that_is_also_named_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    path = tmp_path / "src" / "a" / "1.png"
+    path.write_bytes(encoded(crop("coffee", 40, 50), "PNG"))
+    done = invoke(tmp_path / "src", path, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert f"{path} is named twice" in done.output
+    assert not (tmp_path / "out").exists()

@@ -232,6 +232,21 @@ def test_what_cannot_be_read_only_now_is_listed_though_its_shard_was_made_before
     assert run(source, dst, pictures_a_shard=1, skip=True).shards_kept == 2
 
 
+def test_shards_that_fewer_pictures_do_not_fill_are_removed(tmp_path: Path) -> None:
+    source, dst = tmp_path / "src", tmp_path / "dst"
+    for i in range(5):
+        (source / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
+        (source / f"c{i % 2}" / f"{i}.png").write_bytes(encoded(picture(i)))
+    run(source, dst, picture="png", pictures_a_shard=2)
+    (source / "c0" / "0.png").unlink()
+    summary = run(source, dst, picture="png", pictures_a_shard=2)
+    assert (summary.samples, summary.removed, summary.others) == (4, ("000002.tar",), 0)
+    run(source, tmp_path / "new", picture="png", pictures_a_shard=2)
+    assert contents(dst) == contents(tmp_path / "new")
+    assert [label for _, _, label in load(dst, source=source)] == [0, 0, 1, 1]  # each picture once
+    assert run(source, dst, picture="png", pictures_a_shard=2).removed == ()
+
+
 def test_manifests_of_unusable_pictures_do_not_differ_from_run_to_run(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "0.png").write_bytes(encoded(picture(0)))

@@ -53,7 +53,7 @@ class Summary:
     to the last, without loading the codec. others: shards in DST that do not come from this source. skipped_first:
     (shard, key, reason) of up to 20 skipped samples. lacking: (field, number of samples without it) of the fields
     that were to be kept. remade: (shard, reason) of shards that were there and were made again. left_out: files
-    that are not samples, such as hidden names.
+    that are not samples, such as hidden names. removed: shards of a folder of pictures that fills fewer shards now.
     """
 
     shards: int
@@ -70,6 +70,7 @@ class Summary:
     lacking: tuple[tuple[str, int], ...] = ()
     remade: tuple[tuple[str, str], ...] = ()
     left_out: tuple[Row, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 class NoSamples(ValueError):
@@ -211,7 +212,8 @@ class Job:
         if self.folder.shared or not self.folder.local:  # jobs that share the folder start with different shards
             random.Random(self.folder.job).shuffle(missing)
         self.began = time.monotonic()
-        if missing:
+        removed = self.folder.remove_left_behind(self.source.shards)
+        if missing or removed:
             self.folder.remove_file(SHEET)  # it shows shards that will be replaced
         self._make(deque(missing))
         progress = self.progress()
@@ -233,6 +235,7 @@ class Job:
             sum(entry.nbytes for entry in entries), progress.images, progress.seconds, self.workers_lost,
             self.recipe.fingerprint, len(self.folder.shard_names() - set(self.done)), tuple(skipped[:20]),
             tuple(sorted(lacking.items())), tuple(sorted(self.folder.remade.items())), left_out.rows,
+            removed,
         )  # fmt: skip
 
     def progress(self, phase: str = COMPUTING) -> JobProgress:

@@ -143,6 +143,23 @@ class OutputFolder:
                 self.remove_file(entry_path(entry.shard))  # first: a shard without an entry counts as missing
                 self.remove_file(entry.shard)
 
+    def remove_left_behind(self, shards: Sequence[Shard]) -> tuple[str, ...]:
+        """Removes the shards of the same folder of pictures that an earlier run made and that `shards` lacks.
+
+        The folder holds fewer pictures now, and those that it still holds are in `shards`. Returns the names.
+        """
+        names = self.shard_names() - {shard.name for shard in shards}
+        if not names or not shards[0].files:
+            return ()
+        source = real_address(shards[0].address)
+        removed = []
+        for entry in filter(None, map(self.entry, sorted(names))):
+            if real_address(entry.source[0].rpartition("#")[0]) == source:
+                self.remove_file(entry_path(entry.shard))  # first: a shard without an entry is not read
+                self.remove_file(entry.shard)
+                removed.append(entry.shard)
+        return tuple(removed)
+
     def recipe(self) -> Recipe | None:
         """Returns the recipe of the folder, or None if there is none. Raises OtherRecipe if it cannot be read."""
         try:
