@@ -226,3 +226,19 @@ def test_float64_is_rounded_to_float32(tmp_path: Path, spec: CodecSpec, weights:
     assert read.converted == ("quant_conv.bias",)
     assert read.conversion == "1 float64 weight was rounded to float32, such as quant_conv.bias"
     assert load_published(tmp_path / "x.ckpt", spec)["quant_conv.bias"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_pickle_that_claims_memory_is_refused(tmp_path: Path, old_format: bool) -> None:
+    """Torch's weights-only unpickler would fill a GiB with zeros for these few bytes."""
+    path = tmp_path / "claim.ckpt"
+    claim = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (1 << 30).to_bytes(5, "little") + b"\x85R."
+    if old_format:
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(pickle.dumps({}, 2), claim))
+    else:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", claim)
+            file.writestr("archive/version", "3")
+    with pytest.raises(CodecError, match=r"names builtins\.bytearray, which no published codec needs"):
+        read_checkpoint(path)

@@ -104,6 +104,15 @@ def unpickle(path: Path, where: str) -> object:
     """
     if kind := _other_kind(path):
         raise CodecError(f"{where} is not a checkpoint that can be read: it is {kind}")
+    try:
+        has_bytearray = _names_bytearray(path)
+    except (zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: a member is encrypted
+        raise CodecError(f"{where} is not a checkpoint that can be read: {error}") from error
+    if has_bytearray:
+        raise CodecError(
+            f"{where} was refused: its pickle names builtins.bytearray, which no published codec needs, and with "
+            "which a few bytes of it can claim any amount of memory. Nothing in it was run"
+        )
     with safe_globals(_STAND_INS):
         try:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_can_map(path))
@@ -174,11 +183,35 @@ def _foreign_globals(path: Path) -> set[str]:
     with contextlib.suppress(Exception):
         return set(get_unsafe_globals_in_checkpoint(path))
     # torch's own function for this reads neither its older format nor pickle protocols other than 2.
-    names: set[str] = set()
-    with contextlib.suppress(Exception), path.open("rb") as stream:  # names found before the damage are returned
-        for _ in range(5):  # the older format is five pickles: magic number, version, system, object, keys
-            _collect_globals(stream, names)
+    with path.open("rb") as stream:
+        names = _named_globals(stream, 5)
     return {name for name in names if name not in ALLOWED and not _TORCHS_OWN.match(name)}
+
+
+def _names_bytearray(path: Path) -> bool:
+    """Returns True if a pickle names bytearray, which torch's weights-only unpickler calls with any number."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as stream:
+            return "builtins.bytearray" in _named_globals(stream, 5)
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if PurePosixPath(name).name == "data.pkl":
+                with archive.open(name) as member:
+                    if "builtins.bytearray" in _named_globals(member, 1):
+                        return True
+    return False
+
+
+def _named_globals(stream: IO[bytes], pickles: int) -> set[str]:
+    """Returns the names in the pickles of a stream, up to the first damage.
+
+    torch's older format is five pickles: magic number, version, system, object and keys.
+    """
+    names: set[str] = set()
+    with contextlib.suppress(Exception):
+        for _ in range(pickles):
+            _collect_globals(stream, names)
+    return names
 
 
 def _collect_globals(stream: IO[bytes], names: set[str]) -> None:
