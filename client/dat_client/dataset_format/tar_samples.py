@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 import posixpath
@@ -21,7 +22,6 @@ from dat_client.dataset_format.naming import key_and_field, member_reason
 # tarfile copies the rest of its buffer at every read: reading 2,000 samples of 20 kB takes 0.12 s with a buffer of
 # 32 KiB (webdataset is as fast) and 0.45 s with one of 1 MiB.
 READ_BYTES = 1 << 15
-GZIP_SIGNATURE = b"\x1f\x8b"
 MAX_FIELD_BYTES = 1 << 30
 HELD_BYTES = 32 << 20  # of files that were read, in case that a link to one of them follows
 NOT_HELD = (
@@ -109,7 +109,7 @@ def _members(file: Readable, left_out: LeftOut) -> Iterator[tuple[str, bytes, st
     """Yields name, content and problem of each file and link; if there is a problem, the content is empty."""
     open_tar: Any = tarfile.open
     held = _Held()
-    with open_tar(fileobj=_gunzipped(file), mode="r|*", bufsize=READ_BYTES, tarinfo=_StrictHeader) as tar:
+    with open_tar(fileobj=_unpacked(file), mode="r|*", bufsize=READ_BYTES, tarinfo=_StrictHeader) as tar:
         for member in tar:
             if member.isfile():
                 content = tar.extractfile(member).read() if member.size <= MAX_FIELD_BYTES else None
@@ -144,14 +144,19 @@ class _Rest:
         return data
 
 
-def _gunzipped(file: Readable) -> Readable:
-    """Returns a file to read, unpacked if it is packed by gzip.
+def _unpacked(file: Readable) -> Readable:
+    """Returns a file to read, unpacked if it is packed by gzip, bzip2 or xz.
 
-    tarfile itself would stop at the end of the first of several gzip members, and would not compare checksums.
+    tarfile itself would stop at the end of the first of several packed parts, and would not compare gzip's
+    checksums.
     """
     beginning = file.read(READ_BYTES)
-    rest = _Rest(beginning, file)
-    return gzip.GzipFile(fileobj=cast(IO[bytes], rest)) if beginning.startswith(GZIP_SIGNATURE) else rest
+    rest = cast(IO[bytes], _Rest(beginning, file))
+    if beginning.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=rest)
+    if beginning.startswith(b"BZh"):
+        return bz2.BZ2File(rest)
+    return lzma.LZMAFile(rest) if beginning.startswith(b"\xfd7zXZ\0") else rest
 
 
 class _Held:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import pickle
 import subprocess
 import tarfile
@@ -117,8 +119,11 @@ def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) 
     both = tmp_path / "both.tar"
     both.write_bytes(whole.read_bytes() * 2)
     assert "something after the end" in str(read_damaged(both)[1])
-    both.write_bytes(gzip.compress(whole.read_bytes()) * 2)  # tarfile would stop after the first
-    assert "something after the end" in str(read_damaged(both)[1])
+    for module in (gzip, bz2, lzma):  # packed, tarfile would stop after the first
+        both.write_bytes(module.compress(whole.read_bytes()) * 2)
+        assert "something after the end" in str(read_damaged(both)[1])
+        both.write_bytes(module.compress(whole.read_bytes())[:-4])
+        assert "ended before the end-of-stream marker" in str(read_damaged(both)[1])
 
 
 def test_gzip_members_are_read_to_the_last_and_their_checksums_compared(tmp_path: Path) -> None:
