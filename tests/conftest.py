@@ -49,6 +49,7 @@ def _logs_as_before() -> Iterator[None]:
     for logger, (handlers, level) in zip(loggers, before, strict=True):
         logger.handlers[:] = handlers
         logger.setLevel(level)
+        logger.propagate = True  # else pytest gives the logger a handler of its own in the next test
 
 
 @pytest.fixture(scope="session")

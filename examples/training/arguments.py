@@ -35,6 +35,13 @@ def example_parser(
     service.add_argument(
         "--timeout-s", type=_positive, default=60.0, metavar="S", help="limit of a request in seconds (default 60)"
     )
+    service.add_argument(
+        "--outage-s",
+        type=_not_negative,
+        default=1800.0,
+        metavar="S",
+        help="how long to wait for a service that is away, in seconds (default 1800)",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data", nargs="+", metavar="PATH", help="see above (default: photographs of scikit-image)")
     data.add_argument("--classes", type=_count, metavar="N", help="number of labels in shards")
@@ -128,6 +135,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
     return value
 
 

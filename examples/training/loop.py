@@ -107,6 +107,7 @@ def train(training: Training, options: Namespace, client: Client) -> Progress:
         precomputed=training.precomputed,
         mix=training.mix,
         device=device,
+        outage_s=options.outage_s,
         preset=options.preset,
         alpha=options.alpha,
     )

@@ -119,7 +119,20 @@ def test_killed_service_ends_it_readably(example: str) -> None:
     name, *flags = EXAMPLES[example]
     with (
         running_service("--codec", "tiny-f8", "--local", env=os.environ | SHARING) as service,
-        begun(name, *flags, "--url", service.url, "--steps", 1000, "--batch-size", 4, "--timeout-s", 5) as process,
+        begun(
+            name,
+            *flags,
+            "--url",
+            service.url,
+            "--steps",
+            1000,
+            "--batch-size",
+            4,
+            "--timeout-s",
+            5,
+            "--outage-s",
+            0,
+        ) as process,
     ):
         os.killpg(service.pid, signal.SIGKILL)
         killed = time.monotonic()

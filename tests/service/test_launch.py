@@ -29,7 +29,8 @@ def test_a_service_answers_while_the_block_runs() -> None:
     with running_service("--codec", "identity", "--local") as service:
         with Client(service.url, "identity") as client:
             assert client.ready()
-        assert service.lines[0].startswith("ready after")
+        assert service.lines[0] == "loading identity ...\n"
+        assert service.lines[1].startswith("ready after")
     assert service.process.returncode == 0
     assert service.lines[-1] == "stopped\n"
 

@@ -16,7 +16,7 @@ class LeftOut:
     >>> left_out = LeftOut()
     >>> left_out.add(".gif files are not read", "cat/1.gif")
     >>> left_out.rows
-    ((".gif files are not read", 1, ("cat/1.gif",)),)
+    (('.gif files are not read', 1, ('cat/1.gif',)),)
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:

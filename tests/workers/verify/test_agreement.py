@@ -59,7 +59,7 @@ def test_stand_in_gradients_are_the_same_every_time(images: Tensor) -> None:
 class Overflowing:
     """An engine whose encoder overflows on the image that begins with a white pixel, and whose pictures are NaN."""
 
-    name, device, dtype, batch = "overflowing", torch.device("cpu"), "fp16", 4
+    name, device, dtype, batch, most_rows = "overflowing", torch.device("cpu"), "fp16", 4, 0
 
     def encode(self, images: Tensor) -> Tensor:
         return torch.zeros(len(images), 8, 8, dtype=torch.int64) - (images[:, 0, 0, 0] == 1).int()[:, None, None]

@@ -33,9 +33,11 @@ def pick_device(device: str) -> torch.device:
 def check_config(config: EngineConfig) -> str:
     """Returns the name of the engine that the configuration stands for, without loading a codec.
 
-    Raises ValueError for a device that does not exist and for settings that exclude each other.
+    Raises ValueError for a device that does not exist and for settings that exclude each other. The devices of the
+    engine `onnx` are those of ONNX Runtime; they are checked when it is created.
     """
-    name, dtype, device = config.engine, config.dtype, pick_device(config.device)
+    name, dtype = config.engine, config.dtype
+    device = pick_device("cpu" if name == "onnx" else config.device)
     if name == "auto":
         simple = dtype in ("auto", "fp32") and config.tricks in ("auto", "none")
         name = "cpu" if device.type == "cpu" and simple else "torch"

@@ -165,9 +165,8 @@ class FastNorm(nn.Module):
             nn.Parameter(norm.bias.detach().float()),
         )
         self.eps, self.swish, self.dtype, self.fused = norm.eps, isinstance(norm, NormSwish), dtype, fused
-        self.shift: nn.Parameter | None = (
-            None  # fp32 [C], added to the input: the bias of the convolution before it
-        )
+        # fp32 [C], added to the input: the bias of the convolution before it
+        self.shift: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and x.is_cuda:
@@ -176,8 +175,9 @@ class FastNorm(nn.Module):
             return kernels.norm_swish(
                 x, self.weight, self.bias, self.shift, eps=self.eps, swish=self.swish, dtype=self.dtype
             )
-        x = x.float() if self.shift is None else x.float() + self.shift[:, None, None]
-        h = F.group_norm(x.contiguous(), 32, self.weight, self.bias, self.eps)
+        h = x.float() if self.shift is None else x.float() + self.shift[:, None, None]
+        h = h.contiguous()  # of the copies in fp32, only the last one stays in memory
+        h = F.group_norm(h, 32, self.weight, self.bias, self.eps)
         return (swish(h) if self.swish else h).to(self.dtype)
 
 
