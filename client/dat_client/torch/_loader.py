@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -195,7 +196,7 @@ class AdversarialLoader:
             elif is_empty(pending.sent):
                 pending.reconstruction = pending.sent
             else:
-                pending.submit = lambda: self.client.submit(pending.sent, **self._attack.answer_options)
+                pending.submit = partial(self.client.submit, pending.sent, **self._attack.answer_options)
                 pending.future = pending.submit()
         return True
 
@@ -218,7 +219,7 @@ class AdversarialLoader:
             request, batch.loss = self._attack.request(
                 batch.reconstruction, lambda x_hat: self.loss_fn(x_hat, *batch.rest)
             )
-            batch.submit = lambda: self.client.submit(batch.sent, **request)
+            batch.submit = partial(self.client.submit, batch.sent, **request)
             batch.future = batch.submit()
 
     def _finish(self, batch: _PendingBatch) -> AdversarialBatch:
@@ -262,7 +263,9 @@ class _PendingBatch:
     sent: Tensor = field(init=False)
     reconstruction: Any = field(init=False)
     rest: tuple[Any, ...] = field(init=False)
-    submit: Callable[[], Future[Discretized]] = field(init=False)  # sends the request, also again
+    # Sends the request, also again. It does not refer to this object: in a cycle of references the batch would stay
+    # in memory, which may be that of a GPU, until the garbage collector finds it.
+    submit: Callable[[], Future[Discretized]] = field(init=False)
     future: Future[Discretized] | None = None  # of Q(x), then of Q(x + δ)
     attacked: bool = False  # True also for a batch that `mix` leaves without an attack
     loss: Tensor | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dat_client import Client, Discretized, InvalidRequest, Unavailable
 from dat_client.torch import AdversarialBatch, AdversarialLoader, adversarial
+from dat_client.torch._loader import _PendingBatch
 
 
 class HeldBackClient:
@@ -184,6 +186,22 @@ def test_waiting_requests_are_cancelled() -> None:
     loader.close()
     pending = [future for name, _, future in client.asked if name == "adversarial"][1:]
     assert any(future.cancelled() for future in pending)
+
+
+def test_a_batch_is_freed_without_the_garbage_collector() -> None:
+    """In a cycle of references a batch would hold memory of the GPU until the collector comes to it."""
+    received = 0
+    gc.collect()
+    gc.disable()
+    try:
+        for batch in AdversarialLoader(numbered(6), HeldBackClient(), attack, model=[], depth=1):
+            received += 1
+            del batch
+        kept = [thing for thing in gc.get_objects() if type(thing) is _PendingBatch]
+    finally:
+        gc.enable()
+    assert received == 6
+    assert not kept
 
 
 def test_precomputed_reconstructions_are_not_asked_for() -> None:
