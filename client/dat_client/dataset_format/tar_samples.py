@@ -155,8 +155,20 @@ def _unpacked(file: Readable) -> Readable:
     if beginning.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=rest)
     if beginning.startswith(b"BZh"):
-        return bz2.BZ2File(rest)
+        return _Bzip2(rest)
     return lzma.LZMAFile(rest) if beginning.startswith(b"\xfd7zXZ\0") else rest
+
+
+class _Bzip2(bz2.BZ2File):
+    """Raises EOFError, as for a cut file, where bzip2 data are damaged: the plain class raises an OSError."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            if error.errno is None and str(error) == "Invalid data stream":  # else the file cannot be read
+                raise EOFError(f"bzip2: {error}") from error
+            raise
 
 
 class _Held:

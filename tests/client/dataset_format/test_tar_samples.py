@@ -126,6 +126,15 @@ def test_two_archives_one_after_the_other_are_not_taken_for_one(tmp_path: Path) 
         assert "ended before the end-of-stream marker" in str(read_damaged(both)[1])
 
 
+@pytest.mark.parametrize("at", [5, -3])  # the mark of the first block, and the checksum of the whole
+def test_a_damaged_stream_of_bzip2_is_a_damaged_shard(at: int, tmp_path: Path) -> None:
+    content = bytearray(bz2.compress((write_shards(tmp_path, 1, 3) / "train-000000.tar").read_bytes()))
+    content[at] ^= 1
+    packed = tmp_path / "packed.tar.bz2"
+    packed.write_bytes(content)
+    assert "bzip2: Invalid data stream" in str(read_damaged(packed)[1])
+
+
 def test_gzip_members_are_read_to_the_last_and_their_checksums_compared(tmp_path: Path) -> None:
     whole = (write_shards(tmp_path, 1, 3) / "train-000000.tar").read_bytes()
     packed = tmp_path / "packed.tar.gz"
