@@ -16,7 +16,7 @@ import typer
 from dat_client.dataset_format.left_out import LeftOut, Row
 from dat_workers.errors import InvalidInput
 from dat_workers.system.files import write_atomically
-from dat_workers.system.text import duration as duration
+from dat_workers.system.text import duration
 
 if TYPE_CHECKING:
     from rich.table import Table

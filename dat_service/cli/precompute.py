@@ -12,9 +12,10 @@ from typer import Argument, Option
 
 from dat_service.cli import options
 from dat_service.cli.errors import command_errors
-from dat_service.cli.output import MovingRate, duration, live_progress, print_left_out, printable, time_left
+from dat_service.cli.output import MovingRate, live_progress, print_left_out, printable, time_left
 from dat_workers.system.ray_cluster import check_cluster
 from dat_workers.system.signals import handle_signals
+from dat_workers.system.text import duration
 
 FIRST_REASONS = 20  # of shards that were made again
 

@@ -89,11 +89,9 @@ def announced_length(request: Request, max_bytes: int) -> int | None:
         raise MalformedBody(
             "compressed bodies are not supported", "Content-Encoding", shown(encoding), "must be absent"
         )
+    # The HTTP parser ignores codings other than chunked, and so would take packed bytes for the body.
     transfer = ", ".join(request.headers.getlist("transfer-encoding")).lower()
-    if transfer not in (
-        "",
-        "chunked",
-    ):  # the HTTP parser ignores other codings, and so takes packed bytes for the body
+    if transfer not in ("", "chunked"):
         raise MalformedBody(
             "compressed bodies are not supported", "Transfer-Encoding", shown(transfer), "must be chunked or absent"
         )

@@ -24,8 +24,7 @@ from dat_service.ray import deployments, haproxy
 from dat_service.ray.replica import CodecReplica
 from dat_service.ray.version import check_version
 from dat_service.settings import Settings
-from dat_workers.system.ray_cluster import join_cluster
-from dat_workers.system.signals import delayed_signals
+from dat_workers.system.ray_cluster import connect_ray
 
 log = logging.getLogger("dat_service")
 
@@ -163,14 +162,12 @@ class RayService:
         serve.run_many(targets, blocking=False, wait_for_applications_running=False)
 
     def _start_ray(self) -> None:
-        settings: Any = {"configure_logging": False, "log_to_driver": False, "namespace": "dat"}
         if not self.own_cluster:
-            join_cluster(os.environ["RAY_ADDRESS"], **settings)
+            connect_ray(os.environ["RAY_ADDRESS"])
             return
         before = set(psutil.Process().children())
         try:
-            with delayed_signals():
-                ray.init(address="local", include_dashboard=False, **settings)
+            connect_ray(None)
         finally:
             self._roots = set(psutil.Process().children()) - before
 

@@ -39,9 +39,7 @@ class Step:
 
 PRESETS = {name: Step(**values) for name, values in vocabulary.PRESETS.items()}
 DEFAULT_STEP = PRESETS[vocabulary.DEFAULTS["preset"]]
-NO_STEP = (
-    Step()
-)  # in the place of the step of a request that sends no gradients, so that such requests share batches
+NO_STEP = Step()  # of every request that sends no gradients, so that such requests share batches
 
 
 def direction(gradients: Tensor, normalize: Normalize) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 
 from dat_client.calls.core import Call
 from dat_client.errors import shown
-from dat_client.wire.vocabulary import DEFAULTS, PRESETS
+from dat_client.wire.vocabulary import with_defaults
 
 BATCHES = 20
 
@@ -23,9 +23,10 @@ class AttackWatch:
 
     def observe(self, call: Call, tokens_changed: float | None) -> None:
         """Counts the answer to a call, if it sent gradients, and if its codec has tokens."""
-        preset = call.parameters.get("preset", DEFAULTS["preset"])
-        step = {"preset": preset, **PRESETS.get(preset, {}), **call.parameters}
-        if tokens_changed is None or "gradients" not in call.inputs or step.get("alpha") == 0:
+        if tokens_changed is None or "gradients" not in call.inputs:
+            return
+        step = with_defaults(call.parameters)
+        if step.get("alpha") == 0:
             return
         self._unchanged = 0 if tokens_changed else self._unchanged + 1
         if self._unchanged < BATCHES or self._warned:
@@ -34,7 +35,7 @@ class AttackWatch:
         names = [name for name in ("preset", "normalize", "alpha", "epsilon") if step.get(name) is not None]
         values = ", ".join(f"{name}={shown(step[name])}" for name in names)
         hint = "pass a larger alpha, and check that the gradient of the loss is not 0"
-        if step.get("normalize") == "none" and preset != "easyrobust":
+        if step.get("normalize") == "none" and step["preset"] != "easyrobust":
             hint = "pass preset='easyrobust', whose δ has the L2 length α however short the gradient is"
         message = f"the attack changed no token in {BATCHES} batches in a row ({values}): {hint}"
         warnings.warn(message, RuntimeWarning, stacklevel=5)  # points at the caller of discretize

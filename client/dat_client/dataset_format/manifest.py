@@ -119,31 +119,38 @@ class ManifestEntry:
 
     @classmethod
     def from_json(cls, text: bytes, shard: str | None = None) -> Self:
-        """Parses the manifest entry of `shard`, or of any shard if that is None.
-
-        Raises ValueError if `text` is not the JSON of one.
-        """
-        record = parsed_json(text)
-        if isinstance(record, dict):
-            record.setdefault("left_out", [])  # older entries have no such field
-        check_fields(record, ENTRY)
-        check_fields(record["source"], SOURCE)
-        for sample in record["skipped"]:
-            check_fields(sample, SKIPPED)
-        for row in record["left_out"]:
-            check_fields(row, LEFT_OUT)
-        lacking = record.get("lacking", {})
-        check_fields({"lacking": lacking}, {"lacking": OBJECT})
-        check_fields(lacking, dict.fromkeys(lacking, _integer(1)))
-        if shard is not None and record["shard"] != shard:
-            raise ValueError(f"it is the entry of {shown(record['shard'])}, not of {shard}")
+        """Parses the manifest entry of `shard`, or of any shard if that is None; raises as `checked_entry` does."""
+        record = checked_entry(text, shard)
         return cls(
             record["shard"], record["samples"], record["bytes"], record["sha256"], record["settings"],
             tuple((sample["key"], sample["reason"]) for sample in record["skipped"]),
             (record["source"]["name"], record["source"]["bytes"], record["source"]["sha256"]),
             tuple((row["reason"], row["count"], tuple(row["names"])) for row in record["left_out"]),
-            tuple(lacking.items()),
+            tuple(record.get("lacking", {}).items()),
         )  # fmt: skip
+
+
+def checked_entry(text: bytes, shard: str | None = None) -> dict[str, Any]:
+    """Parses the manifest entry of `shard`, or of any shard if that is None, and returns it as the JSON has it.
+
+    Older entries have no `left_out`; it is then added, empty. Raises ValueError if `text` is not an entry's JSON.
+    """
+    record = parsed_json(text)
+    if isinstance(record, dict):
+        record.setdefault("left_out", [])
+    check_fields(record, ENTRY)
+    check_fields(record["source"], SOURCE)
+    for sample in record["skipped"]:
+        check_fields(sample, SKIPPED)
+    for row in record["left_out"]:
+        check_fields(row, LEFT_OUT)
+    lacking = record.get("lacking", {})
+    check_fields({"lacking": lacking}, {"lacking": OBJECT})
+    check_fields(lacking, dict.fromkeys(lacking, _integer(1)))
+    if shard is not None and record["shard"] != shard:
+        raise ValueError(f"it is the entry of {shown(record['shard'])}, not of {shard}")
+    entry: dict[str, Any] = record
+    return entry
 
 
 def entry_path(shard: str) -> str:

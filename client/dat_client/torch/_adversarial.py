@@ -174,7 +174,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class RandomStart:
-    """The authors' random start: with `probability`, the attack begins at the L2 distance |α| from x̂."""
+    """The authors' random start: with `probability`, the attack begins at the L2 distance α from x̂."""
 
     probability: float
     alpha: float
@@ -211,12 +211,12 @@ class RandomStart:
         if torch.rand((), generator=generator, device=x_hat.device).item() >= self.probability:
             return None
         noise = torch.randn(x_hat.shape, generator=generator, device=x_hat.device)
-        return (x_hat.float() + abs(self.alpha) * _unit(noise)).clamp_(0, 1)
+        return (x_hat.float() + self.alpha * _unit(noise)).clamp_(0, 1)
 
     def delta(self, displacement: Tensor, gradients: Tensor) -> Tensor:
-        """Returns δ: `displacement` (start - x̂) plus the step from the start, shortened to L2 length |α|."""
+        """Returns δ: `displacement` (start - x̂) plus the step from the start, shortened to L2 length α."""
         delta = displacement + self.alpha * _unit(gradients)
-        flat: Tensor = delta.flatten(1).renorm(2, 0, abs(self.alpha))
+        flat: Tensor = delta.flatten(1).renorm(2, 0, self.alpha)
         return flat.view_as(delta)
 
 

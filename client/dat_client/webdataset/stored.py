@@ -12,8 +12,8 @@ from dat_client.dataset_format.manifest import (
     FORMAT,
     MANIFEST_FOLDER,
     RECIPE_FILE,
-    ManifestEntry,
     check_settings,
+    checked_entry,
     parsed_json,
     shard_of_entry,
 )
@@ -65,9 +65,9 @@ def read_manifest(dst: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     manifest = {}
     for path, content in zip(paths, contents, strict=True):
         try:
-            entry = ManifestEntry.from_json(content, shard_of_entry(path.removeprefix(folder)))
+            entry = checked_entry(content, shard_of_entry(path.removeprefix(folder)))
         except ValueError as error:
             message = f"{path} cannot be read: {error}; run dat precompute again to make this shard again"
             raise InvalidDataset(message) from error
-        manifest[entry.shard] = parsed_json(content)
+        manifest[entry["shard"]] = entry
     return manifest

@@ -111,9 +111,10 @@ ATTACK_IS_MISSING = "gradients, or a replace_fraction above 0; a preset alone is
 def with_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of all parameters: from the request, else from its preset, else from DEFAULTS.
 
-    `parameters` are those of the request, already checked with `violated_limit`.
+    `parameters` are those of the request. A preset that is not known here, which only a newer service takes, sets
+    nothing.
 
     >>> with_defaults({"preset": "easyrobust", "alpha": 0.2})["normalize"]
     'l2'
     """
-    return {**DEFAULTS, **PRESETS[parameters.get("preset", DEFAULTS["preset"])], **parameters}
+    return {**DEFAULTS, **PRESETS.get(parameters.get("preset", DEFAULTS["preset"]), {}), **parameters}

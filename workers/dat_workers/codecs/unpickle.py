@@ -99,8 +99,12 @@ def unpickle(path: Path, where: str) -> object:
 
     >>> unpickle(Path("last.ckpt"), "last.ckpt")["state_dict"]  # doctest: +SKIP
 
-    `where` is the name of the file in errors. Raises CodecError for a damaged file, and for a file that names
-    anything outside ALLOWED; the error lists the names that are not allowed.
+    `where` is the name of the file in errors. The members of a zip must be stored without compression, as
+    `archive.unpacked` leaves them: torch maps the file into memory, which saves reading the optimizer states, twice
+    the size of the weights.
+
+    Raises CodecError for a damaged file, and for a file that names anything outside ALLOWED; the error lists the
+    names that are not allowed.
     """
     if kind := _other_kind(path):
         raise CodecError(f"{where} is not a checkpoint that can be read: it is {kind}")
@@ -115,7 +119,7 @@ def unpickle(path: Path, where: str) -> object:
         )
     with safe_globals(_STAND_INS):
         try:
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_can_map(path))
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # a damaged or hostile pickle raises anything, from EOFError to struct.error
             # torch's message names only the global at which it stopped, and names a builtin without its module.
             names = _foreign_globals(path) | set(re.findall(r"GLOBAL (\S+\.\S+) w", str(error)))
@@ -162,17 +166,6 @@ def _reason(error: Exception) -> str:
     first = str(error.__context__ or error).strip().partition("\n")[0]
     sentences = [s for s in re.split(r"(?<=[.!?]) +", first) if "weights_only" not in s and "torch.load" not in s]
     return " ".join(sentences) or type(error).__name__
-
-
-def _can_map(path: Path) -> bool:
-    """Returns True if torch can map the file into memory, which needs an uncompressed zip.
-
-    Mapping saves reading the optimizer states, which are twice the size of the weights.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
 
 
 _TORCHS_OWN = re.compile(r"torch\.|collections\.(OrderedDict|Counter)$|_codecs\.encode$")

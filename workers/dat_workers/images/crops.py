@@ -16,7 +16,7 @@ from dat_workers.errors import InvalidInput
 from dat_workers.images.encoded import DATA_FORMATS, as_image, decode_picture, pixels
 from dat_workers.sources.find import Paths, find
 from dat_workers.sources.folders import Shard
-from dat_workers.sources.reader import ShardReader
+from dat_workers.sources.reader import ShardReader, place_of
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # shipped with scikit-image
 UNUSABLE = "these pictures are not usable"  # the reason in LeftOut
@@ -49,7 +49,7 @@ class PictureReader:
         reader = ShardReader(shard)
 
         def unusable(key: str, reason: str) -> None:
-            place = f"sample {key}" if key else "after the last sample"
+            place = place_of(key)
             message = f"{shard.address}, {place}: {reason}"
             if not self.skip:
                 hint = f"{message}; --on-error skip (skip=True) leaves such pictures out"

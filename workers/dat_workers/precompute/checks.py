@@ -30,8 +30,7 @@ def check_codec(recipe: Recipe, config: EngineConfig | None) -> None:
     spec = CodecStore().spec(recipe.codec)
     if config is not None and spec.architecture != "identity":
         check_config(config)
-    if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
-        raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
+    recipe.check_tokens(spec)
 
 
 def check_kept_fields(source: Source, keep: Collection[str]) -> None:

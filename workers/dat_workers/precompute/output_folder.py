@@ -219,7 +219,7 @@ class OutputFolder:
             return "it was made with other settings"
         source, source_bytes, sha256 = entry.source
         address, _, digest = source.rpartition("#") if shard.files else (source, "", "")
-        unchanged = source_bytes == shard.nbytes and digest == shard.origin.rpartition("#")[2] * bool(shard.files)
+        unchanged = source_bytes == shard.nbytes and digest == shard.digest
         if not unchanged or (shard.files and address != shard.address):
             if real_address(address) != real_address(shard.address):
                 message = f"{self.at(shard.name)} was made of {source}, now {shard.address}"

@@ -19,8 +19,7 @@ from dat_workers.precompute.progress import WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.precompute.worker import SHARDS_AT_ONCE, ShardOptions, Worker, WorkerLost
 from dat_workers.sources.folders import Shard
-from dat_workers.system.ray_cluster import check_cluster, join_cluster
-from dat_workers.system.signals import delayed_signals
+from dat_workers.system.ray_cluster import connect_ray
 
 log = logging.getLogger("dat_workers")
 
@@ -44,17 +43,10 @@ class RayWorkers:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, gives all others priority
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cluster = os.environ.get("RAY_ADDRESS")
-        if cluster:
-            check_cluster(cluster)
+        connect_ray(cluster or None)
         import ray
 
         self._ray: Any = ray
-        settings: Any = {"configure_logging": False, "log_to_driver": False, "namespace": "dat"}
-        if cluster:
-            join_cluster(cluster, **settings)
-        else:
-            with delayed_signals():
-                ray.init(address="local", include_dashboard=False, **settings)
         logged_at = time.monotonic()
         try:
             present = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from typing import Any, Self
 from dat_client.dataset_format.manifest import FORMAT, check_settings, parsed_json
 from dat_client.dataset_format.naming import number_of_views
 from dat_client.errors import shown
+from dat_workers.codecs.spec import CodecSpec
 from dat_workers.errors import InvalidInput
 
 STORED_FIELDS = ("reconstruction", "indices", "image")
@@ -127,6 +128,11 @@ class Recipe:
         check_settings(settings)
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         return cls(**values)
+
+    def check_tokens(self, spec: CodecSpec) -> None:
+        """Raises InvalidInput if the recipe needs tokens and the codec has none."""
+        if not spec.has_tokens and ("indices" in self.outputs or self.replace_fraction):
+            raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
 
     def differences(self, wanted: Recipe) -> str:
         """Returns, as text, the settings in which the `wanted` recipe differs from this one, with both values."""

@@ -22,13 +22,13 @@ from dat_workers.batching.batcher import Batcher
 from dat_workers.discretizer import Discretizer
 from dat_workers.engines.base import rows_at_once
 from dat_workers.engines.config import EngineConfig
-from dat_workers.errors import EngineError, InvalidInput, OutOfMemory, Unhealthy
+from dat_workers.errors import EngineError, OutOfMemory, Unhealthy
 from dat_workers.precompute.output_folder import OutputFolder
 from dat_workers.precompute.pipeline import VIEW_BYTES, PendingSample, SamplePipeline
 from dat_workers.precompute.progress import ShardCounts, WorkerCounts
 from dat_workers.precompute.recipe import Recipe
 from dat_workers.sources.folders import Shard
-from dat_workers.sources.reader import ShardReader
+from dat_workers.sources.reader import ShardReader, place_of
 
 SHARDS_AT_ONCE = 2
 COUNTED_SHARDS = 4 * SHARDS_AT_ONCE
@@ -85,9 +85,7 @@ class Worker:
 
         Raises InvalidInput if the recipe needs tokens and the codec has none.
         """
-        spec = self.discretizer.spec
-        if not spec.has_tokens and ("indices" in recipe.outputs or recipe.replace_fraction):
-            raise InvalidInput("outputs", f"tokens of codec {spec.name}", "a codec that has a codebook")
+        recipe.check_tokens(self.discretizer.spec)
         return recipe.made_by(
             self.discretizer.fingerprint, self.discretizer.engine.describe(), threads=self.config.cpu_threads
         )
@@ -111,8 +109,7 @@ class Worker:
 
         def skip(key: str, reason: str) -> None:
             if not options.skip:
-                place = f"sample {key}" if key else "after the last sample"
-                raise SampleFailed(f"{shard.address}, {place}: {reason}")
+                raise SampleFailed(f"{shard.address}, {place_of(key)}: {reason}")
             skipped.append((key, reason))
 
         def finish(sample: PendingSample) -> None:

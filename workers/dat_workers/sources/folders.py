@@ -34,12 +34,17 @@ class Shard:
     @property
     def origin(self) -> str:
         """The source as the manifest records it: the address and, for pictures, a digest of their names."""
+        return f"{self.address}#{self.digest}" if self.files else self.address
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that stand for the names of the pictures; "" for a tar."""
         if not self.files:
-            return self.address
+            return ""
         # What other shards hold decides about a picture that repeats a key of theirs.
         elsewhere = [name for pair in self.repeated if pair[1] not in self.files for name in pair]
         names = hashlib.sha256("\n".join([*self.files, *elsewhere]).encode("utf-8", "surrogateescape"))
-        return f"{self.address}#{names.hexdigest()[:12]}"
+        return names.hexdigest()[:12]
 
     def with_problems(self, problems: dict[str, str]) -> Self:
         """Returns a copy whose reader reports these problems, reasons by key, before its samples."""

@@ -82,6 +82,11 @@ class ShardReader:
                 raise DamagedShard(f"not a tar archive, but {advice}", "") if advice else error from None
 
 
+def place_of(key: str) -> str:
+    """Returns a sample's place in its shard, for messages; the key "" stands for what follows the last sample."""
+    return f"sample {key}" if key else "after the last sample"
+
+
 def repeated_key(first: str) -> str:
     """Returns the reason why a picture of a folder is skipped whose key an earlier picture has."""
     return f"the key was there before, of {first}: rename one, so that they differ in more than the suffix"

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
+from dat_workers.system.signals import delayed_signals
+
 CHECK_S = 5.0  # resolving the name, connecting and the first answer may together take so long
 CONNECT_S = 60.0  # the same for joining a cluster that has answered
 CLIENT_PORT = 10001  # of ray://HOST
@@ -29,6 +31,21 @@ class NoCluster(ConnectionError):
             f"RAY_ADDRESS is {address!r}, but no Ray cluster can be reached there: {reason}; correct the address, "
             "start that cluster (ray start --head), or unset RAY_ADDRESS to start a Ray on this machine"
         )
+
+
+def connect_ray(address: str | None) -> None:
+    """Joins the Ray cluster at `address`, or starts a Ray on this machine if that is None.
+
+    Raises the errors of `join_cluster`.
+    """
+    options: Any = {"configure_logging": False, "log_to_driver": False, "namespace": "dat"}
+    if address is not None:
+        join_cluster(address, **options)
+        return
+    import ray
+
+    with delayed_signals():
+        ray.init(address="local", include_dashboard=False, **options)
 
 
 def join_cluster(address: str, **options: Any) -> None:
