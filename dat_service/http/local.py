@@ -79,7 +79,7 @@ class LocalServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves the signals to the caller: uvicorn's method would raise those that it got once more at the end."""
+        """Leaves the signals to the caller: uvicorn's method would raise each of them again at the end."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -205,7 +205,7 @@ def _begin_reply(connection: HTTPConnection, deadline: float) -> HTTPResponse:
     """Reads the status line and the headers of the reply.
 
     Raises Unanswered if the connection ends before them, and ProtocolError for a head that no server of ours sends:
-    http.client takes 100 headers and 65,536 bytes a line.
+    http.client accepts at most 100 headers, and 65,536 bytes in a line.
     """
 
     def timed_response(sock: Any, **arguments: Any) -> HTTPResponse:
