@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
+
+from dat_workers.system.ray_cluster import is_joining
 
 FAILED = 1
 INTERRUPTED = 130  # the status a shell reports for a process ended by SIGINT: 128 + 2
@@ -28,7 +33,7 @@ def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterato
         raise
     except KeyboardInterrupt:
         typer.echo(f"{command}: {interrupted}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        _end(INTERRUPTED)
     except Exception as error:
         if not _is_expected(error):
             raise
@@ -37,7 +42,16 @@ def command_errors(command: str, *, interrupted: str = "interrupted") -> Iterato
         plain = cause if isinstance(cause, Exception) else error
         message = " ".join(str(plain).split()) or type(plain).__name__
         typer.echo("\n".join([f"{command}: {message}", *getattr(error, "__notes__", ())]), err=True)
-        raise typer.Exit(FAILED) from None
+        _end(FAILED)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends the command with an exit status."""
+    if is_joining():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise typer.Exit(status) from None
 
 
 def _is_expected(error: Exception) -> bool:

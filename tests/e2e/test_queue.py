@@ -27,7 +27,10 @@ from tests.raw_requests import Reply, infer_images, send, tensor, unread_request
 
 @pytest.fixture(scope="module")
 def tiny(serve_app: Callable[..., str]) -> str:
-    return serve_app(codec="tiny-f8", max_queue_s=3.0)
+    url = serve_app(codec="tiny-f8", max_queue_s=3.0)
+    # The speed is then known from large images. From a tiny one the service would expect a wait beyond its limit.
+    assert infer(url, np.broadcast_to(crop("coffee", 224, 224), (4, 3, 224, 224))).status == 200
+    return url
 
 
 def request_of(images: np.ndarray) -> tuple[bytes, dict[str, str]]:

@@ -16,6 +16,7 @@ from dat_workers.system.signals import delayed_signals
 CHECK_S = 5.0  # resolving the name, connecting and the first answer may together take so long
 CONNECT_S = 60.0  # the same for joining a cluster that has answered
 CLIENT_PORT = 10001  # of ray://HOST
+JOINING_THREAD = "ray-join"
 
 # Ray's own ports speak gRPC, so HTTP/2 (RFC 9113, section 3.4): each side begins with a SETTINGS frame.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -68,14 +69,22 @@ def join_cluster(address: str, **options: Any) -> None:
     worker_log = logging.getLogger("ray._private.worker")
     worker_log.addFilter(_is_not_about_the_thread)
     try:
-        _wait_for(
-            connect, CONNECT_S, NoCluster(address, f"it answers, but joining it took more than {CONNECT_S:g} s")
-        )
+        late = NoCluster(address, f"it answers, but joining it took more than {CONNECT_S:g} s")
+        _wait_for(connect, CONNECT_S, late, JOINING_THREAD)
     except BaseException:
         given_up.set()
         raise
     finally:
         worker_log.removeFilter(_is_not_about_the_thread)
+
+
+def is_joining() -> bool:
+    """Returns True if a thread that was left behind is still inside ray.init.
+
+    The process must then be ended by os._exit: Python's usual end takes from Ray's threads what they use, and in a
+    quarter of the cases the process crashed (std::bad_alloc).
+    """
+    return any(thread.name == JOINING_THREAD for thread in threading.enumerate())
 
 
 def check_cluster(address: str) -> None:
@@ -121,7 +130,7 @@ def _greet(host: str, port: int) -> None:
             raise NotRay(f"another program listens there, its answer begins with {answer!r}")
 
 
-def _wait_for(task: Callable[[], None], limit_s: float, late: Exception) -> None:
+def _wait_for(task: Callable[[], None], limit_s: float, late: Exception, name: str | None = None) -> None:
     """Runs a task in a thread and waits for it; raises its error, or `late` after `limit_s` seconds.
 
     The thread is then left behind. It does not keep the process from ending.
@@ -135,7 +144,7 @@ def _wait_for(task: Callable[[], None], limit_s: float, late: Exception) -> None
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     try:
         outcome.result(limit_s)
     except TimeoutError:
